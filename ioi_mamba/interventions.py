@@ -1,0 +1,208 @@
+"""Read and edit any number of sites of a stock model in one forward pass.
+
+`read` returns values by MambaLens hook name, `run` returns logits with values replaced; both are one nnsight trace
+of the same function, `forward`, which also serves every experiment: it can keep the logits of one position only,
+and it can *resume*, that is run layers >= l on positions >= p alone, from what a clean run had there.
+
+An edit is a tensor (the new value) or a function of the value (returns the new value).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import nnsight
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .mixer import Mixer, MixerPass
+from .sites import SITES, Address, parse
+
+Edit = Tensor | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a resumed pass begins: at layer `layer`, with all that a clean run had computed by then.
+
+    The tokens given to the pass are those of the positions still to be run. A causal model's past is a constant-size
+    state, so this is exact: below `layer` and before the first token nothing can have changed.
+    resid_pre: [batch, pos, D], the clean residual stream entering `layer` at the positions still to be run.
+    conv_start, h_start: per layer >= `layer`, the K-1 conv inputs [batch, K-1, E] and the state [batch, E, N]
+    before the first of these positions.
+    """
+
+    layer: int
+    resid_pre: Tensor
+    conv_start: Mapping[int, Tensor]
+    h_start: Mapping[int, Tensor]
+
+
+def mixer(model, layer: int) -> Mixer:
+    """The opened mixer of a layer, for use inside a trace: `with mixer(model, 3) as m: m.B_bar[:, 4] = 0`.
+
+    Raises InputError for a layer out of range.
+    """
+    n_layers = len(model.backbone.layers)
+    if not 0 <= layer < n_layers:
+        raise InputError(f"The model has layers 0 to {n_layers - 1}, not {layer}.")
+    return Mixer(model.backbone.layers[layer], layer)
+
+
+def check_tokens(model, tokens: Tensor) -> Tensor:
+    """`tokens` as Long[batch, pos] on the model's device. Raises InputError if they do not fit the vocabulary."""
+    tokens = torch.as_tensor(tokens)
+    vocab = model.config.vocab_size
+    if tokens.ndim != 2 or tokens.dtype.is_floating_point or tokens.shape[1] == 0:
+        raise InputError(
+            f"tokens must be whole numbers of shape [batch, pos], not {tokens.dtype} of shape {tuple(tokens.shape)}."
+        )
+    if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < vocab):
+        raise InputError(f"tokens must be 0 to {vocab - 1} for this vocabulary; found {int(tokens.min())} to {int(tokens.max())}.")
+    return tokens.to(model.device)
+
+
+def _addresses(model, names: Iterable[str], n_positions: int) -> dict[str, Address]:
+    config = model.config
+    return {n: parse(n, config.num_hidden_layers, n_positions, config.conv_kernel) for n in names}
+
+
+def _apply(edit: Edit, current: Callable[[], Tensor], name: str) -> Tensor:
+    if isinstance(edit, Tensor):
+        return edit
+    value = edit(current())
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name}: the edit returned {type(value).__name__}, not a tensor; return the new value.")
+    return value
+
+
+def _check_shape(name: str, value: Tensor, current: Tensor) -> Tensor:
+    if value.shape != current.shape:
+        raise InputError(f"{name}: the edit has shape {tuple(value.shape)}, the site {tuple(current.shape)}.")
+    if not bool(torch.isfinite(value).all()):
+        raise InputError(f"{name}: the edit holds NaN or infinity; write finite numbers.")
+    return value.to(dtype=current.dtype, device=current.device)
+
+
+def _edit_states(open_pass: MixerPass, name: str, index: int | None, edit: Edit) -> None:
+    """Write states: one position (`hook_h.p`) or the whole stack (`hook_h`).
+
+    A function given the whole stack writes the entries it changes; the others go on following the recurrence.
+    """
+    if index is not None:
+        h = open_pass.get("h")
+        state = _check_shape(name, _apply(edit, lambda: h[:, index].clone(), name), h[:, index])
+        here = torch.arange(h.shape[1], device=h.device)[:, None, None] == index
+        open_pass.write_states(here, state[:, None])
+    elif isinstance(edit, Tensor):
+        open_pass.set("h", edit)
+    else:
+        h = open_pass.get("h")
+        value = _check_shape(name, _apply(edit, h.clone, name), h)
+        open_pass.write_states(value != h, value)
+
+
+def _walk_layer(block, layer: int, edits: Mapping[Address, tuple[str, Edit]], reads: Mapping[Address, str], saved: dict) -> None:
+    """One layer of a pass: apply the edits and keep the reads, in the order the layer computes them."""
+    open_pass = MixerPass(block, layer)
+    for site in SITES:
+        wanted = sorted((a for a in {*edits, *reads} if a.site == site), key=lambda a: (a.index is not None, a.index or 0))
+        for address in (a for a in wanted if a in edits):
+            name, edit = edits[address]
+            if site == "h":
+                _edit_states(open_pass, name, address.index, edit)
+            else:
+                key = site if address.index is None else f"{site}.{address.index}"
+                open_pass.set(key, _apply(edit, lambda key=key: open_pass.get(key).clone(), name))
+        for address in (a for a in wanted if a in reads):
+            if site == "h" and address.index is not None:
+                saved[reads[address]] = open_pass.get("h")[:, address.index]
+            else:
+                key = site if address.index is None else f"{site}.{address.index}"
+                saved[reads[address]] = open_pass.get(key)
+    open_pass.finish()
+
+
+def _edit_place(place, edits: Mapping[str, Edit], reads: Iterable[str], name: str, saved: dict) -> None:
+    if name in edits:
+        current = place.output
+        place.output = _check_shape(name, _apply(edits[name], current.clone, name), current)
+    if name in reads:
+        saved[name] = place.output
+
+
+def forward(
+    model,
+    tokens: Tensor,
+    edits: Mapping[str, Edit] | None = None,
+    reads: Iterable[str] = (),
+    *,
+    logits_at: Tensor | None = None,
+    start: Start | None = None,
+) -> dict[str, Tensor]:
+    """One pass: edits applied, the named values returned, and always the logits as `hook_logits`.
+
+    tokens: Long[batch, pos]. logits_at: Long[batch], keep the logits of that position only ([batch, 1, vocab]).
+    start: resume from there; `tokens` are then the positions still to be run, and `logits_at` counts from the first
+    of them. Layers before `start.layer` are not run, so they can be neither read nor edited.
+    Raises InputError for unknown names, bad shapes, NaN in an edit, layers out of range.
+    """
+    tokens = check_tokens(model, tokens)
+    edits, reads = dict(edits or {}), list(reads)
+    where = _addresses(model, [*edits, *reads], tokens.shape[1])
+    if start is not None:
+        for i in range(start.layer, model.config.num_hidden_layers):
+            for site, values in (("conv_start", start.conv_start), ("h_start", start.h_start)):
+                name = f"blocks.{i}.hook_{site}"
+                edits[name] = values[i]
+                where[name] = Address(i, site, None)
+    layers: dict[int, tuple[dict, dict]] = {}
+    for name, address in where.items():
+        if address.layer is not None:
+            layer_edits, layer_reads = layers.setdefault(address.layer, ({}, {}))
+            if name in edits:
+                layer_edits[address] = (name, edits[name])
+            if name in reads:
+                layer_reads[address] = name
+    first = 0 if start is None else start.layer
+
+    with model.trace(tokens, use_cache=False):
+        saved: dict[str, Tensor] = {}
+        if start is None:
+            _edit_place(model.backbone.embeddings, edits, reads, "hook_embed", saved)
+        for i in range(first):
+            model.backbone.layers[i].skip(start.resid_pre)
+        for i in sorted(layers):
+            _walk_layer(model.backbone.layers[i], i, *layers[i], saved)
+        _edit_place(model.backbone.norm_f, edits, reads, "hook_norm", saved)
+        if logits_at is not None:
+            stream = model.lm_head.input
+            model.lm_head.input = stream[torch.arange(stream.shape[0]), logits_at.to(stream.device)][:, None]
+        _edit_place(model.lm_head, edits, [*reads, "hook_logits"], "hook_logits", saved)
+        saved = nnsight.save(saved)
+    return saved
+
+
+def read(model, tokens: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+    """Values by MambaLens hook name, from one stock forward pass.
+
+    tokens: Long[batch, pos]. names: `hook_embed`, `hook_norm`, `hook_logits` or `blocks.{i}.hook_{site}`; shapes in
+    `ioi_mamba.sites.SITES`. Raises InputError for an unknown name, a layer, position or slice out of range, and
+    tokens outside the vocabulary.
+    """
+    names = list(names)
+    saved = forward(model, tokens, reads=names)
+    return {name: saved[name] for name in names}
+
+
+def run(model, tokens: Tensor, edits: Mapping[str, Edit]) -> Tensor:
+    """Logits [batch, pos, vocab] of a pass in which the named values are replaced.
+
+    edits: hook name -> new value, or function from the value to the new one. All combine; later edits see earlier
+    ones. `blocks.{i}.hook_h.{p}` continues the recurrence from what is written; a function at `blocks.{i}.hook_h`
+    writes the entries it changes. `layer_input` reaches its layer only, `resid_pre` all that follows.
+    Raises InputError as `read` does, and for an edit of the wrong shape or with NaN in it.
+    """
+    return forward(model, tokens, edits)["hook_logits"]

@@ -1,0 +1,373 @@
+"""One layer's forward pass, opened: read and write every value inside the stock Mamba mixer, inside a plain trace.
+
+    with model.trace(tokens):
+        with im.mixer(model, 5) as m:
+            m.B_bar[:, 4] = 0            # edit in place, or assign: m.B_bar = other
+            m.h[:, 7] = other_state      # the recurrence goes on from what is written
+            seen = m.y.save()
+
+How it works. The mixer calls two functions, the causal convolution and the selective scan. nnsight serves the
+*inputs of those calls*; everything between is a formula of them (`scan.py`), so every internal value can be
+computed beside the stock pass, and when one is written the call is replaced by the same formulas run from the
+written value on. What is only read costs no rewrite, and a layer that is not opened runs stock code.
+
+Values must be asked for in the order the pass reaches them (the order of `sites.SITES`); within a stage a value
+must be written before anything computed from it is read. Both are checked, so no edit is silently dead.
+
+Only plain functions over plain envoys are used and only torch is imported at run time, so that the same code can
+be shipped to a server by value.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import scan
+from .errors import InputError
+from .sites import CONV_OP, SCAN_OP, SITES, STAGES
+
+# What a value is computed from, within its stage. A value may be written until something it feeds was computed.
+_FED_BY = {
+    "conv_slice": ("conv_start",),
+    "conv": ("conv_slice", "conv_start"),
+    "ssm_input": ("conv",),
+    "delta": ("delta_2",),
+    "A_bar": ("delta", "A"),
+    "B_bar": ("delta",),
+    "h": ("A_bar", "B_bar", "h_start"),
+    "y": ("h",),
+    "ssm_output": ("y",),
+    "after_skip": ("ssm_output",),
+}
+_CALL_OUTPUTS = ("ssm_input", "after_skip")  # the outputs of the two calls, whose inputs all else is computed from
+
+
+def _base(site: str) -> str:
+    return site.split(".")[0]
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+class MixerPass:
+    """A pass through one block, stage by stage. `get` and `set` take site names (`conv_slice.-1` for one tap)."""
+
+    def __init__(self, block, layer: int):
+        self._block = block
+        self._layer = layer
+        self._stage = -1
+        self._values: dict[str, Tensor] = {}
+        self._written: set[str] = set()
+        self._raw: dict[str, Tensor] = {}  # what the current stage's call was served
+        self._ran = False  # whether the current stage's call has run, so that only its output can still change
+        self._state_writes: list[tuple[Tensor, Tensor]] = []  # (mask, value), both broadcastable to h
+
+    # -- the two verbs ------------------------------------------------------------------------------------------
+
+    def get(self, site: str) -> Tensor:
+        """The value at `site`, as the pass now has it. Not a copy: use `set` to change it."""
+        self._reach(site)
+        if site not in self._values:
+            if STAGES.index(SITES[_base(site)].stage) < self._stage:
+                raise InputError(
+                    f"blocks.{self._layer}.hook_{site} was asked for too late: read sites in the order of "
+                    "`ioi-mamba sites`, or keep it the first time the pass is there."
+                )
+            self._values[site] = self._compute(site)
+        return self._values[site]
+
+    def set(self, site: str, value: Tensor) -> None:
+        """Write `value` at `site`; everything after it in the pass follows.
+
+        Raises InputError for a wrong shape, a value that is not finite, or a site the pass has already used.
+        """
+        self._reach(site)
+        self._refuse_late(site)
+        current = self.get(site)
+        name = f"blocks.{self._layer}.hook_{site}"
+        if not isinstance(value, Tensor):
+            raise InputError(f"{name}: an edit must be a tensor, not {type(value).__name__}.")
+        if value.shape != current.shape:
+            raise InputError(f"{name}: the edit has shape {tuple(value.shape)}, the site {tuple(current.shape)}.")
+        if not bool(torch.isfinite(value).all()):
+            raise InputError(f"{name}: the edit holds NaN or infinity; write finite numbers.")
+        value = value.to(dtype=current.dtype, device=current.device)
+        if site == "h":
+            self.write_states(torch.ones((), dtype=torch.bool, device=value.device), value)
+            return
+        self._values[site] = value
+        self._written.add(site)
+
+    def write_states(self, mask: Tensor, value: Tensor) -> None:
+        """Write `value` where `mask` is True (both broadcastable to [batch, pos, E, N]); the recurrence goes on."""
+        self._reach("h")
+        self._refuse_late("h")
+        self._state_writes.append((mask, value))
+        self._values.pop("h", None)
+        self._written.add("h")
+
+    def finish(self) -> None:
+        """Hand what was written in the current stage back to the model."""
+        if self._stage >= 0:
+            self._leave()
+            self._written.clear()
+
+    # -- walking the stages -------------------------------------------------------------------------------------
+
+    def _reach(self, site: str) -> None:
+        wanted = STAGES.index(SITES[_base(site)].stage)
+        if wanted > self._stage:
+            self.finish()
+            self._raw, self._ran = {}, False
+            self._stage = wanted
+            self._enter()
+
+    def _refuse_late(self, site: str) -> None:
+        base = _base(site)
+        used = [v for v in self._values if base in _FED_BY.get(_base(v), ())]
+        if STAGES.index(SITES[base].stage) < self._stage:
+            used = [STAGES[self._stage]]
+        elif self._ran and base not in _CALL_OUTPUTS:
+            used = [v for v in _CALL_OUTPUTS if v in self._values and SITES[v].stage == SITES[base].stage]
+        if used:
+            raise InputError(
+                f"blocks.{self._layer}.hook_{site} cannot be written any more: {used[0]} was already computed from it; "
+                "write it first."
+            )
+
+    def _enter(self) -> None:
+        stage, block = STAGES[self._stage], self._block
+        if stage == "block_input":
+            self._values["resid_pre"] = block.input
+        elif stage == "norm_input":
+            self._values["layer_input"] = block.norm.input
+        elif stage == "norm_output":
+            self._values["normalized_input"] = block.norm.output
+        elif stage == "in_proj":
+            self._values["in_proj"], self._values["skip"] = block.mixer.in_proj.output.chunk(2, dim=-1)
+        elif stage == "conv":
+            (u, weight, bias, *_), _ = getattr(block.mixer.source, CONV_OP).inputs
+            self._raw = {"u": u.transpose(1, 2), "weight": weight}
+            if bias is not None:
+                self._raw["bias"] = bias
+        elif stage == "x_proj":
+            mixer = block.mixer._module
+            sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
+            parts = block.mixer.x_proj.output.split(sizes, dim=-1)
+            self._values.update(zip(("delta_1", "B", "C"), parts, strict=True))
+        elif stage == "scan":
+            (x, dt, A, B, C), kwargs = getattr(block.mixer.source, SCAN_OP).inputs
+            self._raw = {"x": x, "dt": dt, "B_in": B, "C_in": C, "D": kwargs["D"], "z": kwargs["z"]}
+            self._raw = {name: _at_least_float32(v.transpose(1, 2)) if v.ndim == 3 else v for name, v in self._raw.items()}
+            self._raw["bias"], self._raw["A"] = kwargs["delta_bias"], A
+            self._raw["like"] = x
+        elif stage == "mixer_output":
+            self._values["out_proj"] = block.mixer.output
+        else:
+            self._values["resid_post"] = block.output
+
+    def _leave(self) -> None:
+        stage, block, values = STAGES[self._stage], self._block, self._values
+        if not self._written:
+            return
+        if stage == "block_input":
+            block.input = values["resid_pre"]
+        elif stage == "norm_input":
+            block.norm.input = values["layer_input"]
+        elif stage == "norm_output":
+            block.norm.output = values["normalized_input"]
+        elif stage == "in_proj":
+            block.mixer.in_proj.output = torch.cat((values["in_proj"], values["skip"]), dim=-1)
+        elif stage == "conv":
+            self._replace_call(CONV_OP, self.get("ssm_input"))
+        elif stage == "x_proj":
+            block.mixer.x_proj.output = torch.cat((values["delta_1"], values["B"], values["C"]), dim=-1)
+        elif stage == "scan":
+            self._replace_call(SCAN_OP, self.get("after_skip").to(self._raw["like"].dtype))
+        elif stage == "mixer_output":
+            block.mixer.output = values["out_proj"]
+        else:
+            block.output = values["resid_post"]
+
+    def _call_output(self, label: str) -> Tensor:
+        self._ran = True
+        return getattr(self._block.mixer.source, label).output.transpose(1, 2)
+
+    def _replace_call(self, label: str, value: Tensor) -> None:
+        call = getattr(self._block.mixer.source, label)
+        if self._ran:
+            call.output = value.transpose(1, 2)
+        else:
+            call.skip(value.transpose(1, 2))
+
+    # -- the formulas -------------------------------------------------------------------------------------------
+
+    def _compute(self, site: str) -> Tensor:
+        if _base(site) == "conv_slice":
+            return self._conv_slice(int(site.split(".")[1]))
+        return getattr(self, f"_{site}")()
+
+    def _conv_start(self) -> Tensor:
+        u = self._raw["u"]
+        return u.new_zeros(u.shape[0], self._raw["weight"].shape[-1] - 1, u.shape[2])
+
+    def _padded(self) -> Tensor:
+        return torch.cat((self.get("conv_start"), self._raw["u"]), dim=1)
+
+    def _conv_slice(self, s: int) -> Tensor:
+        weight, u = self._raw["weight"], self._raw["u"]
+        first = weight.shape[-1] - 1 + s
+        return weight[:, first] * self._padded()[:, first : first + u.shape[1]]
+
+    def _conv(self) -> Tensor:
+        weight, bias = self._raw["weight"], self._raw.get("bias")
+        if any(_base(w) == "conv_slice" for w in self._written):
+            total = torch.stack([self.get(f"conv_slice.{s}") for s in range(1 - weight.shape[-1], 1)]).sum(0)
+            return total if bias is None else total + bias
+        padded = self._padded().transpose(1, 2).to(weight.dtype)
+        return F.conv1d(padded, weight[:, None], bias, groups=weight.shape[0]).transpose(1, 2)
+
+    def _ssm_input(self) -> Tensor:
+        if self._written & {"conv", "conv_start"} or any(_base(w) == "conv_slice" for w in self._written):
+            return F.silu(self.get("conv")).to(self._raw["u"].dtype)
+        return self._call_output(CONV_OP)
+
+    def _delta_2(self) -> Tensor:
+        bias = self._raw["bias"]
+        return self._raw["dt"] if bias is None else self._raw["dt"] + bias
+
+    def _delta(self) -> Tensor:
+        return F.softplus(self.get("delta_2"))
+
+    def _A(self) -> Tensor:
+        return self._raw["A"]
+
+    def _A_bar(self) -> Tensor:
+        return torch.exp(self.get("delta")[..., None] * self.get("A"))
+
+    def _B_bar(self) -> Tensor:
+        return self.get("delta")[..., None] * self._raw["B_in"][:, :, None, :]
+
+    def _h_start(self) -> Tensor:
+        x, A = self._raw["x"], self._raw["A"]
+        return x.new_zeros(x.shape[0], *A.shape)
+
+    def _h(self) -> Tensor:
+        decay, drive = self.get("A_bar"), self.get("B_bar") * self._raw["x"][..., None]
+        # A written state forgets what came before it (decay 0) and is driven by the written value alone.
+        for mask, value in self._state_writes:
+            decay, drive = torch.where(mask, 0.0, decay), torch.where(mask, value, drive)
+        return scan.recurrence(decay, drive, self.get("h_start"))
+
+    def _y(self) -> Tensor:
+        return scan.read_out(self.get("h"), self._raw["C_in"])
+
+    def _ssm_output(self) -> Tensor:
+        return self.get("y") + self._raw["x"] * self._raw["D"]
+
+    def _after_skip(self) -> Tensor:
+        if self._written:
+            return self.get("ssm_output") * F.silu(self._raw["z"])
+        return self._call_output(SCAN_OP)
+
+
+# -- the idiomatic form ---------------------------------------------------------------------------------------------
+
+
+class Mixer:
+    """`with mixer(model, layer) as m`: every site of the layer as an attribute, readable and writable.
+
+    `m.B_bar` hands out a copy; editing it in place or assigning `m.B_bar = value` both take effect.
+    `m.h[rows, pos]` and `m.conv_slice[s]` are read and written by index. Raises InputError as `MixerPass.set` does,
+    and when used outside its `with` block, where nothing could be handed back to the model.
+    """
+
+    def __init__(self, block, layer: int):
+        self.__dict__["_pass"] = MixerPass(block, layer)
+        self.__dict__["_open"] = False
+        self.__dict__["_loans"] = []  # (copy handed out, what it was, how to write it back)
+
+    def __enter__(self) -> Mixer:
+        self.__dict__["_open"] = True
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        if error_type is None:
+            self._settle()
+            self._pass.finish()
+        self.__dict__["_open"] = False
+
+    def _settle(self) -> None:
+        if not self._open:
+            raise InputError("A mixer is used in a block: `with im.mixer(model, layer) as m:` inside the trace.")
+        loans, self.__dict__["_loans"] = self._loans, []
+        for handed, was, write in loans:
+            if not torch.equal(handed, was):
+                write(handed)
+                was = handed.clone()
+            self._loans.append((handed, was, write))
+
+    def _lend(self, value: Tensor, write) -> Tensor:
+        handed = value.clone()
+        self._loans.append((handed, value, write))
+        return handed
+
+    def __getattr__(self, site: str):
+        if site not in SITES:
+            raise AttributeError(f"a mixer has no site {site!r}; the sites are {', '.join(SITES)}")
+        self._settle()
+        if site == "h":
+            return _States(self)
+        if site == "conv_slice":
+            return _ConvSlices(self)
+        return self._lend(self._pass.get(site), lambda value: self._pass.set(site, value))
+
+    def __setattr__(self, site: str, value) -> None:
+        if site not in SITES or site == "conv_slice":
+            raise AttributeError(f"{site!r} cannot be assigned; the sites are {', '.join(SITES)}")
+        if isinstance(value, _States):  # what `m.h[...] op= value` ends with; the item was written already
+            return
+        self._settle()
+        self._pass.set(site, value)
+
+
+class _States:
+    """`m.h`: the states [batch, pos, E, N]; a state written at a position is what the recurrence continues from."""
+
+    def __init__(self, mixer: Mixer):
+        self._mixer = mixer
+
+    def __getitem__(self, key) -> Tensor:
+        self._mixer._settle()
+        return self._mixer._lend(self._mixer._pass.get("h")[key], lambda value: self._write(key, value))
+
+    def __setitem__(self, key, value) -> None:
+        self._mixer._settle()
+        self._write(key, value)
+
+    def _write(self, key, value) -> None:
+        h = self._mixer._pass.get("h")
+        written = torch.zeros_like(h)
+        written[key] = value
+        mask = torch.zeros_like(h, dtype=torch.bool)
+        mask[key] = True
+        self._mixer._pass.write_states(mask, written)
+
+
+class _ConvSlices:
+    """`m.conv_slice`: the taps of the convolution by relative position, -(K-1) .. 0; each [batch, pos, E]."""
+
+    def __init__(self, mixer: Mixer):
+        self._mixer = mixer
+
+    def __getitem__(self, s: int) -> Tensor:
+        site = f"conv_slice.{s}"
+        self._mixer._settle()
+        return self._mixer._lend(self._mixer._pass.get(site), lambda value: self._mixer._pass.set(site, value))
+
+    def __setitem__(self, s: int, value: Tensor) -> None:
+        self._mixer._settle()
+        self._mixer._pass.set(f"conv_slice.{s}", value)

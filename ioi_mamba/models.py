@@ -1,0 +1,112 @@
+"""Open a model: the embedded `mini`, a hub id, or a directory in Hugging Face layout."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from .errors import InputError
+from .sites import check_labels
+
+MINI = Path(__file__).parent / "mini"
+_DTYPES = ("float32", "float64", "float16", "bfloat16")
+_NOT_READ = {
+    "mamba2": "Mamba-2 has another mixer",
+    "falcon_mamba": "Falcon-Mamba normalises B, C and delta",
+}
+
+
+def _token_ids_tokenizer(vocab_size: int):
+    """The tokenizer of a checkpoint that has none: the text "17 4 9" is the ids 17, 4, 9. Id 0 is BOS."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(WordLevel({str(i): i for i in range(vocab_size)}, unk_token="0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="0", eos_token="0", pad_token="0")
+
+
+def _read_config(name: str, local: bool) -> dict:
+    from transformers import AutoConfig
+
+    if local:
+        path = Path(name) / "config.json"
+        if not path.is_file():
+            raise InputError(f"{name!r} has no config.json: give a directory in Hugging Face layout.")
+        try:
+            return json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is not JSON ({error}): restore the file.") from None
+    try:
+        return AutoConfig.from_pretrained(name).to_dict()
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"Unknown model {name!r}: it is not 'mini', not a directory, and the hub did not give it ({reason})."
+        ) from None
+
+
+def _refuse(config: dict, name: str, any_architecture: bool) -> None:
+    kind = config.get("model_type")
+    if kind in _NOT_READ:
+        raise InputError(f"{name!r} is a {kind} model, which is not supported ({_NOT_READ[kind]}): use a Mamba-1 checkpoint.")
+    if kind != "mamba" and not any_architecture:
+        raise InputError(f"{name!r} is a {kind} model, not a Mamba: use a checkpoint whose config says model_type 'mamba'.")
+    if kind == "mamba" and config.get("hidden_act", "silu") != "silu":
+        raise InputError(f"{name!r} uses the activation {config['hidden_act']!r}; only 'silu' is supported.")
+
+
+def open_model(
+    name: str = "mini",
+    *,
+    device: str | None = None,
+    dtype: str = "float32",
+    backend: str = "local",
+    host: str | None = None,
+    any_architecture: bool = False,
+):
+    """An nnsight `TransformersModel` ready for `read`, `run`, `mixer` and every experiment. Parameters are frozen.
+
+    name: "mini", a hub id such as "state-spaces/mamba-370m-hf", or a directory in Hugging Face layout (without a
+    tokenizer, prompts are token ids). device: "cpu", "cuda", ...; default a GPU if there is one. dtype: float32,
+    float64, bfloat16 or float16; the scan itself never runs below float32. any_architecture: accept any causal
+    language model (for `layer-removal`, which needs no Mamba).
+    Raises InputError for an unknown model, a directory without config or weights, and a model that is not a Mamba.
+    """
+    # Read by transformers when a mixer is built: without it, opening a model asks a hub for kernels.
+    os.environ.setdefault("USE_HUB_KERNELS", "0")
+    from nnsight import TransformersModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if backend != "local" or host is not None:
+        raise InputError(f"backend {backend!r} is not available: only 'local' is, and it takes no host.")
+    if dtype not in _DTYPES:
+        raise InputError(f"dtype {dtype!r} is unknown: use one of {', '.join(_DTYPES)}.")
+    path = str(MINI) if name == "mini" else name
+    local = Path(path).is_dir()
+    config = _read_config(path, local)
+    _refuse(config, name, any_architecture)
+    try:
+        weights = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"The weights of {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        tokenizer = _token_ids_tokenizer(weights.config.vocab_size)
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        weights.to(place)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    weights.requires_grad_(False)
+    weights.eval()
+    model = TransformersModel(weights, task="text-generation", tokenizer=tokenizer)
+    if config.get("model_type") == "mamba":
+        check_labels(model)
+    return model
