@@ -104,10 +104,12 @@ def _edit_states(open_pass: MixerPass, name: str, index: int | None, edit: Edit)
         open_pass.write_states(value != h, value)
 
 
-def _walk_layer(block, layer: int, edits: Mapping[Address, tuple[str, Edit]], reads: Mapping[Address, str], saved: dict) -> None:
+def _walk_layer(block, layer: int, edits: Mapping[Address, tuple[str, Edit]], reads: Mapping[Address, str], saved: dict, own_scan: bool) -> None:
     """One layer of a pass: apply the edits and keep the reads, in the order the layer computes them."""
     open_pass = MixerPass(block, layer)
     for site in SITES:
+        if own_scan and site == "delta_2":
+            open_pass.own_scan()
         wanted = sorted((a for a in {*edits, *reads} if a.site == site), key=lambda a: (a.index is not None, a.index or 0))
         for address in (a for a in wanted if a in edits):
             name, edit = edits[address]
@@ -141,12 +143,14 @@ def forward(
     *,
     logits_at: Tensor | None = None,
     start: Start | None = None,
+    own_scan: bool = False,
 ) -> dict[str, Tensor]:
     """One pass: edits applied, the named values returned, and always the logits as `hook_logits`.
 
     tokens: Long[batch, pos]. logits_at: Long[batch], keep the logits of that position only ([batch, 1, vocab]).
     start: resume from there; `tokens` are then the positions still to be run, and `logits_at` counts from the first
     of them. Layers before `start.layer` are not run, so they can be neither read nor edited.
+    own_scan: run `scan.py` in every layer instead of the stock loop (equal, and faster on a CPU).
     Raises InputError for unknown names, bad shapes, NaN in an edit, layers out of range.
     """
     tokens = check_tokens(model, tokens)
@@ -167,6 +171,8 @@ def forward(
             if name in reads:
                 layer_reads[address] = name
     first = 0 if start is None else start.layer
+    if own_scan:
+        layers = {i: layers.get(i, ({}, {})) for i in range(first, model.config.num_hidden_layers)}
 
     with model.trace(tokens, use_cache=False):
         saved: dict[str, Tensor] = {}
@@ -175,7 +181,7 @@ def forward(
         for i in range(first):
             model.backbone.layers[i].skip(start.resid_pre)
         for i in sorted(layers):
-            _walk_layer(model.backbone.layers[i], i, *layers[i], saved)
+            _walk_layer(model.backbone.layers[i], i, *layers[i], saved, own_scan)
         _edit_place(model.backbone.norm_f, edits, reads, "hook_norm", saved)
         if logits_at is not None:
             stream = model.lm_head.input
