@@ -1,0 +1,176 @@
+"""Many edits as rows of few passes, each pass resumed from the layer and position it touches.
+
+A Mamba is causal and its past is a constant-size state. A row patched at (layer l, position p) equals the clean run
+below l and before p, so it needs only layers >= l on positions >= p, started from the clean residual stream and, for
+every later layer, the last three conv inputs and the state before p. Averaged over a layer x position sweep that is
+about a quarter of the work, and exact.
+
+The states are rolled forward with the sweep, one token at a time (`Roll`), so nothing of size
+[layer, pair, pos, E, N] is ever alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .interventions import Start, forward
+from .sites import parse
+from .tasks.base import Pairs
+
+Progress = Callable[[int, int], None]
+
+
+def layer_count(model) -> int:
+    return model.config.num_hidden_layers
+
+
+def block_sites(site: str, layers: Sequence[int]) -> list[str]:
+    """Hook names of one site (`layer_input`, `conv_slice.-1`, ...) in several layers."""
+    return [f"blocks.{i}.hook_{site}" for i in layers]
+
+
+@dataclass(frozen=True)
+class Roll:
+    """A run stopped before `position`, with the conv inputs and states every layer needs to go on from there.
+
+    tokens: Long[batch, pos], all of them. conv_start: per layer [batch, K-1, E]; h_start: per layer [batch, E, N].
+    """
+
+    model: Any
+    tokens: Tensor
+    position: int
+    conv_start: dict[int, Tensor]
+    h_start: dict[int, Tensor]
+
+    @classmethod
+    def begin(cls, model, tokens: Tensor) -> Roll:
+        """Before the first token: all zeros."""
+        config, layers = model.config, range(layer_count(model))
+        conv = tokens.new_zeros(len(tokens), config.conv_kernel - 1, config.intermediate_size, dtype=torch.float32)
+        state = tokens.new_zeros(len(tokens), config.intermediate_size, config.state_size, dtype=torch.float32)
+        return cls(model, tokens, 0, dict.fromkeys(layers, conv), dict.fromkeys(layers, state))
+
+    def start(self, layer: int, resid_pre: Tensor, rows: Tensor | slice = slice(None)) -> Start:
+        """The resume point at `layer` and this position, for some of the rows.
+
+        resid_pre: [row, pos, D], the stream entering `layer` from this position on, of these rows.
+        """
+        above = range(layer, layer_count(self.model))
+        return Start(
+            layer, resid_pre, {i: self.conv_start[i][rows] for i in above}, {i: self.h_start[i][rows] for i in above}
+        )
+
+    def step(self, reads: Sequence[str] = ()) -> tuple[Roll, dict[str, Tensor]]:
+        """Run one token: the roll after it, and the `reads` there (position axes of length 1)."""
+        layers = range(layer_count(self.model))
+        inputs, states = block_sites("in_proj", layers), block_sites("h.0", layers)
+        token = self.tokens[:, self.position : self.position + 1]
+        at = forward(
+            self.model, token, reads=[*inputs, *states, *reads], start=self.start(0, token.new_empty(0)), own_scan=True
+        )
+        conv = {i: torch.cat((self.conv_start[i][:, 1:], at[inputs[i]]), dim=1) for i in layers}
+        return replace(self, position=self.position + 1, conv_start=conv, h_start={i: at[states[i]] for i in layers}), at
+
+
+def answer_logits(logits: Tensor, pairs: Pairs) -> Tensor:
+    """Logits of (answer, wrong), [pair, 2], from logits [pair, 1, vocab] at the last position."""
+    ids = torch.stack((pairs.answer, pairs.wrong), dim=1).to(logits.device)
+    return logits[:, 0].float().gather(1, ids)
+
+
+def last_logits(model, tokens: Tensor, last: Tensor) -> Tensor:
+    """Logits [batch, 1, vocab] at each row's last position, of a plain pass."""
+    return forward(model, tokens, logits_at=last, own_scan=True)["hook_logits"]
+
+
+def rows_per_pass(model, n_positions: int, budget_mib: int = 256) -> int:
+    """How many rows keep one layer's largest activations within `budget_mib` MiB."""
+    config = model.config
+    widest = n_positions * (4 * config.intermediate_size + 2 * config.hidden_size)
+    states = 3 * layer_count(model) * config.intermediate_size * config.state_size
+    streams = layer_count(model) * n_positions * config.hidden_size
+    return max(1, budget_mib * 2**20 // (4 * (widest + states + streams)))
+
+
+@torch.no_grad()
+def resample_sweep(
+    model,
+    pairs: Pairs,
+    site: str,
+    *,
+    layers: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Resample one site at every (layer, position): logits of (answer, wrong), [layer, position, pair, 2].
+
+    In each cell the clean prompt runs with the site's value at that layer and position overwritten by the value of
+    the corrupted run (paper section 4.1.1). `conv_slice.s` takes the OUTPUT position of the convolution; `h` is the
+    state after that position's update, from which the recurrence goes on.
+    site: a site name of one layer, with index for conv slices ("conv_slice.-1"). layers, positions: default all.
+    resume: start each pass at its layer and position; False runs every row in full (slower, same values).
+    A cell before a pair's first differing token, or after its last token, is the clean run itself (causality) and
+    is not computed. Raises InputError for an unknown site.
+    """
+    n_pos = pairs.clean.shape[1]
+    layers = list(range(layer_count(model)) if layers is None else layers)
+    positions = list(range(n_pos) if positions is None else positions)
+    for name in block_sites(site, layers):
+        parse(name, layer_count(model), n_pos, model.config.conv_kernel)
+    out = torch.empty(len(layers), len(positions), len(pairs), 2, device=model.device)
+    chunk = rows_per_pass(model, n_pos)
+    done, total = 0, len(positions) * len(layers) * len(pairs)
+    for first in range(0, len(pairs), chunk):
+        rows = slice(first, min(first + chunk, len(pairs)))
+        part = pairs[rows]
+        report = (lambda n, base=done: progress(base + n, total)) if progress else None
+        out[:, :, rows] = _sweep_chunk(model, part, site, layers, positions, resume, report)
+        done += len(positions) * len(layers) * len(part)
+    return out
+
+
+def _sweep_chunk(model, pairs: Pairs, site: str, layers, positions, resume: bool, report) -> Tensor:
+    clean, corrupted = pairs.clean.to(model.device), pairs.corrupted.to(model.device)
+    n = len(pairs)
+    last = pairs.last.to(model.device)
+    streams = block_sites("resid_pre", layers)
+    run = forward(model, clean, reads=streams, logits_at=last, own_scan=True)
+    out = torch.empty(len(layers), len(positions), n, 2, device=model.device)
+    out[:] = answer_logits(run["hook_logits"], pairs)
+    begins = pairs.first_difference.to(model.device)
+    roll = Roll.begin(model, torch.cat((clean, corrupted)))
+    sources = block_sites("h.0" if site == "h" else site, layers)
+    done = 0
+    for p in range(max(positions) + 1):
+        here = roll
+        roll, at = here.step(sources)
+        alive = torch.nonzero((begins <= p) & (p <= last))[:, 0]
+        for k, layer in enumerate(layers if p in positions else ()):
+            if len(alive):
+                value = at[sources[k]][n + alive]
+                start = here.start(layer, run[streams[k]][alive, p:], alive) if resume else None
+                logits = _patched(model, clean[alive], last[alive], site, layer, p, value, start)
+                out[k, positions.index(p), alive] = answer_logits(logits, pairs[alive.cpu()])
+            done += n
+            if report:
+                report(done)
+    return out
+
+
+def _patched(model, tokens, last, site: str, layer: int, p: int, value: Tensor, start: Start | None) -> Tensor:
+    """Logits [row, 1, vocab] with `value` (position axis of length 1) written at (layer, p)."""
+    at = 0 if start else p
+
+    def write(x: Tensor) -> Tensor:
+        x[:, at] = value[:, 0]
+        return x
+
+    edit = {f"blocks.{layer}.hook_h.{at}": value} if site == "h" else {f"blocks.{layer}.hook_{site}": write}
+    tokens, last = (tokens[:, p:], last - p) if start else (tokens, last)
+    return forward(model, tokens, edit, logits_at=last, start=start)["hook_logits"]
