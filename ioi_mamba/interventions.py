@@ -10,7 +10,7 @@ An edit is a tensor (the new value) or a function of the value (returns the new 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import nnsight
 import torch
@@ -21,6 +21,7 @@ from .mixer import Mixer, MixerPass
 from .sites import SITES, Address, parse
 
 Edit = Tensor | Callable[[Tensor], Tensor]
+Observer = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -104,33 +105,54 @@ def _edit_states(open_pass: MixerPass, name: str, index: int | None, edit: Edit)
         open_pass.write_states(value != h, value)
 
 
-def _walk_layer(block, layer: int, edits: Mapping[Address, tuple[str, Edit]], reads: Mapping[Address, str], saved: dict, own_scan: bool) -> None:
-    """One layer of a pass: apply the edits and keep the reads, in the order the layer computes them."""
-    open_pass = MixerPass(block, layer)
-    for site in SITES:
-        if own_scan and site == "delta_2":
-            open_pass.own_scan()
-        wanted = sorted((a for a in {*edits, *reads} if a.site == site), key=lambda a: (a.index is not None, a.index or 0))
-        for address in (a for a in wanted if a in edits):
-            name, edit = edits[address]
-            if site == "h":
-                _edit_states(open_pass, name, address.index, edit)
-            else:
-                key = site if address.index is None else f"{site}.{address.index}"
-                open_pass.set(key, _apply(edit, lambda key=key: open_pass.get(key).clone(), name))
-        for address in (a for a in wanted if a in reads):
-            if site == "h" and address.index is not None:
-                saved[reads[address]] = open_pass.get("h")[:, address.index]
-            else:
-                key = site if address.index is None else f"{site}.{address.index}"
-                saved[reads[address]] = open_pass.get(key)
-    open_pass.finish()
+def _key(address: Address) -> str:
+    return address.site if address.index is None else f"{address.site}.{address.index}"
 
 
-def _edit_place(place, edits: Mapping[str, Edit], reads: Iterable[str], name: str, saved: dict) -> None:
+def _value(open_pass: MixerPass, address: Address) -> Tensor:
+    if address.site == "h" and address.index is not None:
+        return open_pass.get("h")[:, address.index]
+    return open_pass.get(_key(address))
+
+
+@dataclass
+class _LayerPlan:
+    """What one layer of a pass is asked for: edits, observers and reads by address."""
+
+    edits: dict[Address, tuple[str, Edit]] = field(default_factory=dict)
+    observers: dict[Address, Observer] = field(default_factory=dict)
+    reads: dict[Address, str] = field(default_factory=dict)
+
+    def walk(self, block, layer: int, saved: dict[str, Tensor], own_scan: bool) -> None:
+        """Do all of it in the order the layer computes its values; an edit precedes a read of the same site."""
+        open_pass = MixerPass(block, layer)
+        wanted = sorted({*self.edits, *self.observers, *self.reads}, key=lambda a: (a.index is not None, a.index or 0))
+        for site in SITES:
+            if own_scan and site == "delta_2":
+                open_pass.own_scan()
+            here = [address for address in wanted if address.site == site]
+            for address in here:
+                if address in self.edits:
+                    name, edit = self.edits[address]
+                    if site == "h":
+                        _edit_states(open_pass, name, address.index, edit)
+                    else:
+                        current = lambda key=_key(address): open_pass.get(key).clone()
+                        open_pass.set(_key(address), _apply(edit, current, name))
+            for address in here:
+                if address in self.observers:
+                    self.observers[address](_value(open_pass, address))
+                if address in self.reads:
+                    saved[self.reads[address]] = _value(open_pass, address)
+        open_pass.finish()
+
+
+def _edit_place(place, name: str, edits, observe, reads, saved: dict[str, Tensor]) -> None:
     if name in edits:
         current = place.output
         place.output = _check_shape(name, _apply(edits[name], current.clone, name), current)
+    if name in observe:
+        observe[name](place.output)
     if name in reads:
         saved[name] = place.output
 
@@ -144,6 +166,8 @@ def forward(
     logits_at: Tensor | None = None,
     start: Start | None = None,
     own_scan: bool = False,
+    observe: Mapping[str, Observer] | None = None,
+    reduce: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """One pass: edits applied, the named values returned, and always the logits as `hook_logits`.
 
@@ -151,42 +175,51 @@ def forward(
     start: resume from there; `tokens` are then the positions still to be run, and `logits_at` counts from the first
     of them. Layers before `start.layer` are not run, so they can be neither read nor edited.
     own_scan: run `scan.py` in every layer instead of the stock loop (equal, and faster on a CPU).
+    observe: hook name -> function called with the value when the pass reaches it (after the edits there).
+    reduce: turns what would be returned into what is, inside the trace (so that only the result travels).
     Raises InputError for unknown names, bad shapes, NaN in an edit, layers out of range.
     """
     tokens = check_tokens(model, tokens)
-    edits, reads = dict(edits or {}), list(reads)
-    where = _addresses(model, [*edits, *reads], tokens.shape[1])
+    edits, observe, reads = dict(edits or {}), dict(observe or {}), list(reads)
+    where = _addresses(model, [*edits, *observe, *reads], tokens.shape[1])
+    n_layers, first = model.config.num_hidden_layers, 0
     if start is not None:
-        for i in range(start.layer, model.config.num_hidden_layers):
+        first = start.layer
+        for i in range(first, n_layers):
             for site, values in (("conv_start", start.conv_start), ("h_start", start.h_start)):
                 name = f"blocks.{i}.hook_{site}"
                 edits[name] = values[i]
                 where[name] = Address(i, site, None)
-    layers: dict[int, tuple[dict, dict]] = {}
+    plans = {i: _LayerPlan() for i in range(first if own_scan else n_layers, n_layers)}
     for name, address in where.items():
-        if address.layer is not None:
-            layer_edits, layer_reads = layers.setdefault(address.layer, ({}, {}))
-            if name in edits:
-                layer_edits[address] = (name, edits[name])
-            if name in reads:
-                layer_reads[address] = name
-    first = 0 if start is None else start.layer
-    if own_scan:
-        layers = {i: layers.get(i, ({}, {})) for i in range(first, model.config.num_hidden_layers)}
+        if address.layer is None:
+            continue
+        if address.layer < first:
+            raise InputError(f"{name!r} is below layer {first}, where this pass starts.")
+        plan = plans.setdefault(address.layer, _LayerPlan())
+        if name in edits:
+            plan.edits[address] = (name, edits[name])
+        if name in observe:
+            plan.observers[address] = observe[name]
+        if name in reads:
+            plan.reads[address] = name
 
     with model.trace(tokens, use_cache=False):
         saved: dict[str, Tensor] = {}
         if start is None:
-            _edit_place(model.backbone.embeddings, edits, reads, "hook_embed", saved)
+            _edit_place(model.backbone.embeddings, "hook_embed", edits, observe, reads, saved)
         for i in range(first):
             model.backbone.layers[i].skip(start.resid_pre)
-        for i in sorted(layers):
-            _walk_layer(model.backbone.layers[i], i, *layers[i], saved, own_scan)
-        _edit_place(model.backbone.norm_f, edits, reads, "hook_norm", saved)
+        for i in sorted(plans):
+            plans[i].walk(model.backbone.layers[i], i, saved, own_scan)
+        _edit_place(model.backbone.norm_f, "hook_norm", edits, observe, reads, saved)
         if logits_at is not None:
             stream = model.lm_head.input
-            model.lm_head.input = stream[torch.arange(stream.shape[0]), logits_at.to(stream.device)][:, None]
-        _edit_place(model.lm_head, edits, [*reads, "hook_logits"], "hook_logits", saved)
+            rows = torch.arange(stream.shape[0], device=stream.device)
+            model.lm_head.input = stream[rows, logits_at.to(stream.device)][:, None]
+        _edit_place(model.lm_head, "hook_logits", edits, observe, [*reads, "hook_logits"], saved)
+        if reduce is not None:
+            saved = reduce(saved)
         saved = nnsight.save(saved)
     return saved
 

@@ -86,7 +86,7 @@ class MixerPass:
         """
         self._reach(site)
         self._refuse_late(site)
-        current = self.get(site)
+        current = self._like(site)
         name = f"blocks.{self._layer}.hook_{site}"
         if not isinstance(value, Tensor):
             raise InputError(f"{name}: an edit must be a tensor, not {type(value).__name__}.")
@@ -100,6 +100,10 @@ class MixerPass:
             return
         self._values[site] = value
         self._written.add(site)
+
+    def _like(self, site: str) -> Tensor:
+        """A tensor of the site's shape and dtype: the value itself, or for y the scan's input, which costs no scan."""
+        return self._raw["x"] if site == "y" and "y" not in self._values else self.get(site)
 
     def write_states(self, mask: Tensor, value: Tensor) -> None:
         """Write `value` where `mask` is True (both broadcastable to [batch, pos, E, N]); the recurrence goes on."""

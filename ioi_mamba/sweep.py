@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .interventions import Start, forward
+from .metrics import answer_logits
 from .sites import parse
 from .tasks.base import Pairs
 
@@ -75,12 +76,6 @@ class Roll:
         )
         conv = {i: torch.cat((self.conv_start[i][:, 1:], at[inputs[i]]), dim=1) for i in layers}
         return replace(self, position=self.position + 1, conv_start=conv, h_start={i: at[states[i]] for i in layers}), at
-
-
-def answer_logits(logits: Tensor, pairs: Pairs) -> Tensor:
-    """Logits of (answer, wrong), [pair, 2], from logits [pair, 1, vocab] at the last position."""
-    ids = torch.stack((pairs.answer, pairs.wrong), dim=1).to(logits.device)
-    return logits[:, 0].float().gather(1, ids)
 
 
 def last_logits(model, tokens: Tensor, last: Tensor) -> Tensor:
@@ -142,7 +137,7 @@ def _sweep_chunk(model, pairs: Pairs, site: str, layers, positions, resume: bool
     streams = block_sites("resid_pre", layers)
     run = forward(model, clean, reads=streams, logits_at=last, own_scan=True)
     out = torch.empty(len(layers), len(positions), n, 2, device=model.device)
-    out[:] = answer_logits(run["hook_logits"], pairs)
+    out[:] = answer_logits(run["hook_logits"][:, 0], pairs.answer, pairs.wrong)
     begins = pairs.first_difference.to(model.device)
     roll = Roll.begin(model, torch.cat((clean, corrupted)))
     sources = block_sites("h.0" if site == "h" else site, layers)
@@ -156,7 +151,8 @@ def _sweep_chunk(model, pairs: Pairs, site: str, layers, positions, resume: bool
                 value = at[sources[k]][n + alive]
                 start = here.start(layer, run[streams[k]][alive, p:], alive) if resume else None
                 logits = _patched(model, clean[alive], last[alive], site, layer, p, value, start)
-                out[k, positions.index(p), alive] = answer_logits(logits, pairs[alive.cpu()])
+                rows = alive.cpu()
+                out[k, positions.index(p), alive] = answer_logits(logits[:, 0], pairs.answer[rows], pairs.wrong[rows])
             done += n
             if report:
                 report(done)
