@@ -1,7 +1,11 @@
 """Take a Mamba apart: read and write every value inside the mixer, run the IOI experiments, find circuits."""
 
 from .errors import InputError
+from .graph import Circuit
 from .interventions import mixer, read, run
 from .models import open_model
+from .patching import patch_edges
+from .tasks import ioi
+from .tasks.base import Pairs
 
-__all__ = ["InputError", "mixer", "open_model", "read", "run"]
+__all__ = ["Circuit", "InputError", "Pairs", "ioi", "mixer", "open_model", "patch_edges", "read", "run"]

@@ -1,0 +1,262 @@
+"""A Mamba as a graph: nodes, the items that can be patched, and circuits (sets of items that are kept).
+
+Nodes are `embed`, one per layer (`0`, `1`, ...) and `output`. The residual stream makes every earlier node an input
+of every later one, so the layer edges are embed->layer, layer->later layer, layer->output and embed->output
+(paper, appendix D). Inside a layer there are *parts*: the conv slices `conv-3` .. `conv0`, `ssm` (the state the
+read-out sees) and `skip` (the gate); a part is written as an item whose source and target are the layer.
+
+An item may hold at all positions or at one. A `Circuit` is the set of items kept clean; every other item of its
+`Universe` is patched with the corrupted run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+_SUFFIXES = (".parquet", ".json")
+
+
+class Item(NamedTuple):
+    """An edge between nodes, or a part of a layer; at one position, or (None) at all of them."""
+
+    source: str
+    target: str
+    position: int | None = None
+    part: str | None = None
+
+
+def conv_parts(conv_width: int) -> tuple[str, ...]:
+    """Names of the conv slices, oldest first: "conv-3", "conv-2", "conv-1", "conv0" for a width of 4."""
+    return tuple(f"conv{s}" for s in range(1 - conv_width, 1))
+
+
+class Universe(NamedTuple):
+    """All items there are: the size of the model, whether layers have parts, whether positions are told apart."""
+
+    n_layers: int
+    conv_width: int = 4
+    parts: bool = False
+    n_positions: int | None = None
+
+    @property
+    def nodes(self) -> list[str]:
+        """embed, the layers, output."""
+        return ["embed", *map(str, range(self.n_layers)), "output"]
+
+    def items(self) -> list[Item]:
+        """Every item, edges first in order of target then source, then the parts by layer, then by position."""
+        nodes = self.nodes
+        kinds = [(nodes[i], nodes[j], None) for j in range(1, len(nodes)) for i in range(j)]
+        if self.parts:
+            for layer in map(str, range(self.n_layers)):
+                kinds += [(layer, layer, part) for part in (*conv_parts(self.conv_width), "ssm", "skip")]
+        positions = [None] if self.n_positions is None else range(self.n_positions)
+        return [Item(s, t, p, part) for s, t, part in kinds for p in positions]
+
+
+def universe_of(model, *, parts: bool = False, n_positions: int | None = None) -> Universe:
+    """The universe of an open model; n_positions tells positions apart."""
+    return Universe(model.config.num_hidden_layers, model.config.conv_kernel, parts, n_positions)
+
+
+class Masks(NamedTuple):
+    """How much of each item is replaced by the corrupted run, 0..1; one leading axis for sets tested together.
+
+    edges: [set, source, target, pos], sources embed, 0, 1, ..; targets 0, 1, .., output. conv: [set, layer, tap, pos]
+    (tap 0 is the oldest); ssm, skip: [set, layer, pos].
+    """
+
+    edges: Tensor
+    conv: Tensor
+    ssm: Tensor
+    skip: Tensor
+
+    def __mul__(self, factor: float) -> Masks:  # type: ignore[override]
+        return Masks(*(mask * factor for mask in self))
+
+
+def masks_of(sets: list[Iterable[Item]], universe: Universe, n_positions: int) -> Masks:
+    """The masks that patch each of the sets of items. Raises InputError for an item the universe does not have."""
+    n, K = universe.n_layers, universe.conv_width
+    masks = Masks(
+        torch.zeros(len(sets), n + 1, n + 1, n_positions),
+        torch.zeros(len(sets), n, K, n_positions),
+        torch.zeros(len(sets), n, n_positions),
+        torch.zeros(len(sets), n, n_positions),
+    )
+    index = {name: i for i, name in enumerate(universe.nodes)}
+    taps = {name: k for k, name in enumerate(conv_parts(K))}
+    for s, items in enumerate(sets):
+        for item in items:
+            source, target = index.get(item.source), index.get(item.target)
+            where = slice(None) if item.position is None else item.position
+            inside = item.position is None or 0 <= item.position < n_positions
+            if source is None or target is None or not inside:
+                raise InputError(f"{item} is not in this graph: nodes are embed, 0 to {n - 1}, output; positions below {n_positions}.")
+            if item.part is None and source < target:
+                masks.edges[s, source, target - 1, where] = 1
+            elif item.part in taps and source == target:
+                masks.conv[s, source - 1, taps[item.part], where] = 1
+            elif item.part in ("ssm", "skip") and source == target:
+                getattr(masks, item.part)[s, source - 1, where] = 1
+            else:
+                raise InputError(f"{item} is no edge forward and no part of a layer (conv slices, ssm, skip).")
+    return masks
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """Items kept clean; every other item of the universe is patched when the circuit is evaluated.
+
+    Circuits of one universe combine with `|`, `&`, `-` and compare with `jaccard` and `overlap`.
+    """
+
+    items: frozenset[Item]
+    universe: Universe
+
+    @classmethod
+    def full(cls, universe: Universe) -> Circuit:
+        """Everything kept: the model itself."""
+        return cls(frozenset(universe.items()), universe)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self.items
+
+    def _with(self, items: Iterable[Item]) -> Circuit:
+        return Circuit(frozenset(items), self.universe)
+
+    def _same(self, other: Circuit) -> frozenset[Item]:
+        if self.universe != other.universe:
+            raise InputError(f"Circuits of different graphs cannot be combined: {self.universe} and {other.universe}.")
+        return other.items
+
+    def __or__(self, other: Circuit) -> Circuit:
+        return self._with(self.items | self._same(other))
+
+    def __and__(self, other: Circuit) -> Circuit:
+        return self._with(self.items & self._same(other))
+
+    def __sub__(self, other: Circuit) -> Circuit:
+        return self._with(self.items - self._same(other))
+
+    def patched(self) -> list[Item]:
+        """The items of the universe that are not kept."""
+        return [item for item in self.universe.items() if item not in self.items]
+
+    def kinds(self) -> dict[str, int]:
+        """How many items of each kind are kept: embed->layer, layer->layer, layer->output, embed->output, parts."""
+        return pd.Series([kind_of(item) for item in self.items], dtype="str").value_counts().to_dict()
+
+    def pruned(self) -> Circuit:
+        """Only the edges on a path from embed to output, and the parts of the layers that such a path visits.
+
+        Positions are not told apart: a layer moves what it reads to later positions.
+        """
+        edges = {(i.source, i.target) for i in self.items if i.part is None}
+
+        def reached(start: str, pairs: set[tuple[str, str]]) -> set[str]:
+            seen, frontier = {start}, [start]
+            while frontier:
+                node = frontier.pop()
+                new = {b for a, b in pairs if a == node} - seen
+                seen |= new
+                frontier += new
+            return seen
+
+        live = reached("embed", edges) & reached("output", {(b, a) for a, b in edges})
+        return self._with(i for i in self.items if i.source in live and i.target in live)
+
+    def jaccard(self, other: Circuit) -> float:
+        """Shared items over items in either; 1 for two empty circuits."""
+        union = self.items | self._same(other)
+        return len(self.items & other.items) / len(union) if union else 1.0
+
+    def overlap(self, other: Circuit) -> pd.DataFrame:
+        """Per kind of item: kind, shared, only_here, only_there."""
+        there = self._same(other)
+        rows = [
+            (kind_of(item), item in self.items and item in there, item not in there, item not in self.items)
+            for item in self.items | there
+        ]
+        table = pd.DataFrame(rows, columns=["kind", "shared", "only_here", "only_there"])
+        return table.groupby("kind", as_index=False).sum()
+
+    def to_frame(self) -> pd.DataFrame:
+        """Columns source, target, position, part; one row an item, in the order of the universe."""
+        order = {item: k for k, item in enumerate(self.universe.items())}
+        table = pd.DataFrame(sorted(self.items, key=order.__getitem__), columns=list(Item._fields))
+        return table.astype({"source": "str", "target": "str", "position": "Int64", "part": "str"})
+
+    def save(self, path: str | Path) -> None:
+        """Write `path`.parquet (the items) and `path`.json (the universe), each beside and then renamed."""
+        path = Path(path)
+        universe = json.dumps({"universe": self.universe._asdict()}, indent=1).encode()
+        for suffix, data in zip(_SUFFIXES, (self.to_frame().to_parquet(), universe), strict=True):
+            beside = path.with_name(f".{path.name}{suffix}.part")
+            beside.write_bytes(data)
+            os.replace(beside, path.with_name(path.name + suffix))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Circuit:
+        """Read what `save` wrote. Raises InputError for a missing or foreign file."""
+        path = Path(path)
+        try:
+            table = pd.read_parquet(path.with_name(path.name + _SUFFIXES[0]))
+            universe = Universe(**json.loads(path.with_name(path.name + _SUFFIXES[1]).read_text())["universe"])
+            items = frozenset(items_of(table))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is no saved circuit (two files, .parquet and .json): {error}") from None
+        masks_of([items], universe, universe.n_positions or 1)
+        return cls(items, universe)
+
+    def to_mib(self) -> dict:
+        """The layer-level part in the JSON of the MIB benchmark: nodes and edges with `in_graph`.
+
+        Layers appear as MIB's `m{i}` (one block without heads), embed as `input`, output as `logits`.
+        """
+        names = {"embed": "input", "output": "logits"} | {str(i): f"m{i}" for i in range(self.universe.n_layers)}
+        kept = {(i.source, i.target) for i in self.items if i.part is None}
+        edges = [i for i in Universe(self.universe.n_layers).items()]
+        used = {node for edge in kept for node in edge}
+        return {
+            "cfg": {"n_layers": self.universe.n_layers, "parallel_attn_mlp": False},
+            "nodes": {names[node]: {"in_graph": node in used} for node in self.universe.nodes},
+            "edges": {
+                f"{names[e.source]}->{names[e.target]}": {"in_graph": (e.source, e.target) in kept} for e in edges
+            },
+        }
+
+
+def kind_of(item: Item) -> str:
+    """embed->layer, layer->layer, layer->output, embed->output, or the name of the part."""
+    if item.part is not None:
+        return item.part
+    return f"{item.source if item.source == 'embed' else 'layer'}->{item.target if item.target == 'output' else 'layer'}"
+
+
+def items_of(table: pd.DataFrame) -> list[Item]:
+    """The items of a table with columns source, target and, where told apart, position and part."""
+    n = len(table)
+    positions = table["position"].tolist() if "position" in table else [None] * n
+    parts = table["part"].tolist() if "part" in table else [None] * n
+    return [
+        Item(str(s), str(t), None if pd.isna(p) else int(p), None if pd.isna(part) else str(part))
+        for s, t, p, part in zip(table["source"], table["target"], positions, parts, strict=True)
+    ]
+
+
+

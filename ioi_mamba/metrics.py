@@ -1,0 +1,149 @@
+"""What a run's last-position logits say about the answer.
+
+Every metric gives one value per pair and leaves the mean to the caller. A is the answer of the clean prompt
+(`Pairs.answer`), B that of the corrupted one (`Pairs.wrong`); logits and their differences are in natural log
+units. Leading dimensions are free: [layer, pos, pair, vocab] gives [layer, pos, pair].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ioi_mamba.errors import InputError
+
+
+def answer_logits(logits: Tensor, answer: Tensor, wrong: Tensor) -> Tensor:
+    """Float[..., pair, 2]: the logits of A and of B, out of Float[..., pair, vocab]."""
+    return _gather(logits, torch.stack([answer, wrong], -1))
+
+
+def logit_diff(logits: Tensor, answer: Tensor | None = None, wrong: Tensor | None = None) -> Tensor:
+    """logit A - logit B, Float[..., pair].
+
+    logits: Float[..., pair, vocab] with `answer` and `wrong`, Int[pair]; or, without the two,
+        Float[..., pair, 2] as `answer_logits` gives it.
+    """
+    if answer is not None and wrong is not None:
+        logits = answer_logits(logits, answer, wrong)
+    elif answer is not None or wrong is not None or logits.shape[-1] != 2:
+        raise InputError(
+            f"logits of shape {tuple(logits.shape)} need both answer and wrong; "
+            "leave both out only for [..., pair, 2]."
+        )
+    return logits[..., 0] - logits[..., 1]
+
+
+def normalized_logit_diff(patched: Tensor, clean: Tensor, corrupted: Tensor) -> Tensor:
+    """Appendix B: (d_patched - d_corrupted) / |d_clean - d_corrupted|, a range of 0 counted as 1; no unit.
+
+    All three are logit differences A - B of the clean prompt's A and B, Float[..., pair]. 1 acts like the
+    clean run, 0 like the corrupted one; where the clean difference is the smaller one, the clean run has -1.
+    """
+    possible_range = (clean - corrupted).abs()
+    return (patched - corrupted) / torch.where(possible_range == 0, 1.0, possible_range)
+
+
+def effect(patched: Tensor, clean: Tensor, corrupted: Tensor) -> Tensor:
+    """1 - (d_patched - d_corrupted) / (d_clean - d_corrupted), what figures 4, 8, 10 and 11 show; no unit.
+
+    Logit differences as in `normalized_logit_diff`. 0 acts like the clean run, 1 like the corrupted one. As
+    in the figures nothing is guarded: a small range blows the value up, a range of 0 gives inf or NaN (see
+    `vanishing_ranges`).
+    """
+    return 1 - (patched - corrupted) / (clean - corrupted)
+
+
+def vanishing_ranges(clean: Tensor, corrupted: Tensor, smallest: float = 1e-3) -> int:
+    """How many pairs have |d_clean - d_corrupted| <= `smallest` logits: dividing by it says little."""
+    return int(((clean - corrupted).abs() <= smallest).sum())
+
+
+def accuracy(logits: Tensor, answer: Tensor, candidates: Tensor) -> Tensor:
+    """1 where no candidate has a larger logit than the answer, else 0; Float32[..., pair].
+
+    logits: Float[..., pair, vocab]; candidates: Int[pair, choice], padded with -1. This is the accuracy of
+    the published code: among the 3 or 4 names of the pair, so that other words may be likelier still.
+    """
+    answers = _gather(logits, answer[:, None])
+    return (answers >= _candidate_logits(logits, candidates).amax(-1, keepdim=True))[..., 0].float()
+
+
+def full_vocabulary_accuracy(logits: Tensor, answer: Tensor) -> Tensor:
+    """1 where no token at all has a larger logit than the answer, else 0; Float32[..., pair]."""
+    return (_gather(logits, answer[:, None]) >= logits.amax(-1, keepdim=True))[..., 0].float()
+
+
+def relative_probability(logits: Tensor, answer: Tensor, candidates: Tensor) -> Tensor:
+    """Probability of the answer in a softmax over the candidates alone, in 0..1 (figure 5); Float[..., pair].
+
+    Shapes as in `accuracy`; each candidate once, the answer among them.
+    """
+    is_answer = candidates == answer[:, None]
+    if not is_answer.any(-1).all():
+        raise InputError("An answer is not among its candidates; give candidates that include every answer.")
+    return (_candidate_logits(logits, candidates).softmax(-1) * is_answer.to(logits.device)).sum(-1)
+
+
+def kl_divergence(patched: Tensor, clean: Tensor) -> Tensor:
+    """KL(clean || patched) over the vocabulary, in nats; Float[..., pair, vocab] gives Float[..., pair]."""
+    clean_log, patched_log = clean.log_softmax(-1), patched.log_softmax(-1)
+    # A token that the clean run excludes (-inf) adds nothing, where the product would be 0 * inf.
+    return torch.where(clean_log.isneginf(), 0.0, clean_log.exp() * (clean_log - patched_log)).sum(-1)
+
+
+def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, (low, high) in 0..1; z = 1.96 is 95 %."""
+    if not 0 <= successes <= n or n == 0:
+        raise InputError(
+            f"{successes} successes of {n} is no proportion; give 0 <= successes <= n and n >= 1."
+        )
+    share, weight = successes / n, z * z / n
+    centre = (share + weight / 2) / (1 + weight)
+    margin = z / (1 + weight) * math.sqrt(share * (1 - share) / n + weight / (4 * n))
+    return max(0.0, centre - margin), min(1.0, centre + margin)
+
+
+def bootstrap_interval(
+    values: Tensor, n_resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of Float[n], (low, high) in the unit of the values.
+
+    The draws come from a generator of their own, so the same seed gives the same interval.
+    """
+    if values.ndim != 1 or len(values) == 0 or n_resamples < 1:
+        raise InputError(
+            f"A bootstrap of {n_resamples} resamples of shape {tuple(values.shape)} cannot be drawn; "
+            "give values [n] with n >= 1 and at least one resample."
+        )
+    values = values.detach().double().cpu()
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.stack(
+        [
+            values[torch.randint(len(values), (len(values),), generator=generator)].mean()
+            for _ in range(n_resamples)
+        ]
+    )
+    low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def _gather(logits: Tensor, ids: Tensor) -> Tensor:
+    """Float[..., pair, choice] out of Float[..., pair, vocab] for Int[pair, choice]."""
+    if logits.ndim < 2 or logits.shape[-2] != len(ids):
+        raise InputError(
+            f"logits of shape {tuple(logits.shape)} are not [..., pair, vocab] for {len(ids)} pairs."
+        )
+    if ids.min() < 0 or ids.max() >= logits.shape[-1]:
+        raise InputError(
+            f"A token id is outside the {logits.shape[-1]} logits; give ids of the model's vocabulary."
+        )
+    return logits.gather(-1, ids.to(logits.device).expand(*logits.shape[:-1], ids.shape[-1]))
+
+
+def _candidate_logits(logits: Tensor, candidates: Tensor) -> Tensor:
+    """Float[..., pair, choice], -inf where a pair has no further candidate."""
+    padding = (candidates < 0).to(logits.device)
+    return _gather(logits, candidates.clamp(min=0)).masked_fill(padding, -math.inf)

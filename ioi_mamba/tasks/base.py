@@ -1,0 +1,369 @@
+"""Pairs of prompts: one the model should read as it is, one that differs in a name, and the answers to both.
+
+Every analysis takes `Pairs` and nothing else about the task, so a new task is a new way to make `Pairs`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ioi_mamba.errors import InputError
+from ioi_mamba.tasks import prompts as text
+from ioi_mamba.tasks.prompts import PromptPair
+
+ABSENT = -1
+"""In `candidates` no further choice, in `roles` no such position in this row."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Prompts in pairs, as token ids. The n-th row of every field belongs to the n-th pair.
+
+    clean, corrupted: Int64[pair, pos], BOS at position 0, padded on the right where lengths differ.
+    answer, wrong: Int64[pair], the token that continues the clean and the corrupted prompt.
+    candidates: Int64[pair, choice] or None, every name of the pair, each once, padded with -1; accuracy is
+        among these.
+    lengths: Int64[pair] or None, tokens with BOS; the two prompts of a pair are equally long. None: all full.
+    labels: text of each pair, such as "template" and "corruption".
+    roles: Int64[pair] for each semantic position, a token index, or -1 in a row that has no such position.
+        `n1`, `n2`, ... are the names in order of mention, `place` and `object` the two other words that vary,
+        `n3+1` is the token after `n3` and `n1-1` the one before `n1`, `BOS` is 0 and `out` the last token. A
+        word of several tokens has its role on the first of them, so `n1+1` may be the rest of a long name.
+    texts: (clean, corrupted) of each pair, or None.
+
+    Raises InputError where shapes, dtypes or values do not fit each other.
+    """
+
+    clean: Tensor
+    corrupted: Tensor
+    answer: Tensor
+    wrong: Tensor
+    candidates: Tensor | None = None
+    lengths: Tensor | None = None
+    labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    roles: dict[str, Tensor] = field(default_factory=dict)
+    texts: tuple[tuple[str, str], ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, tensor in self._tensors():
+            if tensor.dtype != torch.int64:
+                raise InputError(f"{name} has dtype {tensor.dtype}; give int64 token ids or indices.")
+        if self.clean.ndim != 2 or 0 in self.clean.shape:
+            raise InputError(
+                f"clean has shape {_shape(self.clean)}; give [pair, pos] with at least one of each."
+            )
+        if self.corrupted.shape != self.clean.shape:
+            raise InputError(
+                f"corrupted has shape {_shape(self.corrupted)} and clean {_shape(self.clean)}; "
+                "the two prompts of a pair must be equally long."
+            )
+        n_pairs, n_pos = self.clean.shape
+        one_per_pair = {"answer": self.answer, "wrong": self.wrong}
+        one_per_pair |= {f"role {name!r}": value for name, value in self.roles.items()}
+        if self.lengths is not None:
+            one_per_pair["lengths"] = self.lengths
+        for name, tensor in one_per_pair.items():
+            if tensor.shape != (n_pairs,):
+                raise InputError(f"{name} has shape {_shape(tensor)}; give one value per pair, ({n_pairs},).")
+        if self.candidates is not None:
+            if self.candidates.ndim != 2 or len(self.candidates) != n_pairs:
+                raise InputError(f"candidates has shape {_shape(self.candidates)}; give [pair, choice].")
+            for name in ("answer", "wrong"):
+                if not (self.candidates == getattr(self, name)[:, None]).any(1).all():
+                    raise InputError(
+                        f"A row of candidates lacks its {name}; give the ids of all names of the pair."
+                    )
+        bounds = [("lengths", self.lengths, 1, n_pos), ("candidates", self.candidates, ABSENT, None)]
+        bounds += [(f"role {name!r}", value, ABSENT, n_pos - 1) for name, value in self.roles.items()]
+        bounds += [(name, getattr(self, name), 0, None) for name in ("clean", "corrupted", "answer", "wrong")]
+        for name, tensor, low, high in bounds:
+            if tensor is not None and (tensor.min() < low or (high is not None and tensor.max() > high)):
+                upper = "" if high is None else f" and at most {high}"
+                raise InputError(f"{name} has values out of range; they must be at least {low}{upper}.")
+        texts_of = {f"label {name!r}": column for name, column in self.labels.items()}
+        for name, column in (texts_of | ({} if self.texts is None else {"texts": self.texts})).items():
+            if len(column) != n_pairs:
+                raise InputError(f"{name} has {len(column)} entries; give one per pair, {n_pairs}.")
+
+    @classmethod
+    def from_tokens(
+        cls,
+        clean: Any,
+        corrupted: Any,
+        answer: Any,
+        wrong: Any,
+        *,
+        candidates: Any = None,
+        lengths: Any = None,
+        labels: Mapping[str, Sequence[str]] | None = None,
+        roles: Mapping[str, Any] | None = None,
+    ) -> Pairs:
+        """Pairs from token ids: integer tensors, arrays or (nested) lists, shaped as the fields of `Pairs`.
+
+        Lists of unequal length need `lengths` and are padded on the right, which a causal model does not see
+        at `last`. Raises InputError for values that are no integers, or rows that do not fit.
+        """
+        if lengths is not None:
+            lengths = _integers("lengths", lengths).reshape(-1)
+        if _is_ragged(candidates):
+            candidates = _filled(candidates, ABSENT)
+        return cls(
+            clean=_token_rows("clean", clean, lengths),
+            corrupted=_token_rows("corrupted", corrupted, lengths),
+            answer=_integers("answer", answer),
+            wrong=_integers("wrong", wrong),
+            candidates=None if candidates is None else _integers("candidates", candidates),
+            lengths=lengths,
+            labels={name: tuple(column) for name, column in (labels or {}).items()},
+            roles={name: _integers(f"role {name!r}", value) for name, value in (roles or {}).items()},
+        )
+
+    @classmethod
+    def from_jsonl(cls, path: str | Path, tokenizer: Any) -> Pairs:
+        """Pairs from a file with one JSON object a line (`.gz` is unpacked), tokenised with BOS in front.
+
+        Keys: uncorrupted, corrupted, answer_uncorrupted, answer_corrupted, incorrect_for_uncorrupted,
+        incorrect_for_corrupted, corruption; `template` (text) is optional, other keys are not read. Rows are
+        those of the file: `.symmetric()` adds the swapped copies. Roles are read from the text, as
+        `ioi.generate` does. Raises InputError with the file and the line.
+        """
+        return cls.from_prompts(text.read_jsonl(Path(path)), tokenizer)
+
+    @classmethod
+    def from_prompts(cls, prompts: Sequence[PromptPair], tokenizer: Any) -> Pairs:
+        """Pairs from text: BOS in front, roles found, every name one token with its leading space.
+
+        Raises InputError, naming the pair's `source`, where a name is not one token, a word is unknown to the
+        tokenizer, or the two prompts of a pair differ in length.
+        """
+        rows = text.tokenize(prompts, tokenizer)
+        lengths = [len(row.clean) for row in rows]
+        return cls(
+            clean=torch.tensor(_filled([row.clean for row in rows])),
+            corrupted=torch.tensor(_filled([row.corrupted for row in rows])),
+            answer=torch.tensor([row.answer for row in rows]),
+            wrong=torch.tensor([row.wrong for row in rows]),
+            candidates=torch.tensor(_filled([row.names for row in rows], ABSENT)),
+            lengths=None if len(set(lengths)) == 1 else torch.tensor(lengths),
+            labels={
+                "template": tuple(prompt.template_label for prompt in prompts),
+                "corruption": tuple(prompt.corruption for prompt in prompts),
+            },
+            roles=_by_position(
+                {
+                    role: torch.tensor([row.roles.get(role, ABSENT) for row in rows])
+                    for role in dict.fromkeys(role for row in rows for role in row.roles)
+                }
+            ),
+            texts=tuple((prompt.clean, prompt.corrupted) for prompt in prompts),
+        )
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def __getitem__(self, rows: Any) -> Pairs:
+        """The pairs selected by a slice, mask, index tensor, list or integer, padded as they are here."""
+        index = torch.arange(len(self))[rows].reshape(-1)
+        if len(index) == 0:
+            raise InputError(f"No pair of the {len(self)} is selected; select at least one.")
+        order = index.tolist()
+
+        def take(tensor: Tensor) -> Tensor:
+            return tensor[index.to(tensor.device)]
+
+        return Pairs(
+            clean=take(self.clean),
+            corrupted=take(self.corrupted),
+            answer=take(self.answer),
+            wrong=take(self.wrong),
+            candidates=None if self.candidates is None else take(self.candidates),
+            lengths=None if self.lengths is None else take(self.lengths),
+            labels={name: tuple(column[i] for i in order) for name, column in self.labels.items()},
+            roles={role: take(indices) for role, indices in self.roles.items()},
+            texts=None if self.texts is None else tuple(self.texts[i] for i in order),
+        )
+
+    @property
+    def last(self) -> Tensor:
+        """Int64[pair], index of the last token, where the answer is read."""
+        if self.lengths is None:
+            return torch.full_like(self.answer, self.clean.shape[1] - 1)
+        return self.lengths - 1
+
+    @property
+    def first_difference(self) -> Tensor:
+        """Int64[pair], the first position at which the two prompts differ; `last` where they do not."""
+        positions = torch.arange(self.clean.shape[1], device=self.clean.device)
+        differs = (self.clean != self.corrupted) & (positions <= self.last[:, None])
+        return torch.where(differs.any(1), differs.int().argmax(1), self.last)
+
+    def symmetric(self) -> Pairs:
+        """These pairs, then the same pairs with the roles of clean and corrupted exchanged: twice as many."""
+        swapped = replace(
+            self,
+            clean=self.corrupted,
+            corrupted=self.clean,
+            answer=self.wrong,
+            wrong=self.answer,
+            texts=None
+            if self.texts is None
+            else tuple((corrupted, clean) for clean, corrupted in self.texts),
+        )
+        return Pairs.concat([self, swapped])
+
+    def by(self, label: str) -> dict[str, Pairs]:
+        """The pairs that share a value of a label, for each value in the order of first appearance."""
+        if label not in self.labels:
+            raise InputError(
+                f"These pairs have no label {label!r}; they have {', '.join(self.labels) or 'none'}."
+            )
+        column = self.labels[label]
+        return {
+            value: self[[i for i, own in enumerate(column) if own == value]]
+            for value in dict.fromkeys(column)
+        }
+
+    def layouts(self) -> list[Pairs]:
+        """The pairs in groups of equal length and equal roles, without padding, in first-seen order."""
+        keys = torch.stack([self.last, *self.roles.values()], 1).tolist()
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row, key in enumerate(keys):
+            groups.setdefault(tuple(key), []).append(row)
+        return [self[rows]._trimmed(key[0] + 1) for key, rows in groups.items()]
+
+    def position_labels(self) -> list[str]:
+        """A label for each position: the role every row has there, else "BOS" for 0, else the index."""
+        labels = ["BOS", *map(str, range(1, self.clean.shape[1]))]
+        for role, indices in reversed(self.roles.items()):
+            if bool((indices == indices[0]).all()) and indices[0] != ABSENT:
+                labels[int(indices[0])] = role
+        return labels
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Raise InputError unless every token, answer and candidate is below `vocab_size`."""
+        for name in ("clean", "corrupted", "answer", "wrong", "candidates"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.max() >= vocab_size:
+                raise InputError(
+                    f"{name} holds token {int(tensor.max())}, and the model's vocabulary has {vocab_size}; "
+                    "make the pairs with the model's own tokenizer."
+                )
+
+    def hash(self) -> str:
+        """SHA-256, in hex, of all tensors with their names and shapes; the same on any device."""
+        digest = hashlib.sha256()
+        for name, tensor in self._tensors():
+            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.cpu().contiguous().numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    @staticmethod
+    def concat(parts: Sequence[Pairs]) -> Pairs:
+        """All pairs of all parts, in order, padded to the longest; a label stays where every part has it."""
+        if not parts:
+            raise InputError("There are no pairs to put together; give at least one part.")
+        candidates = [part.candidates for part in parts if part.candidates is not None]
+        if len(candidates) not in (0, len(parts)):
+            raise InputError("Some parts have candidates and some have none; give them to all or to none.")
+        width = max(part.clean.shape[1] for part in parts)
+        choices = max((each.shape[1] for each in candidates), default=0)
+        ragged = any(part.lengths is not None or part.clean.shape[1] != width for part in parts)
+        names = [name for name in parts[0].labels if all(name in part.labels for part in parts)]
+        roles = dict.fromkeys(role for part in parts for role in part.roles)
+        texts = [row for part in parts for row in part.texts or ()]
+        return Pairs(
+            clean=torch.cat([_widen(part.clean, width, part.clean[:, :1]) for part in parts]),
+            corrupted=torch.cat([_widen(part.corrupted, width, part.corrupted[:, :1]) for part in parts]),
+            answer=torch.cat([part.answer for part in parts]),
+            wrong=torch.cat([part.wrong for part in parts]),
+            candidates=torch.cat([_widen(each, choices, ABSENT) for each in candidates])
+            if candidates
+            else None,
+            lengths=torch.cat([part.last + 1 for part in parts]) if ragged else None,
+            labels={name: tuple(row for part in parts for row in part.labels[name]) for name in names},
+            roles=_by_position(
+                {
+                    role: torch.cat(
+                        [part.roles.get(role, torch.full_like(part.answer, ABSENT)) for part in parts]
+                    )
+                    for role in roles
+                }
+            ),
+            texts=tuple(texts) if all(part.texts is not None for part in parts) else None,
+        )
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name in ("clean", "corrupted", "answer", "wrong", "candidates", "lengths"):
+            if getattr(self, name) is not None:
+                yield name, getattr(self, name)
+        for role in sorted(self.roles):
+            yield f"role {role!r}", self.roles[role]
+
+    def _trimmed(self, width: int) -> Pairs:
+        """These pairs, all `width` tokens long, without the padding and without the roles no row has."""
+        return replace(
+            self,
+            clean=self.clean[:, :width],
+            corrupted=self.corrupted[:, :width],
+            lengths=None,
+            roles={role: indices for role, indices in self.roles.items() if indices[0] != ABSENT},
+        )
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _integers(name: str, value: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(
+            f"{name} cannot be read as whole numbers of 64 bits; give token ids or indices."
+        ) from error
+    if tensor.numel() == 0:
+        raise InputError(f"{name} is empty; give at least one pair.")
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise InputError(f"{name} has dtype {tensor.dtype}; give whole numbers: token ids or indices.")
+    return tensor.long()
+
+
+def _is_ragged(rows: Any) -> bool:
+    nested = isinstance(rows, Sequence) and all(isinstance(row, Sequence) for row in rows)
+    return nested and len({len(row) for row in rows}) > 1
+
+
+def _token_rows(name: str, rows: Any, lengths: Tensor | None) -> Tensor:
+    if not _is_ragged(rows):
+        return _integers(name, rows)
+    if lengths is None:
+        raise InputError(f"The rows of {name} are not equally long; give lengths= to have them padded.")
+    for number, (row, length) in enumerate(zip(rows, lengths.tolist(), strict=False)):
+        if length > len(row) or not row:
+            raise InputError(
+                f"Row {number} of {name} has {len(row)} tokens and a length of {length}; make them agree."
+            )
+    return _integers(name, _filled(rows))
+
+
+def _filled(rows: Sequence[Sequence[int]], value: int | None = None) -> list[list[int]]:
+    """Rows of equal length, filled up on the right with `value`, or each with its first token, the BOS."""
+    width = max(map(len, rows))
+    return [[*row, *[row[0] if value is None else value] * (width - len(row))] for row in rows]
+
+
+def _widen(tensor: Tensor, width: int, value: Tensor | int) -> Tensor:
+    filled = torch.as_tensor(value, device=tensor.device).expand(len(tensor), width - tensor.shape[1])
+    return torch.cat([tensor, filled], 1)
+
+
+def _by_position(roles: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Roles in the order in which they stand in the longest prompt, which is the order to show them in."""
+    return dict(sorted(roles.items(), key=lambda item: int(item[1].max())))
