@@ -1,5 +1,6 @@
 """Take a Mamba apart: read and write every value inside the mixer, run the IOI experiments, find circuits."""
 
+from .attribution import attribute
 from .errors import InputError
 from .graph import Circuit
 from .interventions import mixer, read, run
@@ -8,4 +9,4 @@ from .patching import patch_edges
 from .tasks import ioi
 from .tasks.base import Pairs
 
-__all__ = ["Circuit", "InputError", "Pairs", "ioi", "mixer", "open_model", "patch_edges", "read", "run"]
+__all__ = ["Circuit", "InputError", "Pairs", "attribute", "ioi", "mixer", "open_model", "patch_edges", "read", "run"]
