@@ -1,7 +1,9 @@
 """Take a Mamba apart: read and write every value inside the mixer, run the IOI experiments, find circuits."""
 
+from .acdc import acdc
 from .attribution import attribute
 from .errors import InputError
+from .faithfulness import evaluate
 from .graph import Circuit
 from .interventions import mixer, read, run
 from .models import open_model
@@ -9,4 +11,4 @@ from .patching import patch_edges
 from .tasks import ioi
 from .tasks.base import Pairs
 
-__all__ = ["Circuit", "InputError", "Pairs", "attribute", "ioi", "mixer", "open_model", "patch_edges", "read", "run"]
+__all__ = ["Circuit", "InputError", "Pairs", "acdc", "attribute", "evaluate", "ioi", "mixer", "open_model", "patch_edges", "read", "run"]
