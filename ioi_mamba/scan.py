@@ -93,55 +93,57 @@ def _blocks(batch: int, channels: int, columns: int, device: torch.device) -> li
 
 
 class _SelectiveScan(torch.autograd.Function):
-    """Equations 5-8 in one loop that never holds [batch, pos, E, N]; the backward pass recomputes the states."""
+    """Equations 5-8 in one loop that never holds [batch, pos, E, N]; the backward pass recomputes the states.
+
+    Inside, states are [row, N, E]: with the long axis last, every product vectorises and the read-out is one small
+    matrix product a row.
+    """
 
     @staticmethod
     def forward(ctx, x, delta, A, B, C, h_start):  # type: ignore[override]
         y = torch.empty_like(x)
         h_last = torch.empty_like(h_start)
-        dx = delta * x
+        dx, A_t = delta * x, A.T.contiguous()
         for rows in _blocks(x.shape[0], *A.shape, x.device):
-            h = h_start[rows].clone()
+            h = h_start[rows].transpose(1, 2).contiguous()
             decay, drive = torch.empty_like(h), torch.empty_like(h)
             for t in range(x.shape[1]):
-                torch.mul(delta[rows, t, :, None], A, out=decay).exp_()
-                torch.mul(dx[rows, t, :, None], B[rows, t, None, :], out=drive)
+                torch.mul(delta[rows, t, None, :], A_t, out=decay).exp_()
+                torch.mul(dx[rows, t, None, :], B[rows, t, :, None], out=drive)
                 torch.addcmul(drive, decay, h, out=h)
-                torch.matmul(h, C[rows, t, :, None], out=y[rows, t, :, None])
-            h_last[rows] = h
+                y[rows, t] = torch.bmm(C[rows, t, None, :], h)[:, 0]
+            h_last[rows] = h.transpose(1, 2)
         ctx.save_for_backward(x, delta, A, B, C, h_start)
         return y, h_last
 
     @staticmethod
     def backward(ctx, grad_y, grad_last):  # type: ignore[override]
         x, delta, A, B, C, h_start = ctx.saved_tensors
-        n_pos = x.shape[1]
-        dx = delta * x
+        dx, A_t = delta * x, A.T.contiguous()
         grad_dx, grad_delta = torch.empty_like(x), torch.empty_like(x)
         grad_B, grad_C = torch.empty_like(B), torch.empty_like(C)
-        grad_A = torch.zeros_like(A) if ctx.needs_input_grad[2] else None
+        grad_A = torch.zeros_like(A_t) if ctx.needs_input_grad[2] else None
         grad_start = torch.empty_like(h_start)
         for rows in _blocks(x.shape[0], *A.shape, x.device):
-            states = [h_start[rows]]
-            decays = []
-            for t in range(n_pos):
-                decay = torch.mul(delta[rows, t, :, None], A).exp_()
-                drive = dx[rows, t, :, None] * B[rows, t, None, :]
-                states.append(drive.addcmul_(decay, states[-1]))
-                decays.append(decay)
-            g = grad_last[rows].clone()
-            for t in range(n_pos - 1, -1, -1):
+            states, decays = [h_start[rows].transpose(1, 2).contiguous()], []
+            for t in range(x.shape[1]):
+                decays.append((delta[rows, t, None, :] * A_t).exp_())
+                drive = dx[rows, t, None, :] * B[rows, t, :, None]
+                states.append(drive.addcmul_(decays[-1], states[-1]))
+            g = grad_last[rows].transpose(1, 2).contiguous()
+            for t in range(x.shape[1] - 1, -1, -1):
                 gy = grad_y[rows, t]
-                torch.matmul(gy[:, None, :], states[t + 1], out=grad_C[rows, t][:, None, :])
-                g.addcmul_(gy[:, :, None], C[rows, t, None, :])
-                torch.matmul(g, B[rows, t, :, None], out=grad_dx[rows, t, :, None])
-                torch.matmul(dx[rows, t][:, None, :], g, out=grad_B[rows, t][:, None, :])
-                g.mul_(decays[t])  # now the gradient of the previous state, and, times it, of the exponent delta A
+                grad_C[rows, t] = torch.bmm(states[t + 1], gy[:, :, None])[:, :, 0]
+                g.addcmul_(gy[:, None, :], C[rows, t, :, None])
+                grad_dx[rows, t] = torch.bmm(B[rows, t, None, :], g)[:, 0]
+                grad_B[rows, t] = torch.bmm(g, dx[rows, t, :, None])[:, :, 0]
+                g.mul_(decays[t])  # now the gradient of the previous state and, times it, of the exponent delta A
                 exponent = g * states[t]
-                torch.sum(exponent * A, dim=-1, out=grad_delta[rows, t])
+                grad_delta[rows, t] = (exponent * A_t).sum(1)
                 if grad_A is not None:
-                    grad_A += torch.einsum("ren,re->en", exponent, delta[rows, t])
-            grad_start[rows] = g
+                    grad_A += (exponent * delta[rows, t, None, :]).sum(0)
+            grad_start[rows] = g.transpose(1, 2)
+        grad_A = None if grad_A is None else grad_A.T
         return grad_dx * delta, grad_delta.addcmul_(grad_dx, x), grad_A, grad_B, grad_C, grad_start
 
 
