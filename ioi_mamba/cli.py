@@ -1,0 +1,248 @@
+"""The command `ioi-mamba`: a thin layer over `study`, `report`, `sites` and `doctor`.
+
+What a user got wrong is one sentence on stderr and exit code 2; Ctrl-C is 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import logging
+import os
+import sys
+import types
+import typing
+import warnings
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+from .errors import InputError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message[0].upper()}{message[1:]}: see `{self.prog} --help`.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="ioi-mamba", description="Take a Mamba apart and report what is found.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser(
+        "run", help="run experiments and write a report", description="Run experiments."
+    )
+    run.add_argument("analysis", nargs="+", metavar="ANALYSIS", help="names such as layer-ablation, or 'all'")
+    run.add_argument("--model", default="mini", help="'mini', a hub id or a directory (default: mini)")
+    run.add_argument("--backend", default="local", help="where the model runs (default: local)")
+    run.add_argument("--host", help="the server of a backend that has one")
+    source = run.add_mutually_exclusive_group()
+    source.add_argument(
+        "--pairs", type=Path, metavar="FILE", help="prompts of one's own, one JSON object a line"
+    )
+    source.add_argument(
+        "--n-pairs", type=int, metavar="N", help="pairs to draw (default: each experiment's own)"
+    )
+    run.add_argument(
+        "--seed", type=int, default=27, help="of the prompts drawn (default: 27, as in the paper)"
+    )
+    run.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    run.add_argument("--dtype", default="float32", help="of the weights (default: float32)")
+    run.add_argument("--out", type=Path, metavar="DIR", help="default: reports/MODEL-DATE-TIME")
+    run.add_argument("--resume", action="store_true", help="keep the finished tables in --out")
+    run.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    run.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of an experiment, such as layer=3; may be given again",
+    )
+    run.set_defaults(call=_run)
+    report = commands.add_parser("report", help="write the report of finished tables again")
+    report.add_argument("directory", type=Path, metavar="DIR")
+    report.set_defaults(call=_report)
+    sites = commands.add_parser("sites", help="list the hook names: every value that can be read and written")
+    sites.set_defaults(call=_sites)
+    doctor = commands.add_parser("doctor", help="say what is installed and whether it works")
+    doctor.set_defaults(call=_doctor)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Exit codes: 0 done, 1 the doctor found something, 2 bad input, 130 interrupted."""
+    try:
+        arguments = _parser().parse_args(argv)
+        _quiet()
+        return arguments.call(arguments)
+    except InputError as error:
+        print(f"ioi-mamba: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "ioi-mamba: interrupted; finished tables are kept, --resume with --out takes the run up again.",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def _quiet() -> None:
+    """Leave the terminal to our own progress: transformers and nnsight warn about kernels and show bars."""
+    os.environ.setdefault("USE_HUB_KERNELS", "0")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("transformers", "nnsight", "huggingface_hub", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(transformers|nnsight|huggingface_hub|torch)\b")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import analyses
+
+    names = list(dict.fromkeys(arguments.analysis))
+    names = list(analyses.available()) if names == ["all"] else names
+    modules = [analyses.load(name) for name in names]
+    options = _options(modules, arguments.option)
+    for flag, value in (("--n-pairs", arguments.n_pairs), ("--threads", arguments.threads)):
+        if value is not None and value < 1:
+            raise InputError(f"{flag} is {value}: give at least 1.")
+    if arguments.resume and arguments.out is None:
+        raise InputError("--resume needs --out: name the directory of the run to take up again.")
+    if arguments.pairs is not None and not arguments.pairs.is_file():
+        raise InputError(
+            f"There is no file {str(arguments.pairs)!r} to read pairs from: give --pairs an existing one."
+        )
+    from . import study
+
+    out = arguments.out or _default_out(arguments.model)
+    study.check_out_dir(out)
+
+    import torch
+
+    from .models import open_model
+    from .tasks.base import Pairs
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    model = open_model(
+        arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        backend=arguments.backend,
+        host=arguments.host,
+        any_architecture=not any(module.NEEDS_MAMBA for module in modules),
+    )
+    pairs = None if arguments.pairs is None else Pairs.from_jsonl(arguments.pairs, model.tokenizer)
+    page = study.run_study(
+        model,
+        names,
+        out,
+        pairs=pairs,
+        n_pairs=arguments.n_pairs,
+        seed=arguments.seed,
+        options=options,
+        model_id=arguments.model,
+        resume=arguments.resume,
+    )
+    print(f"Report: {page}")
+    return 0
+
+
+def _default_out(model: str) -> Path:
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(model).name).strip(".") or "model"
+    return Path("reports") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _options(modules: Sequence[ModuleType], texts: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE texts as the values that the experiments' `run` asks for. Raises InputError for a bad one."""
+    from . import study
+
+    pieces = [text.partition("=") for text in texts]
+    for key, equals, _ in pieces:
+        if not equals or not key:
+            raise InputError(f"--option {key!r} has no value: write it as KEY=VALUE.")
+    study.check_options(modules, {key: None for key, _, _ in pieces})
+    options = {}
+    for key, _, value in pieces:
+        module = next(module for module in modules if key in study.options_of(module))
+        options[key] = _coerce(key, value, typing.get_type_hints(module.run).get(key, str))
+    return options
+
+
+def _coerce(key: str, text: str, hint: Any) -> Any:
+    """A text as the first of the hint's types that reads it; commas separate the items of a sequence."""
+    kinds = (
+        list(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
+    )
+    for kind in sorted(kinds, key=lambda kind: kind is str):
+        origin: Any = typing.get_origin(kind) or kind
+        if kind is type(None) and text.lower() == "none":
+            return None
+        if origin is typing.Literal and text in typing.get_args(kind):
+            return text
+        if kind is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if kind is str:
+            return text
+        if kind in (int, float):
+            try:
+                value = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                continue
+            if type(value) is kind or (kind is float and type(value) is int):
+                return kind(value)
+        if origin in (list, tuple, Sequence):
+            items = next((item for item in typing.get_args(kind) if item is not Ellipsis), str)
+            return [_coerce(key, part.strip(), items) for part in text.split(",") if part.strip()]
+    wanted = " or ".join(getattr(kind, "__name__", str(kind)).replace("NoneType", "none") for kind in kinds)
+    raise InputError(f"--option {key}={text} cannot be used: {key} takes {wanted}.")
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from .report import write_report
+
+    print(f"Report: {write_report(arguments.directory)}")
+    return 0
+
+
+def _sites(arguments: argparse.Namespace) -> int:
+    from .glossary import DIMENSIONS
+    from .sites import MODEL_SITES, SITES
+
+    indexed = {"h": "h[.POS]", "conv_slice": "conv_slice.S"}
+    rows = [
+        ("hook name", "shape", "where it is", "meaning"),
+        ("hook_embed", "batch pos D", MODEL_SITES["embed"], "token embedding"),
+    ]
+    for site in SITES.values():
+        rows.append(
+            (f"blocks.I.hook_{indexed.get(site.name, site.name)}", site.shape, site.place, site.meaning)
+        )
+    rows.append(("hook_norm", "batch pos D", MODEL_SITES["norm"], "after the last RMSNorm"))
+    rows.append(("hook_logits", "batch pos vocab", MODEL_SITES["logits"], "logits"))
+    print(_columns(rows))
+    print("\nI is the layer, from 0.")
+    print(_columns([(term.letter, term.meaning) for term in DIMENSIONS]))
+    return 0
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from .doctor import examine
+
+    good = True
+    for check in examine():
+        print(f"{'ok ' if check.good else '-- '} {check.subject:<18} {check.says}", flush=True)
+        good = good and check.good
+    return 0 if good else 1

@@ -1,0 +1,238 @@
+"""One offline page out of a run's tables: what was asked, what is seen, what it says, how it was made.
+
+The page loads nothing: the chart library stands in it once, the charts as JSON. A content security policy in
+its head makes the browser hold to that. Whatever text a table or manifest carries is shown as text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import altair as alt
+import jinja2
+import pandas as pd
+import vl_convert
+from markupsafe import Markup
+
+import analyses
+
+from . import charts
+from .errors import InputError
+
+PREVIEW_ROWS = 12
+MAX_BYTES = 8 * 2**20
+_GLOBALS = "window.vegaEmbed = vegaEmbed;"
+_VEGALITE = re.sub(r"^v(\d+\.\d+).*", r"\1", alt.SCHEMA_VERSION)
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page shows of one experiment. `spec` None: there is no chart, and `trouble` says why."""
+
+    module: ModuleType
+    manifest: dict[str, Any]
+    spec: Markup | None
+    findings: list[str]
+    trouble: str | None
+    header: list[str]
+    preview: list[list[str]]
+    n_rows: int
+    code: str
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its name on success and vanishes on failure."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes files private; a report is for others to read.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """A run's manifest, or None if there is none there that can be read."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        return manifest if {"analysis", "model", "table_sha256"} <= manifest.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def write_report(directory: str | Path) -> Path:
+    """Write `index.html` from the tables and manifests of a directory, in the paper's order; gives its path.
+
+    A chart that cannot be drawn is replaced by the reason; a table without manifest is an unfinished run and
+    left out. Raises InputError for a directory without a finished table, a table that cannot be read, and a
+    page over 8 MB.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(f"{str(directory)!r} is not a directory: give the --out directory of a run.")
+    sections = [
+        section for name in analyses.available() if (section := _section(directory, name)) is not None
+    ]
+    if not sections:
+        raise InputError(
+            f"{str(directory)!r} holds no finished table: run an analysis with --out {directory} first."
+        )
+    page = _template().render(
+        sections=sections,
+        provenance=_provenance([section.manifest for section in sections]),
+        is_mini=any(section.manifest["model"]["id"] == "mini" for section in sections),
+        title=f"{_short_name(sections[0].manifest['model']['id'])}, taken apart",
+        bundle=Markup(_bundle()),
+    )
+    if len(page.encode()) > MAX_BYTES:
+        raise InputError(
+            f"The page would have {len(page.encode()) / 2**20:.1f} MB, more than 8: report fewer analyses."
+        )
+    with written_whole(directory / "index.html") as path:
+        path.write_text(page, encoding="utf-8")
+    return directory / "index.html"
+
+
+def _section(directory: Path, name: str) -> Section | None:
+    manifest = read_manifest(directory / f"{name}.json")
+    path = directory / f"{name}.parquet"
+    if manifest is None or not path.is_file():
+        return None
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read as parquet ({str(error).splitlines()[0]}): run {name} again."
+        ) from None
+    module = analyses.load(name)
+    spec, findings, trouble = None, [], None
+    try:
+        findings = list(module.findings(table))
+        spec = script_json(chart_spec(module.chart(table)))
+    except Exception as error:  # one experiment's table must not cost the page
+        trouble = f"{type(error).__name__}: {error}"
+    head = table.head(PREVIEW_ROWS)
+    return Section(
+        module=module,
+        manifest=manifest,
+        spec=spec,
+        findings=findings,
+        trouble=trouble,
+        header=[str(column) for column in head.columns],
+        preview=[[_cell(value) for value in row] for row in head.itertuples(index=False)],
+        n_rows=len(table),
+        code=notebook_code(directory, name),
+    )
+
+
+def chart_spec(chart: Any) -> dict[str, Any]:
+    """A chart as Vega-Lite, in the house theme. Raises InputError for data of more than 5,000 rows."""
+    with alt.theme.enable("ioi-mamba"):
+        spec = chart.to_dict()
+    for rows in spec.get("datasets", {}).values():
+        if len(rows) > charts.MAX_ROWS:
+            raise InputError(
+                f"A chart of {len(rows)} rows is too large: aggregate to {charts.MAX_ROWS} at most."
+            )
+    # Vega's expressions cannot hold these two line ends, and sort orders become expressions.
+    text = json.dumps(spec, ensure_ascii=False)
+    return json.loads(text.replace("\u2028", "\u21b5").replace("\u2029", "\u21b5"))
+
+
+def script_json(value: Any) -> Markup:
+    """JSON that can stand in a script element: no text in it can close the element or break a line."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(text)
+
+
+def notebook_code(directory: Path, name: str) -> str:
+    """Python that draws the section's chart again."""
+    module = name.replace("-", "_")
+    return (
+        "import pandas as pd\n"
+        f"from analyses import {module}\n\n"
+        f"table = pd.read_parquet({f'{name}.parquet'!r})  # beside this page\n"
+        f"{module}.chart(table)"
+    )
+
+
+def _cell(value: Any) -> str:
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _short_name(model_id: str) -> str:
+    return model_id.rstrip("/").rsplit("/", 1)[-1] or model_id
+
+
+def _provenance(manifests: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(what, value) for the head of the page; values that differ between experiments stand side by side."""
+
+    def each(read) -> str:
+        return ", ".join(dict.fromkeys(str(read(manifest)) for manifest in manifests))
+
+    wall = sum(manifest["wall_seconds"] for manifest in manifests)
+    model: Mapping[str, Any] = manifests[0]["model"]
+    sizes = model["config"]
+    shape = [f"{sizes['num_hidden_layers']} layers"] if "num_hidden_layers" in sizes else []
+    shape += [f"width {sizes['hidden_size']}"] if "hidden_size" in sizes else []
+    shape += [f"state {sizes['state_size']}"] if "state_size" in sizes else []
+    versions = manifests[0]["versions"]
+    return [
+        ("Model", each(lambda m: m["model"]["id"])),
+        ("Architecture", ", ".join([model["architecture"], *shape])),
+        ("Weights (SHA-256)", each(lambda m: m["model"]["weights_sha256"][:12])),
+        ("Device", each(lambda m: f"{m['device']}, {m['dtype']}")),
+        ("Compiled kernels", each(lambda m: ", ".join(m["kernels"]) or "none")),
+        ("Seed", each(lambda m: m["seed"])),
+        ("Time", f"{wall:.1f} s for {len(manifests)} analys{'is' if len(manifests) == 1 else 'es'}"),
+        ("Peak memory", f"{max(m['peak_memory_mib'] for m in manifests):,.0f} MiB"),
+        ("Made", max(m["created"] for m in manifests).replace("T", " ").replace("+00:00", " UTC")),
+        ("Versions", ", ".join(f"{package} {number}" for package, number in versions.items())),
+    ]
+
+
+def _day(created: str) -> str:
+    return f"{datetime.fromisoformat(created):%d %B %Y}".lstrip("0")
+
+
+@lru_cache(maxsize=1)
+def _bundle() -> str:
+    """Vega, Vega-Lite and Vega-Embed in one script, which sets `vegaEmbed` on the window."""
+    script = vl_convert.javascript_bundle(_GLOBALS, _VEGALITE)
+    # In a script element only this ends the text; in a JavaScript string the escape means the same.
+    return re.sub("</(?=script)", r"<\\/", script, flags=re.IGNORECASE)
+
+
+@lru_cache(maxsize=1)
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ioi_mamba"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["day"] = _day
+    return environment.get_template("report.html.j2")

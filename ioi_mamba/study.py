@@ -1,0 +1,293 @@
+"""A run: experiments on a model, each leaving a table and a manifest of where it comes from, and one report.
+
+`DIR/NAME.parquet` is the table, `DIR/NAME.json` the manifest, `DIR/index.html` the report. Everything is
+planned and checked before anything runs; each file is written whole or not at all; a run that was cut off is
+taken up again with `resume=True`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+import analyses
+
+from . import doctor, report
+from .errors import InputError
+from .models import MINI
+from .tasks.base import Pairs
+
+# Arguments of an experiment's `run` that a study gives it and that are not the user's to set.
+_SUPPLIED = ("progress", "held_out", "seed")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One experiment, ready to run. held_out: prompts of the next seed, if the experiment asks for them."""
+
+    module: ModuleType
+    pairs: Pairs
+    held_out: Pairs | None
+    options: dict[str, Any]
+
+
+def options_of(module: ModuleType) -> dict[str, inspect.Parameter]:
+    """The options a user may set: the keyword arguments of the experiment's `run`."""
+    parameters = inspect.signature(module.run).parameters
+    return {
+        name: parameter
+        for name, parameter in parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in _SUPPLIED
+    }
+
+
+def run_study(
+    model,
+    names: Sequence[str],
+    out_dir: str | Path,
+    *,
+    pairs: Pairs | None = None,
+    n_pairs: int | None = None,
+    seed: int = 27,
+    options: Mapping[str, Any] | None = None,
+    model_id: str | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Run experiments and write their tables, manifests and report into `out_dir`; returns the report's path.
+
+    names: of `analyses.ORDER`, run in that order. pairs: the prompts of every experiment; None lets each
+    choose its own from `n_pairs` (None: its default) and `seed`. Experiments that want held-out prompts get
+    those of the next seed, unless `pairs` is given. options: for every named experiment that takes them.
+    model_id: how the manifest names the model. resume: keep a table that is whole and was made from the same
+    weights, pairs, options and seed. Raises InputError before anything is written for an unknown name or
+    option, an `out_dir` that cannot be written or holds tables of another model, and pairs that do not fit
+    the model. An experiment that fails leaves the tables finished before it, and a report of them.
+    """
+    out = Path(out_dir)
+    check_out_dir(out)
+    plans = _plan(model, names, pairs, n_pairs, seed, dict(options or {}))
+    weights = weights_hash(model)
+    _refuse_other_model(out, weights)
+    about = describe_model(model, model_id) | {"weights_sha256": weights}
+    done = False
+    try:
+        for plan in plans:
+            _run_one(model, plan, out, about, seed, resume, progress)
+            done = True
+    finally:
+        if done:
+            page = report.write_report(out)
+    return page
+
+
+def check_out_dir(out: Path) -> None:
+    """Raise InputError unless `out` is a directory that can be written, or can be made."""
+    existing = out.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InputError(
+            f"The out directory {str(out)!r} cannot be made: {existing} is a file; choose another."
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"The out directory {str(out)!r} cannot be written: choose one that you may write.")
+
+
+def _plan(
+    model, names, pairs: Pairs | None, n_pairs: int | None, seed: int, options: dict[str, Any]
+) -> list[_Plan]:
+    modules = {name: analyses.load(name) for name in names}
+    check_options(list(modules.values()), options)
+    plans = []
+    for name in sorted(modules, key=analyses.ORDER.index):
+        module = modules[name]
+        chosen = pairs if pairs is not None else module.default_pairs(model.tokenizer, n_pairs, seed)
+        chosen.check_vocab(model.config.vocab_size)
+        held_out = None
+        if pairs is None and "held_out" in inspect.signature(module.run).parameters:
+            held_out = module.default_pairs(model.tokenizer, n_pairs, seed + 1)
+        own = {key: value for key, value in options.items() if key in options_of(module)}
+        plans.append(_Plan(module, chosen, held_out, own))
+    return plans
+
+
+def check_options(modules: Sequence[ModuleType], options: Mapping[str, Any]) -> None:
+    """Raise InputError for an option that none of the experiments takes."""
+    for key in options:
+        if not any(key in options_of(module) for module in modules):
+            known = [f"{module.NAME}: {', '.join(options_of(module)) or 'none'}" for module in modules]
+            raise InputError(f"Unknown option {key!r}: the options are {'; '.join(known)}.")
+
+
+def _run_one(
+    model, plan: _Plan, out: Path, about: dict[str, Any], seed: int, resume: bool, progress: bool
+) -> None:
+    module = plan.module
+    options = plan.options | _bottleneck(plan, out)
+    identity = {
+        "analysis": module.NAME,
+        "model": about,
+        "seed": seed,
+        "pairs_sha256": plan.pairs.hash(),
+        "held_out_sha256": None if plan.held_out is None else plan.held_out.hash(),
+        "options": {key: value if _is_plain(value) else str(value) for key, value in options.items()},
+    }
+    if resume and _is_finished(out, identity):
+        if progress:
+            print(f"{module.NAME}: finished before, kept", file=sys.stderr)
+        return
+    arguments: dict[str, Any] = dict(options)
+    parameters = inspect.signature(module.run).parameters
+    if "held_out" in parameters:
+        arguments["held_out"] = plan.held_out
+    if "seed" in parameters:
+        arguments["seed"] = seed
+    if torch.device(model.device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    with _progress_bar(module.NAME, progress) as advance:
+        table = module.run(model, plan.pairs, progress=advance, **arguments)
+    seconds = time.perf_counter() - started
+    missing = [column for column in module.COLUMNS if column not in table]
+    if missing:
+        raise RuntimeError(f"{module.NAME} made a table without the column {missing[0]!r}.")
+    manifest = identity | {
+        "paper": module.PAPER,
+        "device": doctor.device_name(torch.device(model.device)),
+        "dtype": str(next(model._module.parameters()).dtype).removeprefix("torch."),
+        "kernels": doctor.kernels(model.device),
+        "versions": doctor.versions(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "n_pairs": len(plan.pairs),
+        "rows": len(table),
+        "wall_seconds": round(seconds, 3),
+        "peak_memory_mib": round(_peak_memory_mib(), 1),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    if torch.device(model.device).type == "cuda":
+        manifest["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    out.mkdir(parents=True, exist_ok=True)
+    # The manifest vouches for the table by its hash: a table without its manifest counts as unfinished.
+    with report.written_whole(out / f"{module.NAME}.parquet") as path:
+        table.to_parquet(path, index=False)
+        manifest["table_sha256"] = _file_hash(path)
+    with report.written_whole(out / f"{module.NAME}.json") as path:
+        path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _bottleneck(plan: _Plan, out: Path) -> dict[str, int]:
+    """The layer this run's layer-ablation found, for an experiment on one layer when the user named none."""
+    parameter = options_of(plan.module).get("layer")
+    if parameter is None or parameter.default is not None or "layer" in plan.options:
+        return {}
+    source = out / "layer-ablation.parquet"
+    if not source.is_file():
+        return {}
+    return {"layer": int(analyses.load("layer-ablation").bottleneck(pd.read_parquet(source)))}
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str | list)
+
+
+def _is_finished(out: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether the table of this experiment is there, whole, and made from the same things."""
+    manifest = report.read_manifest(out / f"{identity['analysis']}.json")
+    table = out / f"{identity['analysis']}.parquet"
+    if manifest is None or not table.is_file() or manifest.get("table_sha256") != _file_hash(table):
+        return False
+    ours = json.loads(json.dumps(dict(identity)))
+    theirs = {key: manifest.get(key) for key in ours}
+    return _without_name(ours) == _without_name(theirs)
+
+
+def _without_name(identity: dict[str, Any]) -> dict[str, Any]:
+    """The same weights under another path are the same model."""
+    return identity | {"model": (identity["model"] or {}).get("weights_sha256")}
+
+
+def _refuse_other_model(out: Path, weights: str) -> None:
+    for path in sorted(out.glob("*.json")):
+        manifest = report.read_manifest(path)
+        if manifest is not None and manifest["model"]["weights_sha256"] != weights:
+            raise InputError(
+                f"{str(out)!r} holds {path.name} of another model ({manifest['model']['id']}, or other "
+                "weights or dtype): choose another out directory."
+            )
+
+
+def describe_model(model, model_id: str | None = None) -> dict[str, Any]:
+    """The model's id as given and the sizes in its config; the embedded model is called "mini"."""
+    config = model.config
+    if model_id is None:
+        path = str(getattr(config, "_name_or_path", "") or "unnamed")
+        model_id = "mini" if path == str(MINI) else path
+    sizes = (
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "state_size",
+        "conv_kernel",
+        "vocab_size",
+    )
+    summary = {name: getattr(config, name) for name in sizes if getattr(config, name, None) is not None}
+    revision = getattr(config, "_commit_hash", None)
+    return {"id": model_id, "revision": revision, "architecture": config.model_type, "config": summary}
+
+
+def weights_hash(model) -> str:
+    """SHA-256, in hex, of parameters and buffers as loaded: name, dtype, shape and bytes of each, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model._module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().reshape(-1)
+        # A piece at a time, so that a model on a GPU is not copied to memory whole.
+        for piece in flat.split(1 << 24):
+            digest.update(memoryview(piece.cpu().contiguous().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _peak_memory_mib() -> float:
+    """The most memory this process has held so far, over all that it did."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _progress_bar(name: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """A function progress(done, total) that moves one line on stderr."""
+    form = "{desc:<24} {percentage:3.0f}%|{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+    with tqdm(desc=name, total=1, disable=not shown, bar_format=form, file=sys.stderr) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.n = done
+            bar.refresh()
+
+        yield advance
+        bar.n = bar.total
+        bar.refresh()

@@ -1,0 +1,70 @@
+"""Models the tests share. Nothing here or in the tests needs a network."""
+
+import os
+
+# Read when transformers is imported, so set before any test module imports it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["USE_HUB_KERNELS"] = "0"
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig
+
+import ioi_mamba as im
+from ioi_mamba.models import _token_ids_tokenizer
+
+VOCAB = 40
+
+
+@pytest.fixture(scope="session")
+def tiny_mamba_dir(tmp_path_factory):
+    """A directory with a random Mamba of 4 layers, all sizes different; its prompts are token ids."""
+    path = tmp_path_factory.mktemp("tiny-mamba")
+    config = MambaConfig(
+        vocab_size=VOCAB,
+        hidden_size=24,
+        state_size=5,
+        num_hidden_layers=4,
+        expand=2,
+        time_step_rank=3,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    _save(config, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_mamba(tiny_mamba_dir):
+    """The random Mamba, opened as a user opens it."""
+    return im.open_model(str(tiny_mamba_dir), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2_dir(tmp_path_factory):
+    """A directory with a random GPT-2 of 3 layers; its prompts are token ids."""
+    path = tmp_path_factory.mktemp("tiny-gpt2")
+    config = GPT2Config(
+        vocab_size=VOCAB, n_embd=24, n_layer=3, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
+    )
+    _save(config, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def mini():
+    """The embedded trained model."""
+    return im.open_model("mini", device="cpu")
+
+
+def _save(config, path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        # Wide enough that removing a layer moves the logits far beyond rounding.
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.data.mul_(4.0)
+        model.save_pretrained(path)
+    _token_ids_tokenizer(VOCAB).save_pretrained(path)

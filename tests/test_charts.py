@@ -1,0 +1,113 @@
+"""The charts: one shared scale, no more rows than a page carries, the house theme."""
+
+import altair as alt
+import pandas as pd
+import pytest
+
+from ioi_mamba import charts
+from ioi_mamba.errors import InputError
+
+
+def heatmap_table(labels=("BOS", "n1", ",")):
+    rows = [
+        (corruption, layer, position, label, layer / 10 - 0.5 * position, 8)
+        for corruption in ("A -> B", "B -> C", "C -> A")
+        for layer in range(4)
+        for position, label in enumerate(labels)
+    ]
+    return pd.DataFrame(rows, columns=["corruption", "layer", "position", "label", "effect", "n"])
+
+
+def test_all_panels_share_one_scale_centred_at_zero():
+    table = heatmap_table()
+    spec = charts.position_heatmap(table).to_dict()
+    assert spec["facet"]["field"] == "corruption"
+    assert "color" not in spec.get("resolve", {}).get("scale", {})
+    low, high = spec["spec"]["encoding"]["color"]["scale"]["domain"]
+    assert low == -high
+    assert high == table["effect"].abs().max()
+
+
+def test_panels_keep_the_order_of_the_table_and_fit_two_to_a_narrow_page():
+    spec = charts.position_heatmap(heatmap_table()).to_dict()
+    assert spec["facet"]["sort"] == ["A -> B", "B -> C", "C -> A"]
+    assert spec["columns"] * (spec["spec"]["width"] + 90) <= 760
+
+
+def test_tooltips_have_the_value_and_the_number_of_prompts():
+    spec = charts.position_heatmap(heatmap_table()).to_dict()
+    assert {"effect", "n", "layer"} <= {tip["field"] for tip in spec["spec"]["encoding"]["tooltip"]}
+
+
+def test_positions_stand_in_their_order_under_their_labels():
+    spec = charts.position_heatmap(heatmap_table()).to_dict()
+    assert spec["spec"]["encoding"]["x"]["sort"] == ["BOS", "n1", ","]
+
+
+def test_the_same_token_at_two_positions_stays_two_columns():
+    spec = charts.position_heatmap(heatmap_table(labels=("BOS", ",", "n1", ","))).to_dict()
+    assert spec["spec"]["encoding"]["x"]["sort"] == ["BOS @0", ", @1", "n1 @2", ", @3"]
+
+
+def test_infinities_do_not_stretch_the_scale():
+    scale = charts.diverging_scale(pd.Series([0.5, float("inf"), float("nan"), -0.25])).to_dict()
+    assert scale["domain"] == [-0.5, 0.5]
+
+
+def test_a_table_of_zeros_still_has_a_scale():
+    assert charts.diverging_scale(pd.Series([0.0, 0.0])).to_dict()["domain"] == [-1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda table: charts.position_heatmap(table, facet=None, labels=None),
+        lambda table: charts.matrix_heatmap(table, x="position", y="layer", color="effect"),
+        lambda table: charts.line_with_points(table, x="position", y="effect"),
+        lambda table: charts.bars_with_baseline(table, x="layer", y="effect", baseline=0, baseline_label="b"),
+    ],
+)
+def test_no_chart_has_more_rows_than_a_page_carries(build):
+    table = pd.DataFrame({"layer": range(5001), "position": 0, "effect": 0.0})
+    with pytest.raises(InputError, match="aggregate"):
+        build(table)
+    build(table.head(5000))
+
+
+def test_a_missing_column_is_named():
+    with pytest.raises(InputError, match="no column 'effect'"):
+        charts.position_heatmap(heatmap_table().drop(columns="effect"))
+
+
+def test_a_matrix_has_its_values_in_its_cells_if_asked():
+    table = pd.DataFrame({"a": [1, 1, 2, 2], "b": [1, 2, 1, 2], "s": [0.1, 0.2, 0.3, 0.4], "m": "r"})
+    plain = charts.matrix_heatmap(table, x="a", y="b", color="s").to_dict()
+    assert [layer["mark"]["type"] for layer in plain["layer"]] == ["rect"]
+    written = charts.matrix_heatmap(table, x="a", y="b", color="s", text=True).to_dict()
+    assert written["layer"][1]["encoding"]["text"]["field"] == "s"
+    signed = charts.matrix_heatmap(table, x="a", y="b", color="s", domain=(-1, 1), facet="m").to_dict()
+    assert signed["spec"]["layer"][0]["encoding"]["color"]["scale"]["domain"] == [-1, 1]
+
+
+def test_the_baseline_is_drawn_and_named():
+    table = pd.DataFrame({"layer": [0, 1], "probability": [0.2, 0.9]})
+    spec = charts.bars_with_baseline(
+        table, x="layer", y="probability", baseline=0.875, baseline_label="whole model"
+    ).to_dict()
+    assert spec["layer"][1]["mark"]["type"] == "rule"
+    assert {"baseline": 0.875} in [row for rows in spec["datasets"].values() for row in rows]
+    assert spec["title"]["subtitle"] == "dashed line: whole model, 0.88"
+
+
+def test_the_theme_takes_the_colours_of_the_page():
+    assert alt.theme.active == "ioi-mamba"
+    config = charts.theme()["config"]
+    assert config["background"] == "transparent"
+    assert config["axis"]["labelColor"] == "currentColor"
+
+
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_a_chart_can_be_saved_as_a_picture(kind, tmp_path):
+    path = tmp_path / f"chart.{kind}"
+    charts.position_heatmap(heatmap_table()).save(path)
+    assert path.stat().st_size > 1000

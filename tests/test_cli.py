@@ -1,0 +1,247 @@
+"""The command line: good input does its job; bad input is one sentence, exit code 2, nothing written."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import analyses
+from analyses import layer_removal
+from ioi_mamba import cli, doctor
+from ioi_mamba.cli import main
+from ioi_mamba.sites import SITES
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    """Prompts of token ids, for a model without tokenizer."""
+    path = tmp_path / "pairs.jsonl"
+    rows = [([9, 11, 5, 6], 7, 8), ([9, 12, 4, 6], 3, 2), ([10, 11, 3, 6], 5, 1)]
+    with path.open("w") as file:
+        for tokens, answer, wrong in rows:
+            pair = {
+                "uncorrupted": " ".join(map(str, [answer, *tokens])),
+                "corrupted": " ".join(map(str, [wrong, *tokens])),
+                "answer_uncorrupted": f" {answer}",
+                "answer_corrupted": f" {wrong}",
+                "incorrect_for_uncorrupted": [f" {wrong}"],
+                "incorrect_for_corrupted": [f" {answer}"],
+                "corruption": "A -> B",
+            }
+            file.write(json.dumps(pair) + "\n")
+    return path
+
+
+def test_a_run_leaves_table_manifest_and_report_and_says_where(tiny_mamba_dir, pairs_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--model", str(tiny_mamba_dir), "--pairs", str(pairs_file), "--out", str(out)]
+    assert main(["run", "layer-removal", *arguments, "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == f"Report: {out / 'index.html'}"
+    assert "layer-removal" in printed.err
+    assert sorted(path.name for path in out.iterdir()) == [
+        "index.html",
+        "layer-removal.json",
+        "layer-removal.parquet",
+    ]
+    manifest = json.loads((out / "layer-removal.json").read_text())
+    assert manifest["model"]["id"] == str(tiny_mamba_dir)
+    assert manifest["n_pairs"] == 3
+    assert manifest["seed"] == 27
+    page = (out / "index.html").read_bytes()
+    assert main(["report", str(out)]) == 0
+    assert (out / "index.html").read_bytes() == page
+
+
+def test_a_model_that_is_no_mamba_runs_what_needs_none(tiny_gpt2_dir, pairs_file, tmp_path):
+    arguments = ["--model", str(tiny_gpt2_dir), "--pairs", str(pairs_file), "--out", str(tmp_path / "out")]
+    assert main(["run", "layer-removal", *arguments]) == 0
+    assert len(pd.read_parquet(tmp_path / "out/layer-removal.parquet")) == 1 + 3 + 2
+
+
+def test_options_reach_the_experiment_as_what_they_are(tiny_mamba_dir, pairs_file, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--model", str(tiny_mamba_dir), "--pairs", str(pairs_file), "--out", str(out)]
+    assert main(["run", "layer-removal", *arguments, "--option", "steps=1", "--option", "rows=4"]) == 0
+    table = pd.read_parquet(out / "layer-removal.parquet")
+    assert (table["mode"] == "greedy").sum() == 1
+    assert json.loads((out / "layer-removal.json").read_text())["options"] == {"steps": 1, "rows": 4}
+
+
+def test_an_interrupt_is_one_sentence_and_130(tiny_mamba_dir, pairs_file, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layer_removal, "run", interrupted)
+    arguments = ["--model", str(tiny_mamba_dir), "--pairs", str(pairs_file), "--out", str(tmp_path / "out")]
+    assert main(["run", "layer-removal", *arguments]) == 130
+    assert "interrupted" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+RUN = ["run", "layer-removal"]
+BAD = {
+    "an unknown analysis": (["run", "layer-removel"], "did you mean 'layer-removal'?"),
+    "an unknown analysis beside a known one": ([*RUN, "x"], "Unknown analysis 'x'"),
+    "an unknown command": (["walk"], "invalid choice: 'walk'"),
+    "an unknown flag": ([*RUN, "--sede", "3"], "nrecognized arguments: --sede"),
+    "no analysis": (["run"], "ANALYSIS"),
+    "a seed that is no number": ([*RUN, "--seed", "x"], "invalid int value: 'x'"),
+    "no pairs": ([*RUN, "--n-pairs", "0"], "--n-pairs is 0"),
+    "no threads": ([*RUN, "--threads", "0"], "--threads is 0"),
+    "an unknown option": ([*RUN, "--option", "row=3"], "Unknown option 'row'"),
+    "an option without value": ([*RUN, "--option", "rows"], "has no value"),
+    "an option of another kind": ([*RUN, "--option", "rows=x"], "rows takes int"),
+    "an option out of range": (
+        [*RUN, "--model", "TINY", "--pairs", "PAIRS", "--option", "rows=0"],
+        "at least 1",
+    ),
+    "an option that a study supplies": ([*RUN, "--option", "held_out=3"], "Unknown option"),
+    "resume without out": ([*RUN, "--resume"], "--resume needs --out"),
+    "no such pairs file": ([*RUN, "--pairs", "nowhere.jsonl"], "no file 'nowhere.jsonl'"),
+    "pairs and their number": ([*RUN, "--pairs", "PAIRS", "--n-pairs", "3"], "not allowed"),
+    "an unknown model": ([*RUN, "--model", "no/such-model"], "Unknown model 'no/such-model'"),
+    "a directory without config": ([*RUN, "--model", "EMPTY"], "has no config.json"),
+    "a dtype": ([*RUN, "--model", "TINY", "--dtype", "int3"], "dtype 'int3' is unknown"),
+    "a device": ([*RUN, "--model", "TINY", "--device", "abacus"], "device 'abacus'"),
+    "a backend": ([*RUN, "--model", "TINY", "--backend", "moon"], "backend 'moon'"),
+    "a pairs file that is not JSON": ([*RUN, "--model", "TINY", "--pairs", "BROKEN"], "line 2"),
+    "a name that is not one token": ([*RUN, "--pairs", "FOREIGN"], "line 1: ' Zaphod'"),
+    "a report of no directory": (["report", "nowhere"], "'nowhere' is not a directory"),
+    "a report of nothing": (["report", "EMPTY"], "holds no finished table"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_sentence_and_exit_2(
+    arguments, sentence, tiny_mamba_dir, pairs_file, tmp_path, monkeypatch, capsys
+):
+    line = pairs_file.read_text().splitlines()[0]
+    (tmp_path / "broken.jsonl").write_text(f"{line}\n{{not json\n")
+    (tmp_path / "foreign.jsonl").write_text(re.sub(r'" (7|8)"', '" Zaphod"', line))
+    (tmp_path / "empty").mkdir()
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    stand_ins = {
+        "TINY": tiny_mamba_dir,
+        "PAIRS": pairs_file,
+        "EMPTY": tmp_path / "empty",
+        "BROKEN": tmp_path / "broken.jsonl",
+        "FOREIGN": tmp_path / "foreign.jsonl",
+    }
+    assert main([str(stand_ins.get(argument, argument)) for argument in arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    said = printed.err.strip().splitlines()[-1]
+    assert said.startswith("ioi-mamba: ")
+    assert sentence in said
+    assert "Traceback" not in printed.err
+    assert list(work.iterdir()) == []
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_model_that_is_no_mamba_is_refused_where_one_is_needed(
+    tiny_gpt2_dir, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(layer_removal, "NEEDS_MAMBA", True)
+    out = tmp_path / "out"
+    assert main(["run", "layer-removal", "--model", str(tiny_gpt2_dir), "--out", str(out)]) == 2
+    assert "is a gpt2 model, not a Mamba" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("inside", ["", "deeper/still"])
+def test_a_file_in_the_way_of_the_out_directory_is_left_alone(inside, tiny_mamba_dir, tmp_path, capsys):
+    blocked = tmp_path / "blocked"
+    blocked.write_text("mine")
+    arguments = ["--model", str(tiny_mamba_dir), "--out", str(blocked / inside)]
+    assert main(["run", "layer-removal", *arguments]) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert "is a file" in said
+    assert blocked.read_text() == "mine"
+
+
+def test_bad_input_in_a_process_of_its_own_writes_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "ioi_mamba", "run", "layer-removal", "--model", "no/such-model"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_directory_names_model_and_time():
+    assert str(cli._default_out("state-spaces/mamba-370m-hf")).startswith("reports/mamba-370m-hf-2")
+    assert str(cli._default_out("..")).startswith("reports/model-2")
+
+
+@pytest.mark.parametrize(
+    ("text", "hint", "value"),
+    [
+        ("3", int, 3),
+        ("3", float, 3.0),
+        ("none", int | None, None),
+        ("true", bool, True),
+        ("h, out_proj", list[str], ["h", "out_proj"]),
+        ("1,2", tuple[int, ...], [1, 2]),
+        ("conv", str, "conv"),
+        ("none", str | None, None),
+    ],
+)
+def test_option_texts_become_what_the_experiment_asks_for(text, hint, value):
+    assert cli._coerce("key", text, hint) == value
+
+
+def test_sites_lists_every_hook(capsys):
+    assert main(["sites"]) == 0
+    printed = capsys.readouterr().out
+    for name in SITES:
+        assert f"blocks.I.hook_{name}" in printed
+    for name in ("hook_embed", "hook_norm", "hook_logits", "width of the residual stream"):
+        assert name in printed
+
+
+def test_the_doctor_says_so_when_a_version_was_not_tested(monkeypatch):
+    assert doctor._check_version("torch").good
+    monkeypatch.setitem(doctor.TESTED, "torch", ((1, 0), (1, 9)))
+    check = doctor._check_version("torch")
+    assert not check.good
+    assert "outside the tested range" in check.says
+
+
+def test_the_doctor_finds_mini_well(capsys):
+    assert doctor._check_mini().good, doctor._check_mini().says
+    main(["doctor"])
+    lines = capsys.readouterr().out.splitlines()
+    for subject in ("python", "nnsight", "transformers", "torch", "compiled kernels", "device", "mini"):
+        assert any(subject in line for line in lines)
+
+
+def test_the_main_job_on_mini_with_nothing_but_names(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "layer-removal", "--n-pairs", "2"]) == 0
+    (directory,) = (tmp_path / "reports").iterdir()
+    assert directory.name.startswith("mini-")
+    assert "These are figures of <code>mini</code>" in (directory / "index.html").read_text()
+    table = pd.read_parquet(directory / "layer-removal.parquet")
+    assert table.loc[table["mode"] == "greedy", "valid_accuracy"].notna().all()
+
+
+def test_the_registry_knows_only_modules_that_are_there():
+    assert "layer-removal" in analyses.available()
+    for name in analyses.available():
+        module = analyses.load(name)
+        assert name == module.NAME
+        assert set(module.COLUMNS)
+        assert len(module.METHOD.strip().splitlines()) == 3

@@ -1,0 +1,235 @@
+"""The page: offline, safe with any text, whole, and drawn by a real browser where there is one."""
+
+import json
+import re
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+import analyses
+from analyses import layer_removal
+from ioi_mamba import charts, doctor, report
+from ioi_mamba.errors import InputError
+
+HOSTILE = [
+    "</script><script>document.title='broken'</script>",
+    "</SCRIPT >",
+    "<!-- <script>",
+    "\"'`&amp;{{ 7*7 }}",
+    "\u202eright to left",
+    "line\u2028separator",
+    "n1",
+]
+
+LAYER_REMOVAL = pd.DataFrame(
+    [
+        ("none", 0, None, 1.0, 0.9, 8, 1.0),
+        ("single", 1, 0, 0.25, 0.3, 8, None),
+        ("single", 1, 1, 1.0, 0.89, 8, None),
+        ("greedy", 1, 1, 1.0, 0.89, 8, 0.875),
+    ],
+    columns=list(layer_removal.COLUMNS),
+).astype({"layer": "Int64", "valid_accuracy": "Float64"})
+
+HEATMAP = pd.DataFrame(
+    [
+        (corruption, layer, position, label, 0.1 * layer - 0.05 * position, 8)
+        for corruption in ("A -> B", HOSTILE[0], "C -> A")
+        for layer in range(3)
+        for position, label in enumerate(HOSTILE)
+    ],
+    columns=["corruption", "layer", "position", "label", "effect", "n"],
+)
+
+
+def put(directory, name, table, model_id="some/model", **manifest):
+    directory.mkdir(exist_ok=True)
+    table.to_parquet(directory / f"{name}.parquet", index=False)
+    entries = {
+        "analysis": name,
+        "model": {
+            "id": model_id,
+            "architecture": "mamba",
+            "config": {"num_hidden_layers": 2},
+            "weights_sha256": "0f" * 32,
+        },
+        "seed": 27,
+        "pairs_sha256": "ab" * 32,
+        "options": {"site": HOSTILE[0]},
+        "device": "cpu",
+        "dtype": "float32",
+        "kernels": [],
+        "versions": doctor.versions(),
+        "n_pairs": 8,
+        "wall_seconds": 1.5,
+        "peak_memory_mib": 300.0,
+        "created": "2026-01-05T10:00:00+00:00",
+        "table_sha256": "cd" * 32,
+    }
+    (directory / f"{name}.json").write_text(json.dumps(entries | manifest))
+
+
+@pytest.fixture
+def heatmap_module(monkeypatch):
+    """An experiment whose texts and tokens try to break the page, registered as state-ablation."""
+    module = SimpleNamespace(
+        NAME="state-ablation",
+        TITLE=f"Title {HOSTILE[0]}",
+        PAPER="4.4",
+        QUESTION=f"Question {HOSTILE[3]}",
+        LOOK_FOR=HOSTILE[4],
+        METHOD="\n".join(HOSTILE[:3]),
+        chart=charts.position_heatmap,
+        findings=lambda table: list(HOSTILE),
+    )
+    load = analyses.load
+    monkeypatch.setattr(analyses, "available", lambda: ("layer-removal", "state-ablation"))
+    monkeypatch.setattr(analyses, "load", lambda name: module if name == "state-ablation" else load(name))
+    return module
+
+
+@pytest.fixture
+def directory(tmp_path, heatmap_module):
+    put(tmp_path / "out", "layer-removal", LAYER_REMOVAL, model_id=f"{HOSTILE[0]}/x")
+    put(tmp_path / "out", "state-ablation", HEATMAP)
+    return tmp_path / "out"
+
+
+def own_part(page):
+    """The page without the chart library, which stands in the last script but one."""
+    return page.replace(report._bundle(), "")
+
+
+def test_sections_stand_in_the_papers_order_with_all_their_parts(directory):
+    page = own_part(report.write_report(directory).read_text())
+    assert re.findall(r'<section id="([^"]+)"', page) == ["layer-removal", "state-ablation"]
+    for part in (
+        layer_removal.TITLE,
+        layer_removal.QUESTION,
+        layer_removal.LOOK_FOR,
+        "Removing layer 0 costs most",
+        "pd.read_parquet",
+        "The first 4 of 4 rows",
+        "5 January 2026",
+        "0f0f0f0f0f0f",
+    ):
+        assert part.replace("'", "&#39;") in page
+    assert "These are figures of" not in page
+
+
+def test_mini_is_said_to_be_mini(tmp_path):
+    put(tmp_path / "out", "layer-removal", LAYER_REMOVAL, model_id="mini")
+    page = report.write_report(tmp_path / "out").read_text()
+    assert "They are not figures of mamba-370m" in page
+
+
+def test_the_page_loads_nothing(directory):
+    page = own_part(report.write_report(directory).read_text())
+    loading = r"<(script|img|iframe|link|source|video|audio|object|embed)\b[^>]*\b(src|href|data)="
+    assert not re.search(loading, page)
+    assert "@import" not in page
+    assert "url(" not in page
+    addresses = set(re.findall(r"https?://[^\"'\\ <]+", page))
+    assert addresses == {f"https://vega.github.io/schema/vega-lite/{report.alt.SCHEMA_VERSION}.json"}
+    assert "default-src 'none'" in page
+
+
+def test_hostile_text_opens_and_closes_no_element(directory):
+    page = own_part(report.write_report(directory).read_text())
+    assert "<script>document" not in page
+    assert "7*7" in page
+    assert page.count("</script>") == page.count("<script")
+    for spec in re.findall(r"<script type=\"application/json\"[^>]*>(.*?)</script>", page, re.DOTALL):
+        assert not set("<>&\u2028") & set(spec)
+        assert json.loads(spec)["$schema"]
+    assert HOSTILE[0] in re.sub(r"\\u003([ce])", lambda m: {"c": "<", "e": ">"}[m[1]], page)
+
+
+def test_writing_the_report_again_gives_the_same_page(directory):
+    first = report.write_report(directory).read_bytes()
+    assert report.write_report(directory).read_bytes() == first
+    assert len(first) < report.MAX_BYTES
+
+
+def test_the_chart_library_stands_in_the_page_once(directory):
+    page = report.write_report(directory).read_text()
+    assert page.count(report._bundle()) == 1
+    assert "</script" not in report._bundle().lower()
+
+
+def test_a_chart_that_cannot_be_drawn_costs_only_itself(directory, heatmap_module):
+    def broken(table):
+        raise KeyError("</script>")
+
+    heatmap_module.chart = broken
+    page = own_part(report.write_report(directory).read_text())
+    assert "The chart could not be drawn" in page
+    assert page.count('class="chart"') == 1
+    assert "Removing layer 0 costs most" in page
+
+
+def test_an_unfinished_run_is_left_out(directory):
+    (directory / "state-ablation.json").unlink()
+    page = report.write_report(directory).read_text()
+    assert 'id="layer-removal"' in page
+    assert 'id="state-ablation"' not in page
+
+
+def test_a_table_that_is_no_parquet_is_named(directory):
+    (directory / "state-ablation.parquet").write_text("not a table")
+    with pytest.raises(InputError, match=r"state-ablation\.parquet cannot be read"):
+        report.write_report(directory)
+    assert not (directory / "index.html").exists()
+
+
+def test_a_page_too_large_is_refused(directory, monkeypatch):
+    monkeypatch.setattr(report, "MAX_BYTES", 1000)
+    with pytest.raises(InputError, match="more than"):
+        report.write_report(directory)
+
+
+def test_a_chart_of_too_many_rows_is_refused():
+    table = pd.DataFrame({"x": range(5001)})
+    chart = report.alt.Chart(table).mark_point().encode(x="x:Q")
+    with report.alt.data_transformers.disable_max_rows(), pytest.raises(InputError, match="aggregate"):
+        report.chart_spec(chart)
+
+
+def test_the_notebook_code_draws_the_chart(tmp_path, monkeypatch):
+    put(tmp_path, "layer-removal", LAYER_REMOVAL)
+    monkeypatch.chdir(tmp_path)
+    *statements, expression = report.notebook_code(tmp_path, "layer-removal").splitlines()
+    names = {}
+    exec("\n".join(statements), names)
+    spec = eval(expression, names).to_dict()
+    assert spec["vconcat"]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
+@pytest.mark.parametrize("width", [1400, 800])
+def test_a_browser_without_network_draws_every_chart(directory, tmp_path, width):
+    page = report.write_report(directory)
+    flags = (
+        "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+        "disable-sync disable-component-update virtual-time-budget=20000 enable-logging=stderr "
+        f"window-size={width},900 dump-dom"
+    )
+    offline = "--host-resolver-rules=MAP * ~NOTFOUND"
+    command = ["chromium", *(f"--{flag}" for flag in flags.split()), offline]
+    done = subprocess.run(
+        [*command, f"--user-data-dir={tmp_path / 'browser'}", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    drawn = re.findall(r'data-drawn="(\w+)"', done.stdout)
+    assert drawn == ["yes", "yes"], done.stderr[-2000:]
+    for name in ("layer-removal", "state-ablation"):
+        chart = done.stdout.split(f'id="{name}-chart"')[1].split("<figcaption")[0]
+        assert "<svg" in chart
+    assert "could not be drawn" not in own_part(done.stdout).split("<main")[1].split("</main>")[0]
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert "<title>broken" not in done.stdout

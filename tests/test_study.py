@@ -1,0 +1,171 @@
+"""A run: what it leaves behind, what it refuses, and how it is taken up again."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from conftest import VOCAB
+
+import ioi_mamba as im
+from analyses import layer_removal
+from ioi_mamba import report, study
+from ioi_mamba.errors import InputError
+from ioi_mamba.tasks.base import Pairs
+
+
+def pairs(first=1, n_pairs=3):
+    tokens = torch.arange(first, first + 5 * n_pairs).reshape(n_pairs, 5) % VOCAB
+    answer = torch.arange(n_pairs)
+    return Pairs(clean=tokens, corrupted=tokens.flip(1), answer=answer, wrong=answer + 7)
+
+
+def run(model, out, **changes):
+    arguments = {"pairs": pairs(), "progress": False, "options": {"steps": 1}} | changes
+    return study.run_study(model, ["layer-removal"], out, **arguments)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often layer-removal ran."""
+    calls = []
+    genuine = layer_removal.run
+
+    def run(model, pairs, *, held_out=None, steps: int | None = None, rows: int = 128, progress=None):
+        calls.append(steps)
+        return genuine(model, pairs, held_out=held_out, steps=steps, rows=rows, progress=progress)
+
+    monkeypatch.setattr(layer_removal, "run", run)
+    return calls
+
+
+def test_the_manifest_says_where_the_table_comes_from(tiny_mamba, tmp_path):
+    page = run(tiny_mamba, tmp_path / "deep" / "out", model_id="tiny")
+    manifest = json.loads((page.parent / "layer-removal.json").read_text())
+    assert manifest["model"]["id"] == "tiny"
+    assert manifest["model"]["config"]["num_hidden_layers"] == 4
+    assert len(manifest["model"]["weights_sha256"]) == 64
+    assert manifest["pairs_sha256"] == pairs().hash()
+    assert manifest["options"] == {"steps": 1}
+    assert (manifest["device"], manifest["dtype"], manifest["kernels"]) == ("cpu", "float32", [])
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["wall_seconds"] > 0
+    assert 50 < manifest["peak_memory_mib"] < 1e6
+    assert manifest["rows"] == len(pd.read_parquet(page.parent / "layer-removal.parquet"))
+
+
+def test_the_weights_hash_sees_every_byte_name_and_dtype(tiny_mamba_dir):
+    model = im.open_model(str(tiny_mamba_dir), device="cpu")
+    before = study.weights_hash(model)
+    assert before == study.weights_hash(im.open_model(str(tiny_mamba_dir), device="cpu"))
+    weight = model._module.backbone.layers[3].mixer.D.data
+    weight[-1] = torch.nextafter(weight[-1], torch.tensor(9.0))
+    changed = study.weights_hash(model)
+    assert changed != before
+    assert study.weights_hash(im.open_model(str(tiny_mamba_dir), device="cpu", dtype="bfloat16")) != before
+
+
+def test_resume_keeps_a_finished_table(tiny_mamba, tmp_path, counted):
+    run(tiny_mamba, tmp_path)
+    table = (tmp_path / "layer-removal.parquet").read_bytes()
+    run(tiny_mamba, tmp_path, resume=True)
+    assert counted == [1]
+    assert (tmp_path / "layer-removal.parquet").read_bytes() == table
+    run(tiny_mamba, tmp_path)
+    assert counted == [1, 1]
+
+
+def damage(name):
+    def do(out):
+        path = out / name
+        path.write_bytes(path.read_bytes()[:-7])
+
+    return do
+
+
+@pytest.mark.parametrize(
+    ("before", "changes"),
+    [
+        (lambda out: None, {"options": {"steps": 2}}),
+        (lambda out: None, {"seed": 5}),
+        (lambda out: None, {"pairs": pairs(first=2)}),
+        (damage("layer-removal.parquet"), {}),
+        (damage("layer-removal.json"), {}),
+        (lambda out: (out / "layer-removal.parquet").unlink(), {}),
+    ],
+    ids=["options", "seed", "pairs", "table cut off", "manifest cut off", "table gone"],
+)
+def test_resume_runs_again_what_is_not_the_same_or_not_whole(tiny_mamba, tmp_path, counted, before, changes):
+    run(tiny_mamba, tmp_path)
+    before(tmp_path)
+    run(tiny_mamba, tmp_path, resume=True, **changes)
+    assert len(counted) == 2
+    assert report.read_manifest(tmp_path / "layer-removal.json") is not None
+
+
+def test_a_directory_of_another_model_is_refused(tiny_mamba, tiny_gpt2_dir, tmp_path):
+    run(tiny_mamba, tmp_path)
+    other = im.open_model(str(tiny_gpt2_dir), device="cpu", any_architecture=True)
+    with pytest.raises(InputError, match="of another model"):
+        run(other, tmp_path)
+
+
+def test_an_unknown_option_is_refused_before_anything_is_written(tiny_mamba, tmp_path):
+    with pytest.raises(InputError, match=r"Unknown option 'stepps'.*layer-removal: steps, rows"):
+        run(tiny_mamba, tmp_path / "out", options={"stepps": 1})
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_outside_the_vocabulary_are_refused_before_anything_is_written(tiny_mamba, tmp_path):
+    foreign = Pairs.from_tokens([[0, VOCAB]], [[0, 1]], [1], [2])
+    with pytest.raises(InputError, match=f"token {VOCAB}, and the model's vocabulary has {VOCAB}"):
+        run(tiny_mamba, tmp_path / "out", pairs=foreign)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_leaves_nothing_half_written(tiny_mamba, tmp_path, monkeypatch):
+    def cut_off(self, path, **_):
+        path.write_text("half a tab")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", cut_off)
+    with pytest.raises(OSError, match="disk is full"):
+        run(tiny_mamba, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_replaced_stays_whole_when_the_replacement_fails(tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text("whole")
+
+    def fail():
+        with report.written_whole(path) as temporary:
+            temporary.write_text("hal")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert path.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_held_out_prompts_come_from_the_next_seed(tiny_mamba, tmp_path, monkeypatch):
+    asked = []
+
+    def drawn(tokenizer, n_pairs, seed):
+        asked.append((n_pairs, seed))
+        return pairs(first=seed, n_pairs=n_pairs)
+
+    monkeypatch.setattr(layer_removal, "default_pairs", drawn)
+    page = run(tiny_mamba, tmp_path, pairs=None, n_pairs=4, seed=5)
+    assert asked == [(4, 5), (4, 6)]
+    table = pd.read_parquet(page.parent / "layer-removal.parquet")
+    assert table.loc[table["mode"] == "greedy", "valid_accuracy"].notna().all()
+
+
+def test_progress_is_one_line_an_analysis_on_stderr(tiny_mamba, tmp_path, capsys):
+    run(tiny_mamba, tmp_path, progress=True)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert "100%" in printed.err
