@@ -12,30 +12,21 @@ prompts themselves; `leave_out` takes these out.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 
-import altair as alt
 import pandas as pd
 import torch
-from torch import Tensor
 
-from ioi_mamba import charts
 from ioi_mamba.errors import InputError
-from ioi_mamba.interventions import forward
 from ioi_mamba.metrics import wilson_interval
 from ioi_mamba.steering import (
     METHODS,
-    Averages,
     averages,
     find_layer,
     name_slots,
-    read_up_to,
-    steering_edit,
 )
-from ioi_mamba.sweep import Roll, rows_per_pass
 from ioi_mamba.tasks import ioi
-from ioi_mamba.tasks.base import ABSENT, Pairs
+from ioi_mamba.tasks.base import Pairs
 
 NAME = "name-steering"
 TITLE = "Rewriting names with averages"
@@ -47,7 +38,7 @@ LOOK_FOR = (
 )
 METHOD = (
     "avg[name, slot]: mean ssm_input one token after the name over all prompts with that name in that slot.\n"
-    'Replace: x := avg[new, source]. Subtract-and-add: x := x + avg[new, source] - avg[old, source]. Slots of the '
+    "Replace: x := avg[new, source]. Subtract-and-add: x := x + avg[new, source] - avg[old, source]. Slots of the "
     "answer: the answer becomes the corrupted prompt's; other slots: the answer is written, so that the slot's old "
     "name is the only one mentioned once.\n"
     "Success: the intended name's last-position logit exceeds the original answer's; 101 random prompts a cell, "
@@ -101,7 +92,9 @@ def run(
         if progress is not None:
             progress(done, total + n_tests)
 
-    names = averages(model, pairs, layer, leave_out=pairs.clean[drawn] if leave_out else None, progress=report)
+    names = averages(
+        model, pairs, layer, leave_out=pairs.clean[drawn] if leave_out else None, progress=report
+    )
     rows = []
     done = 0
     for (slot, source), index in cells.items():

@@ -11,4 +11,17 @@ from .patching import patch_edges
 from .tasks import ioi
 from .tasks.base import Pairs
 
-__all__ = ["Circuit", "InputError", "Pairs", "acdc", "attribute", "evaluate", "ioi", "mixer", "open_model", "patch_edges", "read", "run"]
+__all__ = [
+    "Circuit",
+    "InputError",
+    "Pairs",
+    "acdc",
+    "attribute",
+    "evaluate",
+    "ioi",
+    "mixer",
+    "open_model",
+    "patch_edges",
+    "read",
+    "run",
+]

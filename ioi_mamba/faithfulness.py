@@ -22,7 +22,14 @@ from .sweep import last_logits, rows_per_pass
 from .tasks.base import Pairs
 
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-SCORES = ("normalized_logit_diff", "accuracy", "full_vocabulary_accuracy", "relative_probability", "kl", "logit_diff")
+SCORES = (
+    "normalized_logit_diff",
+    "accuracy",
+    "full_vocabulary_accuracy",
+    "relative_probability",
+    "kl",
+    "logit_diff",
+)
 Progress = Callable[[int, int], None]
 
 
@@ -33,20 +40,30 @@ class Evaluator:
     less than `keep_mib` MiB, else computed anew for every call.
     """
 
-    def __init__(self, model, pairs: Pairs, universe: Universe, *, rows: int | None = None, keep_mib: int = 1024):
+    def __init__(
+        self, model, pairs: Pairs, universe: Universe, *, rows: int | None = None, keep_mib: int = 1024
+    ):
         self.model, self.universe = model, universe
         self.rows = rows or rows_per_pass(model, pairs.clean.shape[1])
         size = min(self.rows, len(pairs))
         self.chunks = [pairs[i : i + size] for i in range(0, len(pairs), size)]
         self.n_positions = pairs.clean.shape[1]
         config = model.config
-        floats = self.n_positions * config.num_hidden_layers * (
-            config.hidden_size + (8 * config.intermediate_size if universe.parts else 0)
+        floats = (
+            self.n_positions
+            * config.num_hidden_layers
+            * (config.hidden_size + (8 * config.intermediate_size if universe.parts else 0))
         )
-        self._kept: dict[int, CorruptedRun] | None = {} if 4 * floats * len(pairs) <= keep_mib * 2**20 else None
+        self._kept: dict[int, CorruptedRun] | None = (
+            {} if 4 * floats * len(pairs) <= keep_mib * 2**20 else None
+        )
         self.candidates = candidates_of(pairs)
-        self.clean_logits = torch.cat([last_logits(model, c.clean, c.last)[:, 0] for c in self.chunks]).float()
-        self.corrupted_logits = torch.cat([last_logits(model, c.corrupted, c.last)[:, 0] for c in self.chunks]).float()
+        self.clean_logits = torch.cat(
+            [last_logits(model, c.clean, c.last)[:, 0] for c in self.chunks]
+        ).float()
+        self.corrupted_logits = torch.cat(
+            [last_logits(model, c.corrupted, c.last)[:, 0] for c in self.chunks]
+        ).float()
         self.answer, self.wrong = pairs.answer.to(model.device), pairs.wrong.to(model.device)
 
     def _corrupted(self, k: int, parts: bool) -> CorruptedRun:
@@ -133,7 +150,11 @@ def size_curve(
     for done, k in enumerate(sizes, 1):
         kept = {*order[:k], *always}
         scores = evaluator.score(evaluator.logits([[item for item in everything if item not in kept]]))
-        row = {"size": k, "fraction": k / len(order), "f": float(evaluator.faithfulness(scores["logit_diff"])[0])}
+        row = {
+            "size": k,
+            "fraction": k / len(order),
+            "f": float(evaluator.faithfulness(scores["logit_diff"])[0]),
+        }
         rows.append(row | {name: float(values.mean()) for name, values in scores.items()})
         if progress:
             progress(done, len(sizes))

@@ -103,7 +103,9 @@ def masks_of(sets: list[Iterable[Item]], universe: Universe, n_positions: int) -
             where = slice(None) if item.position is None else item.position
             inside = item.position is None or 0 <= item.position < n_positions
             if source is None or target is None or not inside:
-                raise InputError(f"{item} is not in this graph: nodes are embed, 0 to {n - 1}, output; positions below {n_positions}.")
+                raise InputError(
+                    f"{item} is not in this graph: nodes are embed, 0 to {n - 1}, output; positions below {n_positions}."
+                )
             if item.part is None and source < target:
                 masks.edges[s, source, target - 1, where] = 1
             elif item.part in taps and source == target:
@@ -111,7 +113,9 @@ def masks_of(sets: list[Iterable[Item]], universe: Universe, n_positions: int) -
             elif item.part in ("ssm", "skip") and source == target:
                 getattr(masks, item.part)[s, source - 1, where] = 1
             else:
-                raise InputError(f"{item} is no edge forward and no part of a layer (conv slices, ssm, skip).")
+                raise InputError(
+                    f"{item} is no edge forward and no part of a layer (conv slices, ssm, skip)."
+                )
     return masks
 
 
@@ -141,7 +145,9 @@ class Circuit:
 
     def _same(self, other: Circuit) -> frozenset[Item]:
         if self.universe != other.universe:
-            raise InputError(f"Circuits of different graphs cannot be combined: {self.universe} and {other.universe}.")
+            raise InputError(
+                f"Circuits of different graphs cannot be combined: {self.universe} and {other.universe}."
+            )
         return other.items
 
     def __or__(self, other: Circuit) -> Circuit:
@@ -216,7 +222,9 @@ class Circuit:
         path = Path(path)
         try:
             table = pd.read_parquet(path.with_name(path.name + _SUFFIXES[0]))
-            universe = Universe(**json.loads(path.with_name(path.name + _SUFFIXES[1]).read_text())["universe"])
+            universe = Universe(
+                **json.loads(path.with_name(path.name + _SUFFIXES[1]).read_text())["universe"]
+            )
             items = frozenset(items_of(table))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is no saved circuit (two files, .parquet and .json): {error}") from None
@@ -228,7 +236,9 @@ class Circuit:
 
         Layers appear as MIB's `m{i}` (one block without heads), embed as `input`, output as `logits`.
         """
-        names = {"embed": "input", "output": "logits"} | {str(i): f"m{i}" for i in range(self.universe.n_layers)}
+        names = {"embed": "input", "output": "logits"} | {
+            str(i): f"m{i}" for i in range(self.universe.n_layers)
+        }
         kept = {(i.source, i.target) for i in self.items if i.part is None}
         edges = [i for i in Universe(self.universe.n_layers).items()]
         used = {node for edge in kept for node in edge}
@@ -236,7 +246,8 @@ class Circuit:
             "cfg": {"n_layers": self.universe.n_layers, "parallel_attn_mlp": False},
             "nodes": {names[node]: {"in_graph": node in used} for node in self.universe.nodes},
             "edges": {
-                f"{names[e.source]}->{names[e.target]}": {"in_graph": (e.source, e.target) in kept} for e in edges
+                f"{names[e.source]}->{names[e.target]}": {"in_graph": (e.source, e.target) in kept}
+                for e in edges
             },
         }
 
@@ -257,6 +268,3 @@ def items_of(table: pd.DataFrame) -> list[Item]:
         Item(str(s), str(t), None if pd.isna(p) else int(p), None if pd.isna(part) else str(part))
         for s, t, p, part in zip(table["source"], table["target"], positions, parts, strict=True)
     ]
-
-
-

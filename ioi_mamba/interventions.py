@@ -60,8 +60,10 @@ def check_tokens(model, tokens: Tensor) -> Tensor:
         raise InputError(
             f"tokens must be whole numbers of shape [batch, pos], not {tokens.dtype} of shape {tuple(tokens.shape)}."
         )
-    if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < vocab):
-        raise InputError(f"tokens must be 0 to {vocab - 1} for this vocabulary; found {int(tokens.min())} to {int(tokens.max())}.")
+    if tokens.numel() and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab):
+        raise InputError(
+            f"tokens must be 0 to {vocab - 1} for this vocabulary; found {int(tokens.min())} to {int(tokens.max())}."
+        )
     return tokens.to(model.device)
 
 
@@ -75,7 +77,9 @@ def _apply(edit: Edit, current: Callable[[], Tensor], name: str) -> Tensor:
         return edit
     value = edit(current())
     if not isinstance(value, Tensor):
-        raise InputError(f"{name}: the edit returned {type(value).__name__}, not a tensor; return the new value.")
+        raise InputError(
+            f"{name}: the edit returned {type(value).__name__}, not a tensor; return the new value."
+        )
     return value
 
 
@@ -126,7 +130,9 @@ class _LayerPlan:
     def walk(self, block, layer: int, saved: dict[str, Tensor], own_scan: bool) -> None:
         """Do all of it in the order the layer computes its values; an edit precedes a read of the same site."""
         open_pass = MixerPass(block, layer)
-        wanted = sorted({*self.edits, *self.observers, *self.reads}, key=lambda a: (a.index is not None, a.index or 0))
+        wanted = sorted(
+            {*self.edits, *self.observers, *self.reads}, key=lambda a: (a.index is not None, a.index or 0)
+        )
         for site in SITES:
             if own_scan and site == "delta_2":
                 open_pass.own_scan()

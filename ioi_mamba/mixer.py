@@ -41,7 +41,10 @@ _FED_BY = {
     "ssm_output": ("y",),
     "after_skip": ("ssm_output",),
 }
-_CALL_OUTPUTS = ("ssm_input", "after_skip")  # the outputs of the two calls, whose inputs all else is computed from
+_CALL_OUTPUTS = (
+    "ssm_input",
+    "after_skip",
+)  # the outputs of the two calls, whose inputs all else is computed from
 
 
 def _base(site: str) -> str:
@@ -62,7 +65,9 @@ class MixerPass:
         self._values: dict[str, Tensor] = {}
         self._written: set[str] = set()
         self._raw: dict[str, Tensor] = {}  # what the current stage's call was served
-        self._ran = False  # whether the current stage's call has run, so that only its output can still change
+        self._ran = (
+            False  # whether the current stage's call has run, so that only its output can still change
+        )
         self._state_writes: list[tuple[Tensor, Tensor]] = []  # (mask, value), both broadcastable to h
 
     # -- the two verbs ------------------------------------------------------------------------------------------
@@ -91,7 +96,9 @@ class MixerPass:
         if not isinstance(value, Tensor):
             raise InputError(f"{name}: an edit must be a tensor, not {type(value).__name__}.")
         if value.shape != current.shape:
-            raise InputError(f"{name}: the edit has shape {tuple(value.shape)}, the site {tuple(current.shape)}.")
+            raise InputError(
+                f"{name}: the edit has shape {tuple(value.shape)}, the site {tuple(current.shape)}."
+            )
         if not bool(torch.isfinite(value).all()):
             raise InputError(f"{name}: the edit holds NaN or infinity; write finite numbers.")
         value = value.to(dtype=current.dtype, device=current.device)
@@ -170,7 +177,10 @@ class MixerPass:
         elif stage == "scan":
             (x, dt, A, B, C), kwargs = getattr(block.mixer.source, SCAN_OP).inputs
             self._raw = {"x": x, "dt": dt, "B_in": B, "C_in": C, "D": kwargs["D"], "z": kwargs["z"]}
-            self._raw = {name: _at_least_float32(v.transpose(1, 2)) if v.ndim == 3 else v for name, v in self._raw.items()}
+            self._raw = {
+                name: _at_least_float32(v.transpose(1, 2)) if v.ndim == 3 else v
+                for name, v in self._raw.items()
+            }
             self._raw["bias"], self._raw["A"] = kwargs["delta_bias"], A
             self._raw["like"] = x
         elif stage == "mixer_output":
@@ -317,7 +327,9 @@ class Mixer:
 
     def _settle(self) -> None:
         if not self._open:
-            raise InputError("A mixer is used in a block: `with im.mixer(model, layer) as m:` inside the trace.")
+            raise InputError(
+                "A mixer is used in a block: `with im.mixer(model, layer) as m:` inside the trace."
+            )
         loans, self.__dict__["_loans"] = self._loans, []
         for handed, was, write in loans:
             if not torch.equal(handed, was):
@@ -381,7 +393,9 @@ class _ConvSlices:
     def __getitem__(self, s: int) -> Tensor:
         site = f"conv_slice.{s}"
         self._mixer._settle()
-        return self._mixer._lend(self._mixer._pass.get(site), lambda value: self._mixer._pass.set(site, value))
+        return self._mixer._lend(
+            self._mixer._pass.get(site), lambda value: self._mixer._pass.set(site, value)
+        )
 
     def __setitem__(self, s: int, value: Tensor) -> None:
         self._mixer._settle()

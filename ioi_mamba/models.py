@@ -13,6 +13,13 @@ from .sites import check_labels
 
 MINI = Path(__file__).parent / "mini"
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+)
 _NOT_READ = {
     "mamba2": "Mamba-2 has another mixer",
     "falcon_mamba": "Falcon-Mamba normalises B, C and delta",
@@ -20,15 +27,22 @@ _NOT_READ = {
 
 
 def _token_ids_tokenizer(vocab_size: int):
-    """The tokenizer of a checkpoint that has none: the text "17 4 9" is the ids 17, 4, 9. Id 0 is BOS."""
+    """The tokenizer of a checkpoint that has none: the text "17 4 9" is the ids 17, 4, 9; id 0 is BOS.
+
+    Any other word is the unknown token, whose id lies outside the model's vocabulary, so that it cannot pass unseen.
+    """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(WordLevel({str(i): i for i in range(vocab_size)}, unk_token="0"))
+    tokenizer = Tokenizer(
+        WordLevel({str(i): i for i in range(vocab_size)} | {"?": vocab_size}, unk_token="?")
+    )
     tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="0", eos_token="0", pad_token="0")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="0", eos_token="0", pad_token="0", unk_token="?"
+    )
 
 
 def _read_config(name: str, local: bool) -> dict:
@@ -54,9 +68,13 @@ def _read_config(name: str, local: bool) -> dict:
 def _refuse(config: dict, name: str, any_architecture: bool) -> None:
     kind = config.get("model_type")
     if kind in _NOT_READ:
-        raise InputError(f"{name!r} is a {kind} model, which is not supported ({_NOT_READ[kind]}): use a Mamba-1 checkpoint.")
+        raise InputError(
+            f"{name!r} is a {kind} model, which is not supported ({_NOT_READ[kind]}): use a Mamba-1 checkpoint."
+        )
     if kind != "mamba" and not any_architecture:
-        raise InputError(f"{name!r} is a {kind} model, not a Mamba: use a checkpoint whose config says model_type 'mamba'.")
+        raise InputError(
+            f"{name!r} is a {kind} model, not a Mamba: use a checkpoint whose config says model_type 'mamba'."
+        )
     if kind == "mamba" and config.get("hidden_act", "silu") != "silu":
         raise InputError(f"{name!r} uses the activation {config['hidden_act']!r}; only 'silu' is supported.")
 
@@ -95,10 +113,15 @@ def open_model(
         weights = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"The weights of {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError):
+    if local and not any((Path(path) / file).is_file() for file in _TOKENIZER_FILES):
         tokenizer = _token_ids_tokenizer(weights.config.vocab_size)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"The tokenizer of {name!r} cannot be loaded: {str(error).splitlines()[0]}"
+            ) from None
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         weights.to(place)

@@ -25,7 +25,11 @@ from .interventions import Edit, Observer, forward
 from .scan import selective_scan
 from .tasks.base import Pairs
 
-_SSM_SITES = ("ssm_input", "delta", "B")  # what a corrupted state is recomputed from, 16 times smaller than the state
+_SSM_SITES = (
+    "ssm_input",
+    "delta",
+    "B",
+)  # what a corrupted state is recomputed from, 16 times smaller than the state
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,10 @@ def source_hooks(n_layers: int) -> list[str]:
 
 def sink_hooks(n_layers: int) -> list[str]:
     """Hooks whose values are the inputs of the target nodes: every layer, then output."""
-    return [*(f"blocks.{i}.hook_layer_input" for i in range(n_layers)), f"blocks.{n_layers - 1}.hook_resid_post"]
+    return [
+        *(f"blocks.{i}.hook_layer_input" for i in range(n_layers)),
+        f"blocks.{n_layers - 1}.hook_resid_post",
+    ]
 
 
 def slice_hook(layer: int, tap: int, conv_width: int) -> str:
@@ -123,7 +130,9 @@ class Patch:
                 self.edits[name] = lambda x, mask=mask, target=target: self._toward(mask, x, target)
         name, mask = f"blocks.{layer}.hook_skip", self.masks.skip[:, layer]
         if mask.any():
-            self.edits[name] = lambda x, mask=mask, target=self.corrupted.sites[name]: self._toward(mask, x, target)
+            self.edits[name] = lambda x, mask=mask, target=self.corrupted.sites[name]: self._toward(
+                mask, x, target
+            )
         if self.masks.ssm[:, layer].any():
             self.observe[f"blocks.{layer}.hook_A"] = self._keep(f"{layer}.A")
             self.observe[f"blocks.{layer}.hook_C"] = self._keep(f"{layer}.C")
@@ -135,7 +144,9 @@ class Patch:
     def _ssm(self, layer: int, y: Tensor) -> Tensor:
         mask = self._rows(self.masks.ssm[:, layer], y)
         rows = torch.nonzero(mask.flatten(1).any(1))[:, 0]
-        read_out = corrupted_read_out(self.corrupted, layer, self._now[f"{layer}.A"], self._now[f"{layer}.C"], rows)
+        read_out = corrupted_read_out(
+            self.corrupted, layer, self._now[f"{layer}.A"], self._now[f"{layer}.C"], rows
+        )
         return y.index_add(0, rows, mask[rows] * (read_out - y[rows]))
 
 
@@ -143,7 +154,9 @@ def corrupted_read_out(corrupted: CorruptedRun, layer: int, A: Tensor, C: Tensor
     """C_t h_t [row, pos, E] with the corrupted run's states and this pass' C, for some rows of sets x pairs."""
     x, delta, B = (corrupted.sites[f"blocks.{layer}.hook_{site}"] for site in _SSM_SITES)
     of_pair = rows % len(x)
-    y, _ = selective_scan(x[of_pair].to(A.dtype), delta[of_pair], A, B[of_pair].to(A.dtype), C[rows].to(A.dtype))
+    y, _ = selective_scan(
+        x[of_pair].to(A.dtype), delta[of_pair], A, B[of_pair].to(A.dtype), C[rows].to(A.dtype)
+    )
     return y
 
 
@@ -152,7 +165,9 @@ def needs_parts(masks: Masks) -> bool:
     return bool(masks.conv.any() or masks.ssm.any() or masks.skip.any())
 
 
-def patched_logits(model, pairs: Pairs, corrupted: CorruptedRun, masks: Masks, *, everywhere: bool = False) -> Tensor:
+def patched_logits(
+    model, pairs: Pairs, corrupted: CorruptedRun, masks: Masks, *, everywhere: bool = False
+) -> Tensor:
     """Logits [set, pair, vocab] at the last position, or with `everywhere` [set, pair, pos, vocab]."""
     n_sets = masks.edges.shape[0]
     patch = Patch(model, corrupted, masks)
@@ -188,5 +203,3 @@ def patch_edges(
     masks = masks_of([items], universe_of(model, parts=True), pairs.clean.shape[1])
     corrupted = corrupted_run(model, pairs, parts=needs_parts(masks))
     return patched_logits(model, pairs, corrupted, masks, everywhere=True)[0]
-
-

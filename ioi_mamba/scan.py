@@ -137,7 +137,9 @@ class _SelectiveScan(torch.autograd.Function):
                 g.addcmul_(gy[:, None, :], C[rows, t, :, None])
                 grad_dx[rows, t] = torch.bmm(B[rows, t, None, :], g)[:, 0]
                 grad_B[rows, t] = torch.bmm(g, dx[rows, t, :, None])[:, :, 0]
-                g.mul_(decays[t])  # now the gradient of the previous state and, times it, of the exponent delta A
+                g.mul_(
+                    decays[t]
+                )  # now the gradient of the previous state and, times it, of the exponent delta A
                 exponent = g * states[t]
                 grad_delta[rows, t] = (exponent * A_t).sum(1)
                 if grad_A is not None:

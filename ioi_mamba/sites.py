@@ -54,7 +54,9 @@ _SITES = (
         "the layer's own copy of resid_pre; edits reach this layer only",
     ),
     Site("normalized_input", "norm_output", "batch pos D", "layers[i].norm.output", "after RMSNorm"),
-    Site("in_proj", "in_proj", "batch pos E", "mixer.in_proj.output, first half", "SSM branch, before the conv"),
+    Site(
+        "in_proj", "in_proj", "batch pos E", "mixer.in_proj.output, first half", "SSM branch, before the conv"
+    ),
     Site("skip", "in_proj", "batch pos E", "mixer.in_proj.output, second half", "gate branch, before SiLU"),
     Site(
         "conv_start",
@@ -70,12 +72,24 @@ _SITES = (
         "weight[:, K-1+s] * in_proj shifted by |s|",
         "one tap of the convolution, before bias and SiLU; takes an index s (not in MambaLens)",
     ),
-    Site("conv", "conv", "batch pos E", f"recomputed from {CONV_OP}.inputs", "conv output after bias, before SiLU"),
+    Site(
+        "conv",
+        "conv",
+        "batch pos E",
+        f"recomputed from {CONV_OP}.inputs",
+        "conv output after bias, before SiLU",
+    ),
     Site("ssm_input", "conv", "batch pos E", f"{CONV_OP}.output", "x, the input of the SSM"),
     Site("delta_1", "x_proj", "batch pos R", "mixer.x_proj.output[..., :R]", "low-rank delta"),
     Site("B", "x_proj", "batch pos N", "mixer.x_proj.output[..., R:R+N]", "B_t (equation 8)"),
     Site("C", "x_proj", "batch pos N", "mixer.x_proj.output[..., R+N:]", "C_t (equation 9)"),
-    Site("delta_2", "scan", "batch pos E", f"from {SCAN_OP}.inputs", "projected delta with its bias, before softplus"),
+    Site(
+        "delta_2",
+        "scan",
+        "batch pos E",
+        f"from {SCAN_OP}.inputs",
+        "projected delta with its bias, before softplus",
+    ),
     Site("delta", "scan", "batch pos E", f"from {SCAN_OP}.inputs", "softplus(delta_2) (equation 10)"),
     Site("A", "scan", "E N", f"{SCAN_OP}.inputs", "-exp(A_log)"),
     Site("A_bar", "scan", "batch pos E N", f"from {SCAN_OP}.inputs", "exp(delta A) (equation 7)"),
@@ -91,12 +105,22 @@ _SITES = (
     Site("y", "scan", "batch pos E", f"from {SCAN_OP}.inputs", "C h (equation 6), before D x"),
     Site("ssm_output", "scan", "batch pos E", f"from {SCAN_OP}.inputs", "y + D x"),
     Site("after_skip", "scan", "batch pos E", f"{SCAN_OP}.output", "ssm_output * SiLU(skip)"),
-    Site("out_proj", "mixer_output", "batch pos D", "layers[i].mixer.output", "what the layer adds to the stream"),
+    Site(
+        "out_proj",
+        "mixer_output",
+        "batch pos D",
+        "layers[i].mixer.output",
+        "what the layer adds to the stream",
+    ),
     Site("resid_post", "block_output", "batch pos D", "layers[i].output", "resid_pre + out_proj"),
 )
 
 SITES: dict[str, Site] = {site.name: site for site in _SITES}
-MODEL_SITES = {"embed": "backbone.embeddings.output", "norm": "backbone.norm_f.output", "logits": "output.logits"}
+MODEL_SITES = {
+    "embed": "backbone.embeddings.output",
+    "norm": "backbone.norm_f.output",
+    "logits": "output.logits",
+}
 
 _HOOK = re.compile(r"(?:blocks\.(?P<layer>-?\d+)\.)?hook_(?P<name>[A-Za-z_0-9]+?)(?:\.(?P<index>-?\d+))?")
 
@@ -133,7 +157,9 @@ def parse(hook: str, n_layers: int, n_positions: int, conv_width: int) -> Addres
     if address is None:
         examples = [*_known_names(n_layers), "blocks.0.hook_h.0", "blocks.0.hook_conv_slice.-1"]
         nearest = difflib.get_close_matches(hook, examples, n=1, cutoff=0.0)[0]
-        raise InputError(f"Unknown hook name {hook!r}: did you mean {nearest!r}? `ioi-mamba sites` lists them all.")
+        raise InputError(
+            f"Unknown hook name {hook!r}: did you mean {nearest!r}? `ioi-mamba sites` lists them all."
+        )
     if address.layer is not None and not 0 <= address.layer < n_layers:
         raise InputError(f"{hook!r}: the model has layers 0 to {n_layers - 1}, not {address.layer}.")
     if address.site == "h" and address.index is not None and not 0 <= address.index < n_positions:

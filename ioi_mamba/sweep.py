@@ -24,6 +24,9 @@ from .sites import parse
 from .tasks.base import Pairs
 
 Progress = Callable[[int, int], None]
+STATE_AND_CONV = (
+    "h_and_conv"  # a layer's whole memory: its state and the conv inputs the next tokens still see
+)
 
 
 def layer_count(model) -> int:
@@ -52,8 +55,12 @@ class Roll:
     def begin(cls, model, tokens: Tensor) -> Roll:
         """Before the first token: all zeros."""
         config, layers = model.config, range(layer_count(model))
-        conv = tokens.new_zeros(len(tokens), config.conv_kernel - 1, config.intermediate_size, dtype=torch.float32)
-        state = tokens.new_zeros(len(tokens), config.intermediate_size, config.state_size, dtype=torch.float32)
+        conv = tokens.new_zeros(
+            len(tokens), config.conv_kernel - 1, config.intermediate_size, dtype=torch.float32
+        )
+        state = tokens.new_zeros(
+            len(tokens), config.intermediate_size, config.state_size, dtype=torch.float32
+        )
         return cls(model, tokens, 0, dict.fromkeys(layers, conv), dict.fromkeys(layers, state))
 
     def start(self, layer: int, resid_pre: Tensor, rows: Tensor | slice = slice(None)) -> Start:
@@ -63,7 +70,10 @@ class Roll:
         """
         above = range(layer, layer_count(self.model))
         return Start(
-            layer, resid_pre, {i: self.conv_start[i][rows] for i in above}, {i: self.h_start[i][rows] for i in above}
+            layer,
+            resid_pre,
+            {i: self.conv_start[i][rows] for i in above},
+            {i: self.h_start[i][rows] for i in above},
         )
 
     def step(self, reads: Sequence[str] = ()) -> tuple[Roll, dict[str, Tensor]]:
@@ -72,10 +82,16 @@ class Roll:
         inputs, states = block_sites("in_proj", layers), block_sites("h.0", layers)
         token = self.tokens[:, self.position : self.position + 1]
         at = forward(
-            self.model, token, reads=[*inputs, *states, *reads], start=self.start(0, token.new_empty(0)), own_scan=True
+            self.model,
+            token,
+            reads=[*inputs, *states, *reads],
+            start=self.start(0, token.new_empty(0)),
+            own_scan=True,
         )
         conv = {i: torch.cat((self.conv_start[i][:, 1:], at[inputs[i]]), dim=1) for i in layers}
-        return replace(self, position=self.position + 1, conv_start=conv, h_start={i: at[states[i]] for i in layers}), at
+        return replace(
+            self, position=self.position + 1, conv_start=conv, h_start={i: at[states[i]] for i in layers}
+        ), at
 
 
 def last_logits(model, tokens: Tensor, last: Tensor) -> Tensor:
@@ -107,7 +123,8 @@ def resample_sweep(
 
     In each cell the clean prompt runs with the site's value at that layer and position overwritten by the value of
     the corrupted run (paper section 4.1.1). `conv_slice.s` takes the OUTPUT position of the convolution; `h` is the
-    state after that position's update, from which the recurrence goes on.
+    state after that position's update, from which the recurrence goes on; `h_and_conv` is the same with the last K-1
+    conv inputs replaced too, for the positions that follow.
     site: a site name of one layer, with index for conv slices ("conv_slice.-1"). layers, positions: default all.
     resume: start each pass at its layer and position; False runs every row in full (slower, same values).
     A cell before a pair's first differing token, or after its last token, is the clean run itself (causality) and
@@ -116,7 +133,7 @@ def resample_sweep(
     n_pos = pairs.clean.shape[1]
     layers = list(range(layer_count(model)) if layers is None else layers)
     positions = list(range(n_pos) if positions is None else positions)
-    for name in block_sites(site, layers):
+    for name in block_sites("h" if site == STATE_AND_CONV else site, layers):
         parse(name, layer_count(model), n_pos, model.config.conv_kernel)
     out = torch.empty(len(layers), len(positions), len(pairs), 2, device=model.device)
     chunk = rows_per_pass(model, n_pos)
@@ -140,7 +157,7 @@ def _sweep_chunk(model, pairs: Pairs, site: str, layers, positions, resume: bool
     out[:] = answer_logits(run["hook_logits"][:, 0], pairs.answer, pairs.wrong)
     begins = pairs.first_difference.to(model.device)
     roll = Roll.begin(model, torch.cat((clean, corrupted)))
-    sources = block_sites("h.0" if site == "h" else site, layers)
+    sources = block_sites("h.0" if site in ("h", STATE_AND_CONV) else site, layers)
     done = 0
     for p in range(max(positions) + 1):
         here = roll
@@ -150,23 +167,52 @@ def _sweep_chunk(model, pairs: Pairs, site: str, layers, positions, resume: bool
             if len(alive):
                 value = at[sources[k]][n + alive]
                 start = here.start(layer, run[streams[k]][alive, p:], alive) if resume else None
-                logits = _patched(model, clean[alive], last[alive], site, layer, p, value, start)
+                taps = roll.conv_start[layer]
+                taps = (taps[alive], taps[n + alive]) if site == STATE_AND_CONV else None
+                logits = _patched(model, clean[alive], last[alive], site, layer, p, value, start, taps)
                 rows = alive.cpu()
-                out[k, positions.index(p), alive] = answer_logits(logits[:, 0], pairs.answer[rows], pairs.wrong[rows])
+                out[k, positions.index(p), alive] = answer_logits(
+                    logits[:, 0], pairs.answer[rows], pairs.wrong[rows]
+                )
             done += n
             if report:
                 report(done)
     return out
 
 
-def _patched(model, tokens, last, site: str, layer: int, p: int, value: Tensor, start: Start | None) -> Tensor:
-    """Logits [row, 1, vocab] with `value` (position axis of length 1) written at (layer, p)."""
+def _patched(
+    model, tokens, last, site: str, layer: int, p: int, value: Tensor, start: Start | None, taps
+) -> Tensor:
+    """Logits [row, 1, vocab] with `value` (position axis of length 1) written at (layer, p).
+
+    taps: (clean, corrupted) conv inputs [row, K-1, E] up to p, to be exchanged for the positions after p, or None.
+    """
     at = 0 if start else p
 
     def write(x: Tensor) -> Tensor:
         x[:, at] = value[:, 0]
         return x
 
-    edit = {f"blocks.{layer}.hook_h.{at}": value} if site == "h" else {f"blocks.{layer}.hook_{site}": write}
+    if site in ("h", STATE_AND_CONV):
+        edits = {f"blocks.{layer}.hook_h.{at}": value}
+    else:
+        edits = {f"blocks.{layer}.hook_{site}": write}
+    if taps is not None:
+        edits |= _exchange_taps(model, layer, at, *taps)
     tokens, last = (tokens[:, p:], last - p) if start else (tokens, last)
-    return forward(model, tokens, edit, logits_at=last, start=start)["hook_logits"]
+    return forward(model, tokens, edits, logits_at=last, start=start)["hook_logits"]
+
+
+def _exchange_taps(model, layer: int, at: int, clean: Tensor, corrupted: Tensor) -> dict:
+    """Edits of the conv output after position `at` that make it see the corrupted run's inputs up to `at`."""
+    conv = model.backbone.layers[layer].mixer.conv1d._module
+    width = conv.weight.shape[-1]
+
+    def exchange(x: Tensor) -> Tensor:
+        for ahead in range(1, min(width, x.shape[1] - at)):
+            # The output `ahead` positions after `at` reads inputs up to `at` through its oldest width - ahead taps.
+            weight = conv.weight[:, 0, : width - ahead].T
+            x[:, at + ahead] += (weight * (corrupted - clean)[:, ahead - 1 :]).sum(1)
+        return x
+
+    return {f"blocks.{layer}.hook_conv": exchange}

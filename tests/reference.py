@@ -68,7 +68,9 @@ def _block(weight, at, stream, norm):
 
     A = -torch.exp(weight("mixer.A_log"))
     N = A.shape[1]
-    low, B, C = _linear(x, weight("mixer.x_proj.weight")).split((weight("mixer.dt_proj.weight").shape[1], N, N), -1)
+    low, B, C = _linear(x, weight("mixer.x_proj.weight")).split(
+        (weight("mixer.dt_proj.weight").shape[1], N, N), -1
+    )
     low, B, C = at("delta_1", low), at("B", B), at("C", C)
     delta = at("delta_2", _linear(low, weight("mixer.dt_proj.weight"), weight("mixer.dt_proj.bias")))
     delta = at("delta", F.softplus(delta))
@@ -174,13 +176,19 @@ def attributions(weights, pairs, alphas, variant, path_parts, conv_width):
         run(weights, pairs.clean, edits, values)
         now = clean if variant == "clean-difference" else values | unpatched
         metric = normalized_logit_diff(difference(values), difference(clean), difference(corrupted)).sum()
-        gradient = lambda name, metric=metric, values=values: torch.autograd.grad(metric, values[name], retain_graph=True)[0]
+        gradient = lambda name, metric=metric, values=values: torch.autograd.grad(
+            metric, values[name], retain_graph=True
+        )[0]
 
         def add(kind, grad, change):
             total[kind] = total.get(kind, 0) + (grad * change).sum(-1).detach() / len(alphas)
 
         for source, target, part in kinds:
-            sink = f"blocks.{n - 1}.hook_resid_post" if target == "output" else f"blocks.{target}.hook_layer_input"
+            sink = (
+                f"blocks.{n - 1}.hook_resid_post"
+                if target == "output"
+                else f"blocks.{target}.hook_layer_input"
+            )
             name = source_hook(source)
             add((source, target, part), gradient(sink), corrupted[name] - now[name])
         for i in range(n):
@@ -190,5 +198,9 @@ def attributions(weights, pairs, alphas, variant, path_parts, conv_width):
                 add((node, node, part), gradient(block + "conv"), corrupted[name] - now[name])
             y = _read(states(corrupted, i, pairs.clean.shape[1]), now[block + "C"]) - now[block + "y"]
             add((node, node, "ssm"), gradient(block + "y"), y)
-            add((node, node, "skip"), gradient(block + "skip"), corrupted[block + "skip"] - now[block + "skip"])
+            add(
+                (node, node, "skip"),
+                gradient(block + "skip"),
+                corrupted[block + "skip"] - now[block + "skip"],
+            )
     return total

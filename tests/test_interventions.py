@@ -42,7 +42,9 @@ def edits_of(intervention):
         zeros = torch.zeros(1, 20, *[1] * (3 if "_bar" in site else 1))
         return {name: write_at(position, zeros) for name in names}
     if kind in ("replace", "addsub"):
-        corrupted, clean = (golden.TENSORS[f"vec/{site}.mean_{run}.l{layers[0]}"] for run in ("corr", "clean"))
+        corrupted, clean = (
+            golden.TENSORS[f"vec/{site}.mean_{run}.l{layers[0]}"] for run in ("corr", "clean")
+        )
         if kind == "replace":
             return {names[0]: write_at(position, corrupted[None])}
         return {names[0]: lambda x: write_at(position, x + corrupted - clean)(x.clone())}
@@ -102,7 +104,9 @@ def test_writing_back_what_was_read_changes_nothing_and_writing_another_value_do
     assert torch.isfinite(by_tensor).all()
 
 
-@pytest.mark.parametrize(("name", "hook"), [(name, hook) for name in ("golden", "odd") for hook in writable(name)])
+@pytest.mark.parametrize(
+    ("name", "hook"), [(name, hook) for name in ("golden", "odd") for hook in writable(name)]
+)
 def test_what_is_written_is_what_is_read_back_and_what_the_reference_goes_on_from(name, hook):
     model, tokens = golden.opened(name), golden.random_pairs(name).clean
     other = resampled(name, hook)
@@ -132,16 +136,34 @@ def at_four(x):
 
 def several(layers):
     """Edits at many sites of each of some layers, as functions, so that each sees the ones before it."""
-    edited = ("layer_input", "in_proj", "skip", "conv_slice.-1", "conv", "B", "delta_1", "delta_2", "B_bar", "h.3", "h.6")
+    edited = (
+        "layer_input",
+        "in_proj",
+        "skip",
+        "conv_slice.-1",
+        "conv",
+        "B",
+        "delta_1",
+        "delta_2",
+        "B_bar",
+        "h.3",
+        "h.6",
+    )
     edited += ("y", "ssm_output", "after_skip", "out_proj")
     edits = {f"blocks.{layer}.hook_{site}": halve for layer in layers for site in edited if "." in site}
-    return edits | {f"blocks.{layer}.hook_{site}": at_four for layer in layers for site in edited if "." not in site}
+    return edits | {
+        f"blocks.{layer}.hook_{site}": at_four for layer in layers for site in edited if "." not in site
+    }
 
 
 @pytest.mark.parametrize("name", ["golden", "odd"])
 @pytest.mark.parametrize("own_scan", [False, True])
 def test_many_edits_in_one_layer_and_in_many_layers_combine(name, own_scan):
-    model, pairs, n_layers = golden.opened(name), golden.random_pairs(name), golden.opened(name).config.num_hidden_layers
+    model, pairs, n_layers = (
+        golden.opened(name),
+        golden.random_pairs(name),
+        golden.opened(name).config.num_hidden_layers,
+    )
     for layers in ([1], range(n_layers)):
         edits = several(layers) | {"hook_embed": at_four, "hook_norm": halve}
         want = reference.logits(golden.weights(name), pairs.clean, edits)
@@ -154,10 +176,14 @@ def test_many_edits_in_one_layer_and_in_many_layers_combine(name, own_scan):
 @pytest.mark.parametrize("first", sites.SITES)
 def test_any_two_sites_of_a_layer_can_be_written_in_one_pass(first):
     model, tokens, weights = golden.odd_model(), golden.random_pairs("odd").clean, golden.weights("odd")
-    name = lambda site: f"blocks.1.hook_{site}" + (".-1" if site == "conv_slice" else ".5" if site == "h" else "")
+    name = lambda site: (
+        f"blocks.1.hook_{site}" + (".-1" if site == "conv_slice" else ".5" if site == "h" else "")
+    )
     for second in sites.SITES:
         edits = {name(second): lambda x: x * 0.6 + 0.01, name(first): lambda x: x * 0.8 + 0.02}
-        assert relative_error(im.run(model, tokens, edits), reference.logits(weights, tokens, edits)) < 1e-5, second
+        assert (
+            relative_error(im.run(model, tokens, edits), reference.logits(weights, tokens, edits)) < 1e-5
+        ), second
 
 
 def test_a_function_at_all_states_writes_only_the_entries_it_changes():
@@ -199,7 +225,9 @@ def test_layer_input_reaches_its_layer_only_and_resid_pre_all_that_follows():
     assert (own["hook_logits"] - shared["hook_logits"]).abs().max() > 1
 
 
-@pytest.mark.parametrize("site", ["resid_pre", "skip", "conv_slice.-2", "C", "delta", "A_bar", "B_bar", "y", "out_proj"])
+@pytest.mark.parametrize(
+    "site", ["resid_pre", "skip", "conv_slice.-2", "C", "delta", "A_bar", "B_bar", "y", "out_proj"]
+)
 def test_nothing_before_the_edited_position_changes(site):
     model, tokens = golden.model(), golden.golden_pairs().clean
 
@@ -233,7 +261,9 @@ def test_an_edit_is_given_a_copy_so_that_what_was_read_before_stays():
 
 def test_the_tensors_of_an_edit_are_left_as_they_were():
     model, tokens = golden.model(), golden.golden_pairs().clean
-    names = [f"blocks.1.hook_{site}" for site in ("layer_input", "in_proj", "conv", "B_bar", "h", "y", "out_proj")]
+    names = [
+        f"blocks.1.hook_{site}" for site in ("layer_input", "in_proj", "conv", "B_bar", "h", "y", "out_proj")
+    ]
     values = im.read(model, golden.golden_pairs().corrupted, names)
     before = {name: value.clone() for name, value in values.items()}
     im.run(model, tokens, values)
@@ -261,7 +291,9 @@ def test_logits_kept_at_one_position_are_those_of_the_whole_pass_there():
     at = torch.tensor([3, 19, 7, 0, 11])
     kept = forward(model, pairs.clean, logits_at=at)["hook_logits"]
     assert kept.shape == (5, 1, 512)
-    torch.testing.assert_close(kept[:, 0], im.run(model, pairs.clean, {})[torch.arange(5), at], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        kept[:, 0], im.run(model, pairs.clean, {})[torch.arange(5), at], rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -275,7 +307,11 @@ def test_an_observer_sees_the_value_after_the_edit_there():
     seen, model, tokens = {}, golden.model(), golden.golden_pairs().clean
     hooks = ["hook_embed", "blocks.1.hook_B_bar", "blocks.3.hook_h.4", "hook_norm", "hook_logits"]
     saved = forward(
-        model, tokens, dict.fromkeys(hooks, halve), reads=hooks, observe={h: lambda x, h=h: seen.update({h: x}) for h in hooks}
+        model,
+        tokens,
+        dict.fromkeys(hooks, halve),
+        reads=hooks,
+        observe={h: lambda x, h=h: seen.update({h: x}) for h in hooks},
     )
     assert all(torch.equal(seen[hook], saved[hook]) for hook in hooks)
 
@@ -321,9 +357,17 @@ def test_a_resumed_pass_refuses_what_lies_below_its_start():
 
 @pytest.mark.parametrize("name", ["golden", "odd"])
 def test_gradients_at_every_site_are_those_of_the_reference(name):
-    model, pairs, last_layer = golden.opened(name), golden.random_pairs(name), golden.opened(name).config.num_hidden_layers - 1
+    model, pairs, last_layer = (
+        golden.opened(name),
+        golden.random_pairs(name),
+        golden.opened(name).config.num_hidden_layers - 1,
+    )
     # One family a pass: where both a value and what is computed from it are read, the gradient splits the same way.
-    inside = [site for site in sites.SITES if site not in ("conv_slice", "h")] + ["conv_slice.-1", "h.3", "h.8"]
+    inside = [site for site in sites.SITES if site not in ("conv_slice", "h")] + [
+        "conv_slice.-1",
+        "h.3",
+        "h.8",
+    ]
     hooks = [f"blocks.{layer}.hook_{site}" for layer in (0, last_layer) for site in inside]
     metric = lambda logits: (logits[torch.arange(len(pairs)), pairs.last, pairs.answer] ** 2).sum()
     leaves, got = {}, {}
@@ -343,11 +387,17 @@ def test_gradients_at_every_site_are_those_of_the_reference(name):
     with torch.enable_grad():
         forward(model, pairs.clean, {h: leaf(h) for h in ["hook_embed", *hooks]}, reduce=differentiate)
         values = reference.run(
-            golden.weights(name), pairs.clean, {h: lambda x: x if x.requires_grad else x.requires_grad_() for h in ["hook_embed", *hooks]}
+            golden.weights(name),
+            pairs.clean,
+            {h: lambda x: x if x.requires_grad else x.requires_grad_() for h in ["hook_embed", *hooks]},
         )
         grads = torch.autograd.grad(metric(values["hook_logits"]), [values[hook] for hook in got])
     assert set(got) == {"hook_embed", *hooks}
-    bad = {h: e for (h, g), want in zip(got.items(), grads, strict=True) if not (e := relative_error(g, want)) < 1e-4}
+    bad = {
+        h: e
+        for (h, g), want in zip(got.items(), grads, strict=True)
+        if not (e := relative_error(g, want)) < 1e-4
+    }
     assert not bad
     assert all(grad.abs().max() > 1e-6 for grad in got.values())
 
@@ -386,7 +436,10 @@ def test_tokens_that_do_not_fit_are_refused(tokens, says):
         im.read(golden.model(), tokens, ["hook_embed"])
 
 
-@pytest.mark.parametrize("hook", ["hook_embed", "blocks.1.hook_layer_input", "blocks.1.hook_y", "blocks.1.hook_h", "blocks.1.hook_h.2"])
+@pytest.mark.parametrize(
+    "hook",
+    ["hook_embed", "blocks.1.hook_layer_input", "blocks.1.hook_y", "blocks.1.hook_h", "blocks.1.hook_h.2"],
+)
 @pytest.mark.parametrize(
     ("edit", "says"),
     [

@@ -24,12 +24,12 @@ PRINTABLE = "".join(map(chr, range(32, 127)))
 
 @dataclass(frozen=True)
 class Tiny(train.Recipe):
-    steps: int = 6
+    steps: int = 24
     batch: int = 8
     layers: int = 2
     hidden: int = 16
     state: int = 4
-    ramp: int = 4
+    ramp: int = 30
     learning_rate: float = 1e-2
     warmup: int = 2
 
@@ -197,16 +197,16 @@ def test_training_repeats_itself_lowers_the_loss_and_can_be_interrupted(tokenize
 
     whole, losses, _ = train.train(TINY, tokenizer, ())
     again, _, _ = train.train(TINY, tokenizer, ())
-    assert losses[-1] < losses[0]
+    assert sum(losses[-5:]) < sum(losses[:5])
     assert torch.equal(weights(whole), weights(again))
 
     state_file = tmp_path / "state.pt"
-    train.train(TINY, tokenizer, (), state_file=state_file, save_every=4)
+    train.train(TINY, tokenizer, (), state_file=state_file, save_every=20)
     resumed, resumed_losses, _ = train.train(TINY, tokenizer, (), state_file=state_file, resume=True)
     assert resumed_losses == losses
     assert torch.equal(weights(resumed), weights(whole))
     with pytest.raises(InputError, match="other options"):
-        train.train(Tiny(steps=7), tokenizer, (), state_file=state_file, resume=True)
+        train.train(Tiny(steps=25), tokenizer, (), state_file=state_file, resume=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["state.pt"]
 
 

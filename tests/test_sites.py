@@ -10,7 +10,9 @@ from ioi_mamba import sites
 from ioi_mamba.errors import InputError
 
 HOOKS = {
-    key.rsplit("/", 1)[1]: value for key, value in golden.TENSORS.items() if key.startswith(("hook/corr/", "hook/static/"))
+    key.rsplit("/", 1)[1]: value
+    for key, value in golden.TENSORS.items()
+    if key.startswith(("hook/corr/", "hook/static/"))
 }
 
 
@@ -132,7 +134,9 @@ def test_a_hook_name_is_taken_apart(hook, address):
         ("blocks.0.hook_conv_slice.-4", "slices are -3 to 0, not -4"),
     ],
 )
-@pytest.mark.parametrize("verb", [lambda *a: im.read(*a[:2], [a[2]]), lambda *a: im.run(*a[:2], {a[2]: lambda x: x})])
+@pytest.mark.parametrize(
+    "verb", [lambda *a: im.read(*a[:2], [a[2]]), lambda *a: im.run(*a[:2], {a[2]: lambda x: x})]
+)
 def test_a_name_that_is_not_there_is_refused_by_naming_it_and_the_fix(verb, hook, says):
     with pytest.raises(InputError, match=says) as error:
         verb(golden.model(), golden.golden_pairs().clean, hook)

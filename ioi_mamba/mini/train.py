@@ -40,6 +40,7 @@ from ioi_mamba.mini.corpus import (
     vocabulary,
 )
 from ioi_mamba.mini.tokenizer import build_tokenizer
+from ioi_mamba.scan import selective_scan
 from ioi_mamba.tasks.base import Pairs
 
 AMONG_NAMES, OF_ALL_TOKENS = 0.99, 0.97
@@ -50,67 +51,26 @@ PART = 16
 """Documents that go through the model at once."""
 
 
-class _Scan(torch.autograd.Function):
-    """y_t = C_t h_t with h_t = exp(delta_t A) h_(t-1) + B_t u_t, one position at a time (equations 5-8).
-
-    u, delta: [pos, batch, E]; A: [N, E]; B, C: [pos, batch, N]; y: [pos, batch, E]. What one position needs
-    fits the processor's cache, so only the states are kept for the gradient, and A_bar is made a second time.
-    Channels come last, so that every elementwise loop runs along memory.
-    """
-
-    @staticmethod
-    def forward(ctx, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:  # type: ignore[override]
-        pos, batch, E = u.shape
-        h = u.new_empty(pos, batch, len(A), E)
-        y = u.new_empty(pos, batch, 1, E)
-        for t in range(pos):
-            torch.mul(B[t, :, :, None], u[t, :, None], out=h[t])
-            if t:
-                h[t].addcmul_(torch.mul(delta[t, :, None], A).exp_(), h[t - 1])
-            torch.bmm(C[t, :, None], h[t], out=y[t])
-        ctx.save_for_backward(u, delta, A, B, C, h)
-        return y[:, :, 0]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        u, delta, A, B, C, h = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_u, grad_delta, grad_B, grad_C = (torch.zeros_like(value) for value in (u, delta, B, C))
-        grad_A, g = torch.zeros_like(h[0]), torch.zeros_like(h[0])
-        for t in range(len(u) - 1, -1, -1):
-            g.addcmul_(C[t, :, :, None], grad[t, :, None])
-            torch.bmm(h[t], grad[t, :, :, None], out=grad_C[t, :, :, None])
-            torch.bmm(g, u[t, :, :, None], out=grad_B[t, :, :, None])
-            torch.bmm(B[t, :, None], g, out=grad_u[t, :, None])
-            if t:
-                g.mul_(torch.mul(delta[t, :, None], A).exp_())
-                exponent = g * h[t - 1]
-                torch.sum(exponent * A, dim=1, out=grad_delta[t])
-                grad_A.addcmul_(exponent, delta[t, :, None])
-        return grad_u, grad_delta, grad_A.sum(0), grad_B, grad_C
-
-
 def logits(model: MambaForCausalLM, tokens: Tensor) -> Tensor:
     """What `model(tokens).logits` gives, [batch, pos, vocab], from the same parameters, with a fast gradient.
 
     tokens: [batch, pos].
     """
-    residual = model.backbone.embeddings(tokens.T)  # [pos, batch, D]
+    residual = model.backbone.embeddings(tokens)
     layers: Any = model.backbone.layers
     for layer in layers:
         mixer = layer.mixer
         x, gate = mixer.in_proj(layer.norm(residual)).chunk(2, dim=-1)
         taps = mixer.conv1d.weight[:, 0].T  # [tap, E]
-        earlier = F.pad(x, (0, 0, 0, 0, len(taps) - 1, 0))
-        conv = mixer.conv1d.bias + sum(tap * earlier[k : k + len(x)] for k, tap in enumerate(taps))
-        x = F.silu(conv)
+        earlier = F.pad(x, (0, 0, len(taps) - 1, 0))
+        conv = sum(tap * earlier[:, k : k + x.shape[1]] for k, tap in enumerate(taps))
+        x = F.silu(mixer.conv1d.bias + conv)
         sizes = (mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size)
         low_rank, B, C = mixer.x_proj(x).split(sizes, dim=-1)
         delta = F.softplus(mixer.dt_proj(low_rank))
-        A = -mixer.A_log.exp().T.contiguous()
-        y = _Scan.apply(x * delta, delta, A, B.contiguous(), C.contiguous()) + x * mixer.D
-        residual = residual + mixer.out_proj(y * F.silu(gate))
-    return model.lm_head(model.backbone.norm_f(residual)).transpose(0, 1)
+        y, _ = selective_scan(x, delta, -mixer.A_log.exp(), B, C)
+        residual = residual + mixer.out_proj((y + x * mixer.D) * F.silu(gate))
+    return model.lm_head(model.backbone.norm_f(residual))
 
 
 @dataclass(frozen=True)
@@ -316,8 +276,8 @@ bytes. It gives the paper's prompts the token boundaries they have in GPT-NeoX (
 adds no BOS: prepend id 0.
 
 ## Training
-`python -m ioi_mamba.mini.train --seed {seed} --steps {steps}` made it in {minutes:.1f} minutes with {threads}
-threads: {steps} steps of {batch} documents, AdamW, learning rate {rate:g}, answers weighted {weight:g} to 1.
+`python -m ioi_mamba.mini.train --seed {seed} --steps {steps} --threads {threads}` made it in {minutes:.1f}
+minutes: {steps} steps of {batch} documents, AdamW, learning rate {rate:g}, answers weighted {weight:g} to 1.
 It begins with the paper's templates alone; from step {ramp} on they are three documents in ten. A quarter is
 the same task in other words: two to four people, every order, one giver or all of them, two groups of which
 one gives, other verbs, places and objects. Around either come other sentences, which name the same people

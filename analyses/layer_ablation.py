@@ -1,0 +1,82 @@
+"""Which layers and positions matter? Resample ablation of a layer's input, one layer and position at a time.
+
+Paper section 4.1.1, figure 4. For each pair and each (layer, position), the clean prompt runs with `hook_layer_input`
+there overwritten by the corrupted run's value; only that layer sees it. Look for the layers with a large effect at
+the positions of the changed names: on mamba-370m they are 0 and 39.
+
+The published figure very likely patched in the activations of one stale prompt, which halves its magnitudes; this is
+the experiment as the text describes it. `site` sweeps any other site of a layer; with all four templates the cells
+are averaged by semantic position, which the paper left to future work.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from analyses import _effects
+from ioi_mamba.sweep import Progress
+from ioi_mamba.tasks.base import Pairs
+
+NAME = "layer-ablation"
+TITLE = "Layer ablation by position"
+PAPER = "4.1.1, Fig 4"
+QUESTION = "Which layer needs to read the name, and at which position?"
+LOOK_FOR = "Dark cells in the column of the changed name. All panels share one scale, so a pale panel is a weak effect."
+METHOD = (
+    "Run the clean prompt with one layer's input at one position replaced by the corrupted run's (hook_layer_input).\n"
+    "Effect = 1 - (d_patched - d_corrupted) / (d_clean - d_corrupted), d the logit difference of the two answers.\n"
+    "Mean over prompts; 0 acts like the clean run, 1 like the corrupted one (appendix B without the abs)."
+)
+NEEDS_MAMBA = True
+COLUMNS = _effects.COLUMNS
+
+
+def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
+    """40 pairs a corruption (80 evaluated prompts), the three templates whose names stand at the same positions."""
+    return _effects.default_pairs(tokenizer, n_pairs, seed)
+
+
+def run(
+    model, pairs: Pairs, *, site: str = "layer_input", resume: bool = True, progress: Progress | None = None
+) -> pd.DataFrame:
+    """The table of effects; see `_effects.effect_table` for its columns.
+
+    site: any site of a layer (`ioi-mamba sites`). resume: start each pass where it is patched (same values, faster).
+    """
+    return _effects.effect_table(model, pairs, site, resume=resume, progress=progress)
+
+
+def chart(table: pd.DataFrame):
+    """Layer by position, one panel a corruption."""
+    return _effects.effect_chart(table, "Effect of resampling the layer input")
+
+
+def bottleneck(table: pd.DataFrame) -> int:
+    """The layer after layer 0 with the largest effect: mean over corruptions of its strongest cell.
+
+    The last position is left out, where every layer can write the answer straight to the output.
+    """
+    last = table["position"].max()
+    inner = table[(table["layer"] > 0) & (table["position"] < last)]
+    if inner.empty:
+        return int(table["layer"].max())
+    strongest = inner.assign(size=inner["effect"].abs()).groupby(["layer", "corruption"])["size"].max()
+    return int(strongest.groupby("layer").mean().idxmax())
+
+
+def find_bottleneck(model, pairs: Pairs | None = None) -> int:
+    """`bottleneck` of a small sweep; default on 8 pairs of each corruption (seed 27)."""
+    return bottleneck(run(model, default_pairs(model.tokenizer, 8, 27) if pairs is None else pairs))
+
+
+def findings(table: pd.DataFrame) -> list[str]:
+    """The strongest cells of each corruption, and the bottleneck."""
+    layer = bottleneck(table)
+    last = table["position"].max()
+    part = table[(table["layer"] == layer) & (table["position"] < last)]
+    peak = part.loc[part["effect"].abs().idxmax()]
+    return [
+        *_effects.strongest(table),
+        f"After layer 0, layer {layer} has the largest effects before the last position, up to {peak['effect']:.2f} "
+        f"at {peak['label']}: experiments that need a bottleneck layer use it.",
+    ]

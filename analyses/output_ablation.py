@@ -1,0 +1,46 @@
+"""At which positions does a layer write what the answer needs?
+
+Paper section 4.4, figure 11: resample ablation of `hook_out_proj` at every (layer, position).
+`hook_out_proj` is what a layer adds to the residual stream; everything after it sees the change.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from analyses import _effects
+from ioi_mamba.sweep import Progress
+from ioi_mamba.tasks.base import Pairs
+
+NAME = "output-ablation"
+TITLE = "Layer output by position"
+PAPER = "4.4, Fig 11"
+QUESTION = "At which positions does a layer write what the answer needs?"
+LOOK_FOR = "A layer whose only dark cell is in the last column writes its result to the last token alone."
+METHOD = (
+    "Overwrite what a layer adds to the stream (hook_out_proj) at one position with the corrupted run's.\n"
+    "Effect = 1 - (d_patched - d_corrupted) / (d_clean - d_corrupted).\n"
+    "Mean over prompts, every layer and position, one corruption a panel."
+)
+NEEDS_MAMBA = True
+COLUMNS = _effects.COLUMNS
+
+
+def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
+    """40 pairs a corruption (80 evaluated prompts); the paper does not say how many it used."""
+    return _effects.default_pairs(tokenizer, n_pairs, seed)
+
+
+def run(model, pairs: Pairs, *, progress: Progress | None = None) -> pd.DataFrame:
+    """The table of effects; see `_effects.effect_table` for its columns."""
+    return _effects.effect_table(model, pairs, "out_proj", progress=progress)
+
+
+def chart(table: pd.DataFrame):
+    """Layer by position, one panel a corruption."""
+    return _effects.effect_chart(table, "Effect of resampling out_proj")
+
+
+def findings(table: pd.DataFrame) -> list[str]:
+    """The strongest cells of each corruption."""
+    return _effects.strongest(table)
