@@ -21,8 +21,7 @@ def default_pairs(
 ) -> Pairs:
     """`n_pairs` (default `size`) symmetric pairs for each of the five corruptions."""
     sets = [
-        ioi.generate(tokenizer, n_pairs or size, seed, templates=templates, corruptions=[c])
-        for c in ioi.CORRUPTIONS
+        ioi.generate(tokenizer, n_pairs or size, seed, templates=templates, corruptions=[c]) for c in ioi.CORRUPTIONS
     ]
     return Pairs.concat(sets)
 
@@ -48,9 +47,7 @@ def effect_table(
     cells = []
     for k, part in enumerate(layouts):
         report = (lambda n, total, k=k: progress(k * total + n, len(layouts) * total)) if progress else None
-        patched = metrics.logit_diff(
-            resample_sweep(model, part, site, layers=layers, resume=resume, progress=report)
-        )
+        patched = metrics.logit_diff(resample_sweep(model, part, site, layers=layers, resume=resume, progress=report))
         clean, corrupted = (
             metrics.logit_diff(last_logits(model, tokens, part.last)[:, 0], part.answer, part.wrong)
             for tokens in (part.clean, part.corrupted)
@@ -61,15 +58,15 @@ def effect_table(
         labels = part.position_labels()
         for value in dict.fromkeys(corruption):
             here = torch.tensor([c == value for c in corruption])
-            for l in range(effects.shape[0]):
+            for k_layer in range(effects.shape[0]):
                 for p, label in enumerate(labels):
                     cells.append(
                         (
                             value,
-                            l if layers is None else layers[l],
+                            k_layer if layers is None else layers[k_layer],
                             label,
                             p,
-                            effects[l, p, here & usable],
+                            effects[k_layer, p, here & usable],
                             int((here & ~usable).sum()),
                         )
                     )

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from ioi_mamba import charts, metrics
 from ioi_mamba.errors import InputError
-from ioi_mamba.interventions import Start, forward
+from ioi_mamba.interventions import forward
 from ioi_mamba.mixer import MixerPass
-from ioi_mamba.sweep import block_sites, layer_count
+from ioi_mamba.sweep import Roll, block_sites, layer_count
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 
@@ -142,9 +142,7 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
     n_steps = int(steps["step"].max())
     base = alt.Chart(charts.check_size(steps), title="The order in which layers are given back").encode(
         x=alt.X("step:O", title="step", axis=alt.Axis(labelAngle=0, ticks=False, domain=False)),
-        y=alt.Y(
-            "circuit:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=240)
-        ),
+        y=alt.Y("circuit:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=240)),
         tooltip=[
             "template:N",
             "corruption:N",
@@ -158,9 +156,7 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
     scale = alt.Scale(domain=[0, 1], range=list(charts.SEQUENTIAL), interpolate="rgb", clamp=True)
     legend = alt.Legend(orient="top", direction="horizontal", gradientLength=220, gradientThickness=12)
     squares = base.mark_rect(stroke="currentColor", strokeOpacity=0.06, strokeWidth=0.5).encode(
-        color=alt.Color(
-            "accuracy:Q", scale=scale, title="accuracy after the step (written: the layer)", legend=legend
-        )
+        color=alt.Color("accuracy:Q", scale=scale, title="accuracy after the step (written: the layer)", legend=legend)
     )
     numbers = base.mark_text(fontSize=11).encode(text="layer:N")
     width = min(charts.PLOT_WIDTH - 220, 34 * n_steps)
@@ -212,12 +208,8 @@ def findings(table: pd.DataFrame) -> list[str]:
 def _groups(pairs: Pairs) -> list[tuple[str, str, Pairs]]:
     """(template, corruption, pairs) in first-seen order."""
     groups = []
-    for template, part in (
-        pairs.by("template") if "template" in pairs.labels else {UNLABELLED: pairs}
-    ).items():
-        for corruption, group in (
-            part.by("corruption") if "corruption" in part.labels else {UNLABELLED: part}
-        ).items():
+    for template, part in (pairs.by("template") if "template" in pairs.labels else {UNLABELLED: pairs}).items():
+        for corruption, group in (part.by("corruption") if "corruption" in part.labels else {UNLABELLED: part}).items():
             groups.append((template, corruption, group))
     return groups
 
@@ -257,14 +249,12 @@ def _greedy(model, pairs: Pairs, threshold: float, rows: int, report: Callable[[
     """The table of one group, without its labels."""
     parts = [pairs[index] for index in torch.arange(len(pairs)).split(rows)]
     left, circuit = list(range(layer_count(model))), []
-    held, start, best, done = None, [], (-1.0, 0), 0
+    held, best, done = None, (-1.0, 0), 0
     records: list[dict] = []
 
     def record(step: int, layer: int | None, score: Score, chosen: bool) -> None:
         values = (step, layer, *score, len(pairs), chosen)
-        records.append(
-            dict(zip(("step", "layer", "accuracy", "probability", "n", "chosen"), values, strict=True))
-        )
+        records.append(dict(zip(("step", "layer", "accuracy", "probability", "n", "chosen"), values, strict=True)))
 
     for step in range(len(left) + 1):
         seen: dict[int | None, list[Tensor]] = {}
@@ -318,9 +308,7 @@ class _Rows:
         )
         self.values = {site: [corrupted[name] for name in names[site]] for site in names}
         index = torch.arange(len(pairs), device=self.tokens.device)
-        self.at_last = {
-            site: [v[index, self.last][:, None] for v in values] for site, values in self.values.items()
-        }
+        self.at_last = {site: [v[index, self.last][:, None] for v in values] for site, values in self.values.items()}
         self.circuit: frozenset[int] = frozenset()
         self._run_from(0, None)
 
@@ -341,18 +329,11 @@ class _Rows:
             for i in layers
             if i not in self.circuit
         }
-        start = None if stream is None or first == 0 else self._start(first, stream)
+        start = None if stream is None else Roll.begin(self.model, self.tokens).start(first, stream)
         names = block_sites("resid_pre", layers)
         run = forward(self.model, self.tokens, edits, names, logits_at=self.last, start=start, own_scan=True)
         self.logits = run["hook_logits"][:, 0]
         self.streams = [*(self.streams[:first] if first else []), *(run[name] for name in names)]
-
-    def _start(self, first: int, stream: Tensor) -> Start:
-        """Before position 0, where nothing has been seen."""
-        config, layers = self.model.config, range(first, layer_count(self.model))
-        conv = stream.new_zeros(len(stream), config.conv_kernel - 1, config.intermediate_size)
-        state = stream.new_zeros(len(stream), config.intermediate_size, config.state_size)
-        return Start(first, stream, dict.fromkeys(layers, conv), dict.fromkeys(layers, state))
 
     def scores(self, layer: int | None) -> Tensor:
         """[accuracy or probability, row] with `layer` given back too; None: as it is."""

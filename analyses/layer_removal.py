@@ -76,12 +76,7 @@ def run(
         raise InputError(f"rows ({rows}) and steps ({steps}) must be at least 1.")
     n_layers = len(_blocks(model))
     steps = min(n_layers - 1, steps or n_layers)
-    total = (
-        1
-        + n_layers
-        + sum(n_layers - step for step in range(1, steps))
-        + (steps + 1 if held_out is not None else 0)
-    )
+    total = 1 + n_layers + sum(n_layers - step for step in range(1, steps)) + (steps + 1 if held_out is not None else 0)
     done = 0
 
     def measure(removed: Sequence[frozenset[int]], prompts: Pairs) -> list[tuple[float, float]]:
@@ -97,9 +92,7 @@ def run(
     def valid(removed: frozenset[int]) -> float | None:
         return None if held_out is None else measure([removed], held_out)[0][0]
 
-    def row(
-        mode: str, step: int, layer: int | None, score: tuple[float, float], valid_accuracy: float | None
-    ):
+    def row(mode: str, step: int, layer: int | None, score: tuple[float, float], valid_accuracy: float | None):
         return dict(zip(COLUMNS, (mode, step, layer, *score, len(pairs), valid_accuracy), strict=True))
 
     none = frozenset()
@@ -202,9 +195,7 @@ def _output_head(model):
     for path, module in model._module.named_modules():
         if module is head:
             return model.get(path)
-    raise InputError(
-        f"{type(model._module).__name__} has no output head: layer-removal needs a language model."
-    )
+    raise InputError(f"{type(model._module).__name__} has no output head: layer-removal needs a language model.")
 
 
 def _batches(items: Sequence[frozenset[int]], size: int) -> Iterator[Sequence[frozenset[int]]]:

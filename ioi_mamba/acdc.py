@@ -64,9 +64,7 @@ class _State:
         try:
             data = json.loads(path.read_text())
             if data["question"] != question:
-                raise InputError(
-                    f"{path} belongs to another search (other pairs, graph or thresholds): remove it."
-                )
+                raise InputError(f"{path} belongs to another search (other pairs, graph or thresholds): remove it.")
             kept = {Item(*row[:4]): float(row[4]) for row in data["kept"]}
             removed = dict.fromkeys(Item(*row) for row in data["removed"])
             return cls(data["baseline"], kept, removed, data["tests"], data["rounds"])
@@ -173,9 +171,7 @@ def _without_effect(state: _State, universe: Universe, paper: bool) -> set[Item]
         dead |= {
             i
             for i in alive
-            if i.part
-            and i.part.startswith("conv")
-            and Item(i.source, i.source, i.position, "ssm") in state.removed
+            if i.part and i.part.startswith("conv") and Item(i.source, i.source, i.position, "ssm") in state.removed
         }
     return dead
 
@@ -231,9 +227,7 @@ def acdc(
         if test_mode:
             anew = float(evaluator.normalized([list(state.removed)])[0])
             if abs(anew - state.baseline) > 1e-5:
-                raise AssertionError(
-                    f"the search holds a baseline of {state.baseline}, from scratch it is {anew}"
-                )
+                raise AssertionError(f"the search holds a baseline of {state.baseline}, from scratch it is {anew}")
         if path:
             state.save(path, question)
         if progress:

@@ -64,9 +64,7 @@ def _path_masks(universe: Universe, n_positions: int, alpha: float, conv: bool) 
     return Masks(forward_edges * alpha, torch.full((1, n, K, n_positions), alpha * conv), zeros, zeros)
 
 
-def _differentiable_pass(
-    model, pairs: Pairs, corrupted: CorruptedRun, alpha: float, variant: str, parts: bool, score
-):
+def _differentiable_pass(model, pairs: Pairs, corrupted: CorruptedRun, alpha: float, variant: str, parts: bool, score):
     """Run the clean prompts at one point of the path; `score(logits, patch, point)` is called inside the trace."""
     n, K = model.config.num_hidden_layers, model.config.conv_kernel
     universe = universe_of(model, parts=parts)
@@ -120,9 +118,7 @@ def _differentiable_pass(
         )
 
 
-def _chunk_scores(
-    model, pairs: Pairs, alphas: list[float], steps: int, variant: str, parts: bool
-) -> dict[str, Tensor]:
+def _chunk_scores(model, pairs: Pairs, alphas: list[float], steps: int, variant: str, parts: bool) -> dict[str, Tensor]:
     """Scores of one chunk: edges [pair, source, target, pos]; conv [pair, layer, tap, pos]; ssm, skip [pair, layer, pos]."""
     n, K = model.config.num_hidden_layers, model.config.conv_kernel
     P, L = pairs.clean.shape
@@ -160,9 +156,7 @@ def _chunk_scores(
             for i in range(n if parts else 0):
                 for k in range(K):
                     name = slice_hook(i, k, K)
-                    total["conv"][:, i, k] += (
-                        gradient["conv", i] * (corrupted.sites[name] - values[name])
-                    ).sum(-1)
+                    total["conv"][:, i, k] += (gradient["conv", i] * (corrupted.sites[name] - values[name])).sum(-1)
                 rows = torch.arange(P, device=model.device)
                 A, C = (values[f"blocks.{i}.hook_{site}"] for site in "AC")
                 y = corrupted_read_out(corrupted, i, A, C, rows) - _now(point, clean, ("y", i), here)
@@ -201,17 +195,13 @@ def _to_frame(scores: dict[str, Tensor], universe: Universe, positions: bool, pe
     stacked = torch.stack(columns)  # [item, pair, pos]
     if not bool(torch.isfinite(stacked).all()):
         pair = int(torch.nonzero(~torch.isfinite(stacked).all(dim=2).all(dim=0))[0])
-        raise InputError(
-            f"Pair {pair} gives scores that are not finite; look at its prompts and leave it out."
-        )
+        raise InputError(f"Pair {pair} gives scores that are not finite; look at its prompts and leave it out.")
     stacked = stacked if positions else stacked.sum(-1, keepdim=True)
     stacked = stacked.movedim(1, -1) if per_pair else stacked.mean(1)[..., None]  # [item, pos, pair or 1]
     n_items, n_pos, n_pairs = stacked.shape
     index = pd.MultiIndex.from_product([range(n_items), range(n_pos), range(n_pairs)]).to_frame(index=False)
     table = pd.DataFrame([kinds[k] for k in index[0]], columns=["source", "target", "part"])
-    table.insert(
-        2, "position", (index[1] if positions else pd.Series(pd.NA, index=index.index)).astype("Int64")
-    )
+    table.insert(2, "position", (index[1] if positions else pd.Series(pd.NA, index=index.index)).astype("Int64"))
     table["score"] = stacked.flatten().cpu().numpy()
     if per_pair:
         table["pair"] = index[2]
@@ -245,9 +235,7 @@ def attribute(
             f"variants {', '.join(VARIANTS)}."
         )
     if method == "eap-ig" and steps < 2:
-        raise InputError(
-            f"eap-ig needs at least 2 steps, not {steps}; for one gradient at the clean point use 'eap'."
-        )
+        raise InputError(f"eap-ig needs at least 2 steps, not {steps}; for one gradient at the clean point use 'eap'.")
     if method == "eap":
         alphas, steps = [0.0], 1
     else:

@@ -84,18 +84,14 @@ def check_size(table: pd.DataFrame) -> pd.DataFrame:
 def _columns(table: pd.DataFrame, names: Sequence[str | None]) -> pd.DataFrame:
     missing = [name for name in names if name is not None and name not in table]
     if missing:
-        raise InputError(
-            f"The table has no column {missing[0]!r}; it has {', '.join(map(str, table.columns))}."
-        )
+        raise InputError(f"The table has no column {missing[0]!r}; it has {', '.join(map(str, table.columns))}.")
     return check_size(table)
 
 
 def _tooltips(table: pd.DataFrame, names: Sequence[str | None]) -> list[alt.Tooltip]:
     shown = dict.fromkeys(name for name in names if name is not None and name in table)
     return [
-        alt.Tooltip(f"{name}:Q", format=".3f")
-        if pd.api.types.is_float_dtype(table[name])
-        else alt.Tooltip(f"{name}:N")
+        alt.Tooltip(f"{name}:Q", format=".3f") if pd.api.types.is_float_dtype(table[name]) else alt.Tooltip(f"{name}:N")
         for name in shown
     ]
 
@@ -108,9 +104,7 @@ def diverging_scale(values: Any, largest: float | None = None) -> alt.Scale:
 
 
 def _color(name: str, scale: alt.Scale, title: str) -> alt.Color:
-    legend = alt.Legend(
-        orient="top", direction="horizontal", gradientLength=220, gradientThickness=12, titleLimit=420
-    )
+    legend = alt.Legend(orient="top", direction="horizontal", gradientLength=220, gradientThickness=12, titleLimit=420)
     return alt.Color(f"{name}:Q", scale=scale, title=title, legend=legend)
 
 
@@ -174,9 +168,7 @@ def position_heatmap(
     if facet is None:
         return base.properties(title=title) if title else base
     panels = base.facet(
-        alt.Facet(
-            f"{facet}:N", sort=list(dict.fromkeys(data[facet])), title=None, header=alt.Header(labelPadding=6)
-        ),
+        alt.Facet(f"{facet}:N", sort=list(dict.fromkeys(data[facet])), title=None, header=alt.Header(labelPadding=6)),
         columns=columns,
         spacing=24,
     ).resolve_axis(x="independent", y="independent")

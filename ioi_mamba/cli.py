@@ -32,28 +32,26 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ioi-mamba", description="Take a Mamba apart and report what is found.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = commands.add_parser(
-        "run", help="run experiments and write a report", description="Run experiments."
-    )
+    run = commands.add_parser("run", help="run experiments and write a report", description="Run experiments.")
     run.add_argument("analysis", nargs="+", metavar="ANALYSIS", help="names such as layer-ablation, or 'all'")
     run.add_argument("--model", default="mini", help="'mini', a hub id or a directory (default: mini)")
     run.add_argument("--backend", default="local", help="where the model runs (default: local)")
     run.add_argument("--host", help="the server of a backend that has one")
     source = run.add_mutually_exclusive_group()
-    source.add_argument(
-        "--pairs", type=Path, metavar="FILE", help="prompts of one's own, one JSON object a line"
-    )
-    source.add_argument(
-        "--n-pairs", type=int, metavar="N", help="pairs to draw (default: each experiment's own)"
-    )
-    run.add_argument(
-        "--seed", type=int, default=27, help="of the prompts drawn (default: 27, as in the paper)"
-    )
+    source.add_argument("--pairs", type=Path, metavar="FILE", help="prompts of one's own, one JSON object a line")
+    source.add_argument("--n-pairs", type=int, metavar="N", help="pairs to draw (default: each experiment's own)")
+    run.add_argument("--seed", type=int, default=27, help="of the prompts drawn (default: 27, as in the paper)")
     run.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     run.add_argument("--dtype", default="float32", help="of the weights (default: float32)")
     run.add_argument("--out", type=Path, metavar="DIR", help="default: reports/MODEL-DATE-TIME")
     run.add_argument("--resume", action="store_true", help="keep the finished tables in --out")
-    run.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    run.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="CPU threads (default 1: small models are no faster with more)",
+    )
     run.add_argument(
         "--option",
         action="append",
@@ -114,9 +112,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.resume and arguments.out is None:
         raise InputError("--resume needs --out: name the directory of the run to take up again.")
     if arguments.pairs is not None and not arguments.pairs.is_file():
-        raise InputError(
-            f"There is no file {str(arguments.pairs)!r} to read pairs from: give --pairs an existing one."
-        )
+        raise InputError(f"There is no file {str(arguments.pairs)!r} to read pairs from: give --pairs an existing one.")
     from . import study
 
     out = arguments.out or _default_out(arguments.model)
@@ -176,9 +172,7 @@ def _options(modules: Sequence[ModuleType], texts: Sequence[str]) -> dict[str, A
 
 def _coerce(key: str, text: str, hint: Any) -> Any:
     """A text as the first of the hint's types that reads it; commas separate the items of a sequence."""
-    kinds = (
-        list(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
-    )
+    kinds = list(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
     for kind in sorted(kinds, key=lambda kind: kind is str):
         origin: Any = typing.get_origin(kind) or kind
         if kind is type(None) and text.lower() == "none":
@@ -220,9 +214,7 @@ def _sites(arguments: argparse.Namespace) -> int:
         ("hook_embed", "batch pos D", MODEL_SITES["embed"], "token embedding"),
     ]
     for site in SITES.values():
-        rows.append(
-            (f"blocks.I.hook_{indexed.get(site.name, site.name)}", site.shape, site.place, site.meaning)
-        )
+        rows.append((f"blocks.I.hook_{indexed.get(site.name, site.name)}", site.shape, site.place, site.meaning))
     rows.append(("hook_norm", "batch pos D", MODEL_SITES["norm"], "after the last RMSNorm"))
     rows.append(("hook_logits", "batch pos vocab", MODEL_SITES["logits"], "logits"))
     print(_columns(rows))

@@ -107,9 +107,7 @@ def _check_mini() -> Check:
         )
     if said.strip() != answer.strip():
         return Check(False, "mini", f"opens, but continues {prompt!r} with {said!r} instead of {answer!r}")
-    return Check(
-        True, "mini", f'opens, and continues "... Isaac and Lucas gave a necklace to" with {said.strip()!r}'
-    )
+    return Check(True, "mini", f'opens, and continues "... Isaac and Lucas gave a necklace to" with {said.strip()!r}')
 
 
 def examine() -> Iterator[Check]:

@@ -40,9 +40,7 @@ class Evaluator:
     less than `keep_mib` MiB, else computed anew for every call.
     """
 
-    def __init__(
-        self, model, pairs: Pairs, universe: Universe, *, rows: int | None = None, keep_mib: int = 1024
-    ):
+    def __init__(self, model, pairs: Pairs, universe: Universe, *, rows: int | None = None, keep_mib: int = 1024):
         self.model, self.universe = model, universe
         self.rows = rows or rows_per_pass(model, pairs.clean.shape[1])
         size = min(self.rows, len(pairs))
@@ -54,16 +52,10 @@ class Evaluator:
             * config.num_hidden_layers
             * (config.hidden_size + (8 * config.intermediate_size if universe.parts else 0))
         )
-        self._kept: dict[int, CorruptedRun] | None = (
-            {} if 4 * floats * len(pairs) <= keep_mib * 2**20 else None
-        )
+        self._kept: dict[int, CorruptedRun] | None = {} if 4 * floats * len(pairs) <= keep_mib * 2**20 else None
         self.candidates = candidates_of(pairs)
-        self.clean_logits = torch.cat(
-            [last_logits(model, c.clean, c.last)[:, 0] for c in self.chunks]
-        ).float()
-        self.corrupted_logits = torch.cat(
-            [last_logits(model, c.corrupted, c.last)[:, 0] for c in self.chunks]
-        ).float()
+        self.clean_logits = torch.cat([last_logits(model, c.clean, c.last)[:, 0] for c in self.chunks]).float()
+        self.corrupted_logits = torch.cat([last_logits(model, c.corrupted, c.last)[:, 0] for c in self.chunks]).float()
         self.answer, self.wrong = pairs.answer.to(model.device), pairs.wrong.to(model.device)
 
     def _corrupted(self, k: int, parts: bool) -> CorruptedRun:

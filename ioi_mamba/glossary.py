@@ -30,9 +30,7 @@ DIMENSIONS = (
 
 QUANTITIES = (
     Term("x", "SSM input", "x_t", "what the SSM reads: SiLU of the conv output"),
-    Term(
-        "delta", "time step", "Delta_t", "softplus of delta_2; decides how much of a token enters the state"
-    ),
+    Term("delta", "time step", "Delta_t", "softplus of delta_2; decides how much of a token enters the state"),
     Term("A", "decay rate", "A", "-exp(A_log), one number a channel and state column"),
     Term("A_bar", "decay", "A_bar_t", "exp(delta A): what part of the state survives this token"),
     Term("B_bar", "input weight", "B_bar_t", "delta B: how x enters the state (simplified Euler)"),

@@ -113,9 +113,7 @@ def masks_of(sets: list[Iterable[Item]], universe: Universe, n_positions: int) -
             elif item.part in ("ssm", "skip") and source == target:
                 getattr(masks, item.part)[s, source - 1, where] = 1
             else:
-                raise InputError(
-                    f"{item} is no edge forward and no part of a layer (conv slices, ssm, skip)."
-                )
+                raise InputError(f"{item} is no edge forward and no part of a layer (conv slices, ssm, skip).")
     return masks
 
 
@@ -145,9 +143,7 @@ class Circuit:
 
     def _same(self, other: Circuit) -> frozenset[Item]:
         if self.universe != other.universe:
-            raise InputError(
-                f"Circuits of different graphs cannot be combined: {self.universe} and {other.universe}."
-            )
+            raise InputError(f"Circuits of different graphs cannot be combined: {self.universe} and {other.universe}.")
         return other.items
 
     def __or__(self, other: Circuit) -> Circuit:
@@ -222,9 +218,7 @@ class Circuit:
         path = Path(path)
         try:
             table = pd.read_parquet(path.with_name(path.name + _SUFFIXES[0]))
-            universe = Universe(
-                **json.loads(path.with_name(path.name + _SUFFIXES[1]).read_text())["universe"]
-            )
+            universe = Universe(**json.loads(path.with_name(path.name + _SUFFIXES[1]).read_text())["universe"])
             items = frozenset(items_of(table))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is no saved circuit (two files, .parquet and .json): {error}") from None
@@ -236,9 +230,7 @@ class Circuit:
 
         Layers appear as MIB's `m{i}` (one block without heads), embed as `input`, output as `logits`.
         """
-        names = {"embed": "input", "output": "logits"} | {
-            str(i): f"m{i}" for i in range(self.universe.n_layers)
-        }
+        names = {"embed": "input", "output": "logits"} | {str(i): f"m{i}" for i in range(self.universe.n_layers)}
         kept = {(i.source, i.target) for i in self.items if i.part is None}
         edges = [i for i in Universe(self.universe.n_layers).items()]
         used = {node for edge in kept for node in edge}
@@ -246,8 +238,7 @@ class Circuit:
             "cfg": {"n_layers": self.universe.n_layers, "parallel_attn_mlp": False},
             "nodes": {names[node]: {"in_graph": node in used} for node in self.universe.nodes},
             "edges": {
-                f"{names[e.source]}->{names[e.target]}": {"in_graph": (e.source, e.target) in kept}
-                for e in edges
+                f"{names[e.source]}->{names[e.target]}": {"in_graph": (e.source, e.target) in kept} for e in edges
             },
         }
 
@@ -256,7 +247,9 @@ def kind_of(item: Item) -> str:
     """embed->layer, layer->layer, layer->output, embed->output, or the name of the part."""
     if item.part is not None:
         return item.part
-    return f"{item.source if item.source == 'embed' else 'layer'}->{item.target if item.target == 'output' else 'layer'}"
+    return (
+        f"{item.source if item.source == 'embed' else 'layer'}->{item.target if item.target == 'output' else 'layer'}"
+    )
 
 
 def items_of(table: pd.DataFrame) -> list[Item]:

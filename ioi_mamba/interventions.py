@@ -77,9 +77,7 @@ def _apply(edit: Edit, current: Callable[[], Tensor], name: str) -> Tensor:
         return edit
     value = edit(current())
     if not isinstance(value, Tensor):
-        raise InputError(
-            f"{name}: the edit returned {type(value).__name__}, not a tensor; return the new value."
-        )
+        raise InputError(f"{name}: the edit returned {type(value).__name__}, not a tensor; return the new value.")
     return value
 
 
@@ -130,9 +128,7 @@ class _LayerPlan:
     def walk(self, block, layer: int, saved: dict[str, Tensor], own_scan: bool) -> None:
         """Do all of it in the order the layer computes its values; an edit precedes a read of the same site."""
         open_pass = MixerPass(block, layer)
-        wanted = sorted(
-            {*self.edits, *self.observers, *self.reads}, key=lambda a: (a.index is not None, a.index or 0)
-        )
+        wanted = sorted({*self.edits, *self.observers, *self.reads}, key=lambda a: (a.index is not None, a.index or 0))
         for site in SITES:
             if own_scan and site == "delta_2":
                 open_pass.own_scan()
@@ -143,7 +139,7 @@ class _LayerPlan:
                     if site == "h":
                         _edit_states(open_pass, name, address.index, edit)
                     else:
-                        current = lambda key=_key(address): open_pass.get(key).clone()
+                        current = lambda key=_key(address): open_pass.get(key).clone()  # noqa: B008
                         open_pass.set(_key(address), _apply(edit, current, name))
             for address in here:
                 if address in self.observers:
@@ -188,9 +184,9 @@ def forward(
     tokens = check_tokens(model, tokens)
     edits, observe, reads = dict(edits or {}), dict(observe or {}), list(reads)
     where = _addresses(model, [*edits, *observe, *reads], tokens.shape[1])
-    n_layers, first = model.config.num_hidden_layers, 0
+    n_layers, first, stream_in = model.config.num_hidden_layers, 0, None
     if start is not None:
-        first = start.layer
+        first, stream_in = start.layer, start.resid_pre
         for i in range(first, n_layers):
             for site, values in (("conv_start", start.conv_start), ("h_start", start.h_start)):
                 name = f"blocks.{i}.hook_{site}"
@@ -215,7 +211,7 @@ def forward(
         if start is None:
             _edit_place(model.backbone.embeddings, "hook_embed", edits, observe, reads, saved)
         for i in range(first):
-            model.backbone.layers[i].skip(start.resid_pre)
+            model.backbone.layers[i].skip(stream_in)
         for i in sorted(plans):
             plans[i].walk(model.backbone.layers[i], i, saved, own_scan)
         _edit_place(model.backbone.norm_f, "hook_norm", edits, observe, reads, saved)

@@ -30,8 +30,7 @@ def logit_diff(logits: Tensor, answer: Tensor | None = None, wrong: Tensor | Non
         logits = answer_logits(logits, answer, wrong)
     elif answer is not None or wrong is not None or logits.shape[-1] != 2:
         raise InputError(
-            f"logits of shape {tuple(logits.shape)} need both answer and wrong; "
-            "leave both out only for [..., pair, 2]."
+            f"logits of shape {tuple(logits.shape)} need both answer and wrong; leave both out only for [..., pair, 2]."
         )
     return logits[..., 0] - logits[..., 1]
 
@@ -97,9 +96,7 @@ def kl_divergence(patched: Tensor, clean: Tensor) -> Tensor:
 def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval of a proportion, (low, high) in 0..1; z = 1.96 is 95 %."""
     if not 0 <= successes <= n or n == 0:
-        raise InputError(
-            f"{successes} successes of {n} is no proportion; give 0 <= successes <= n and n >= 1."
-        )
+        raise InputError(f"{successes} successes of {n} is no proportion; give 0 <= successes <= n and n >= 1.")
     share, weight = successes / n, z * z / n
     centre = (share + weight / 2) / (1 + weight)
     margin = z / (1 + weight) * math.sqrt(share * (1 - share) / n + weight / (4 * n))
@@ -121,10 +118,7 @@ def bootstrap_interval(
     values = values.detach().double().cpu()
     generator = torch.Generator().manual_seed(seed)
     means = torch.stack(
-        [
-            values[torch.randint(len(values), (len(values),), generator=generator)].mean()
-            for _ in range(n_resamples)
-        ]
+        [values[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(n_resamples)]
     )
     low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
     return low, high
@@ -133,13 +127,9 @@ def bootstrap_interval(
 def _gather(logits: Tensor, ids: Tensor) -> Tensor:
     """Float[..., pair, choice] out of Float[..., pair, vocab] for Int[pair, choice]."""
     if logits.ndim < 2 or logits.shape[-2] != len(ids):
-        raise InputError(
-            f"logits of shape {tuple(logits.shape)} are not [..., pair, vocab] for {len(ids)} pairs."
-        )
+        raise InputError(f"logits of shape {tuple(logits.shape)} are not [..., pair, vocab] for {len(ids)} pairs.")
     if ids.min() < 0 or ids.max() >= logits.shape[-1]:
-        raise InputError(
-            f"A token id is outside the {logits.shape[-1]} logits; give ids of the model's vocabulary."
-        )
+        raise InputError(f"A token id is outside the {logits.shape[-1]} logits; give ids of the model's vocabulary.")
     return logits.gather(-1, ids.to(logits.device).expand(*logits.shape[:-1], ids.shape[-1]))
 
 

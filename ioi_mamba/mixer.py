@@ -65,9 +65,7 @@ class MixerPass:
         self._values: dict[str, Tensor] = {}
         self._written: set[str] = set()
         self._raw: dict[str, Tensor] = {}  # what the current stage's call was served
-        self._ran = (
-            False  # whether the current stage's call has run, so that only its output can still change
-        )
+        self._ran = False  # whether the current stage's call has run, so that only its output can still change
         self._state_writes: list[tuple[Tensor, Tensor]] = []  # (mask, value), both broadcastable to h
 
     # -- the two verbs ------------------------------------------------------------------------------------------
@@ -96,9 +94,7 @@ class MixerPass:
         if not isinstance(value, Tensor):
             raise InputError(f"{name}: an edit must be a tensor, not {type(value).__name__}.")
         if value.shape != current.shape:
-            raise InputError(
-                f"{name}: the edit has shape {tuple(value.shape)}, the site {tuple(current.shape)}."
-            )
+            raise InputError(f"{name}: the edit has shape {tuple(value.shape)}, the site {tuple(current.shape)}.")
         if not bool(torch.isfinite(value).all()):
             raise InputError(f"{name}: the edit holds NaN or infinity; write finite numbers.")
         value = value.to(dtype=current.dtype, device=current.device)
@@ -178,8 +174,7 @@ class MixerPass:
             (x, dt, A, B, C), kwargs = getattr(block.mixer.source, SCAN_OP).inputs
             self._raw = {"x": x, "dt": dt, "B_in": B, "C_in": C, "D": kwargs["D"], "z": kwargs["z"]}
             self._raw = {
-                name: _at_least_float32(v.transpose(1, 2)) if v.ndim == 3 else v
-                for name, v in self._raw.items()
+                name: _at_least_float32(v.transpose(1, 2)) if v.ndim == 3 else v for name, v in self._raw.items()
             }
             self._raw["bias"], self._raw["A"] = kwargs["delta_bias"], A
             self._raw["like"] = x
@@ -239,6 +234,8 @@ class MixerPass:
     def _conv_slice(self, s: int) -> Tensor:
         weight, u = self._raw["weight"], self._raw["u"]
         first = weight.shape[-1] - 1 + s
+        if not 0 <= first < weight.shape[-1]:
+            raise InputError(f"blocks.{self._layer}: conv slices are {1 - weight.shape[-1]} to 0, not {s}.")
         return weight[:, first] * self._padded()[:, first : first + u.shape[1]]
 
     def _conv(self) -> Tensor:
@@ -310,6 +307,10 @@ class Mixer:
     and when used outside its `with` block, where nothing could be handed back to the model.
     """
 
+    _pass: MixerPass
+    _open: bool
+    _loans: list
+
     def __init__(self, block, layer: int):
         self.__dict__["_pass"] = MixerPass(block, layer)
         self.__dict__["_open"] = False
@@ -327,9 +328,7 @@ class Mixer:
 
     def _settle(self) -> None:
         if not self._open:
-            raise InputError(
-                "A mixer is used in a block: `with im.mixer(model, layer) as m:` inside the trace."
-            )
+            raise InputError("A mixer is used in a block: `with im.mixer(model, layer) as m:` inside the trace.")
         loans, self.__dict__["_loans"] = self._loans, []
         for handed, was, write in loans:
             if not torch.equal(handed, was):
@@ -393,9 +392,7 @@ class _ConvSlices:
     def __getitem__(self, s: int) -> Tensor:
         site = f"conv_slice.{s}"
         self._mixer._settle()
-        return self._mixer._lend(
-            self._mixer._pass.get(site), lambda value: self._mixer._pass.set(site, value)
-        )
+        return self._mixer._lend(self._mixer._pass.get(site), lambda value: self._mixer._pass.set(site, value))
 
     def __setitem__(self, s: int, value: Tensor) -> None:
         self._mixer._settle()

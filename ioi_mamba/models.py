@@ -36,9 +36,7 @@ def _token_ids_tokenizer(vocab_size: int):
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(
-        WordLevel({str(i): i for i in range(vocab_size)} | {"?": vocab_size}, unk_token="?")
-    )
+    tokenizer = Tokenizer(WordLevel({str(i): i for i in range(vocab_size)} | {"?": vocab_size}, unk_token="?"))
     tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="0", eos_token="0", pad_token="0", unk_token="?"
@@ -53,9 +51,12 @@ def _read_config(name: str, local: bool) -> dict:
         if not path.is_file():
             raise InputError(f"{name!r} has no config.json: give a directory in Hugging Face layout.")
         try:
-            return json.loads(path.read_text())
+            config = json.loads(path.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is not JSON ({error}): restore the file.") from None
+        if not isinstance(config, dict):
+            raise InputError(f"{path} holds no JSON object: restore config.json.")
+        return config
     try:
         return AutoConfig.from_pretrained(name).to_dict()
     except (OSError, ValueError) as error:
@@ -99,6 +100,7 @@ def open_model(
     # Read by transformers when a mixer is built: without it, opening a model asks a hub for kernels.
     os.environ.setdefault("USE_HUB_KERNELS", "0")
     from nnsight import TransformersModel
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if backend != "local" or host is not None:
@@ -106,12 +108,12 @@ def open_model(
     if dtype not in _DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown: use one of {', '.join(_DTYPES)}.")
     path = str(MINI) if name == "mini" else name
-    local = Path(path).is_dir()
+    local = bool(path) and Path(path).is_dir()
     config = _read_config(path, local)
     _refuse(config, name, any_architecture)
     try:
         weights = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"The weights of {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
     if local and not any((Path(path) / file).is_file() for file in _TOKENIZER_FILES):
         tokenizer = _token_ids_tokenizer(weights.config.vocab_size)
@@ -119,9 +121,7 @@ def open_model(
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"The tokenizer of {name!r} cannot be loaded: {str(error).splitlines()[0]}"
-            ) from None
+            raise InputError(f"The tokenizer of {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         weights.to(place)

@@ -130,9 +130,7 @@ class Patch:
                 self.edits[name] = lambda x, mask=mask, target=target: self._toward(mask, x, target)
         name, mask = f"blocks.{layer}.hook_skip", self.masks.skip[:, layer]
         if mask.any():
-            self.edits[name] = lambda x, mask=mask, target=self.corrupted.sites[name]: self._toward(
-                mask, x, target
-            )
+            self.edits[name] = lambda x, mask=mask, target=self.corrupted.sites[name]: self._toward(mask, x, target)
         if self.masks.ssm[:, layer].any():
             self.observe[f"blocks.{layer}.hook_A"] = self._keep(f"{layer}.A")
             self.observe[f"blocks.{layer}.hook_C"] = self._keep(f"{layer}.C")
@@ -144,9 +142,7 @@ class Patch:
     def _ssm(self, layer: int, y: Tensor) -> Tensor:
         mask = self._rows(self.masks.ssm[:, layer], y)
         rows = torch.nonzero(mask.flatten(1).any(1))[:, 0]
-        read_out = corrupted_read_out(
-            self.corrupted, layer, self._now[f"{layer}.A"], self._now[f"{layer}.C"], rows
-        )
+        read_out = corrupted_read_out(self.corrupted, layer, self._now[f"{layer}.A"], self._now[f"{layer}.C"], rows)
         return y.index_add(0, rows, mask[rows] * (read_out - y[rows]))
 
 
@@ -154,9 +150,7 @@ def corrupted_read_out(corrupted: CorruptedRun, layer: int, A: Tensor, C: Tensor
     """C_t h_t [row, pos, E] with the corrupted run's states and this pass' C, for some rows of sets x pairs."""
     x, delta, B = (corrupted.sites[f"blocks.{layer}.hook_{site}"] for site in _SSM_SITES)
     of_pair = rows % len(x)
-    y, _ = selective_scan(
-        x[of_pair].to(A.dtype), delta[of_pair], A, B[of_pair].to(A.dtype), C[rows].to(A.dtype)
-    )
+    y, _ = selective_scan(x[of_pair].to(A.dtype), delta[of_pair], A, B[of_pair].to(A.dtype), C[rows].to(A.dtype))
     return y
 
 
@@ -165,9 +159,7 @@ def needs_parts(masks: Masks) -> bool:
     return bool(masks.conv.any() or masks.ssm.any() or masks.skip.any())
 
 
-def patched_logits(
-    model, pairs: Pairs, corrupted: CorruptedRun, masks: Masks, *, everywhere: bool = False
-) -> Tensor:
+def patched_logits(model, pairs: Pairs, corrupted: CorruptedRun, masks: Masks, *, everywhere: bool = False) -> Tensor:
     """Logits [set, pair, vocab] at the last position, or with `everywhere` [set, pair, pos, vocab]."""
     n_sets = masks.edges.shape[0]
     patch = Patch(model, corrupted, masks)
@@ -184,9 +176,7 @@ def patched_logits(
     return (logits if everywhere else logits[:, 0]).unflatten(0, (n_sets, -1))
 
 
-def patch_edges(
-    model, pairs: Pairs, edges: Iterable[Sequence], positions: Sequence[int] | None = None
-) -> Tensor:
+def patch_edges(model, pairs: Pairs, edges: Iterable[Sequence], positions: Sequence[int] | None = None) -> Tensor:
     """Logits [pair, pos, vocab] of the clean prompts with these edges patched (equation 11).
 
     edges: (source, target), (source, target, position) or (source, target, position, part); nodes are "embed",

@@ -88,13 +88,9 @@ def write_report(directory: str | Path) -> Path:
     directory = Path(directory)
     if not directory.is_dir():
         raise InputError(f"{str(directory)!r} is not a directory: give the --out directory of a run.")
-    sections = [
-        section for name in analyses.available() if (section := _section(directory, name)) is not None
-    ]
+    sections = [section for name in analyses.available() if (section := _section(directory, name)) is not None]
     if not sections:
-        raise InputError(
-            f"{str(directory)!r} holds no finished table: run an analysis with --out {directory} first."
-        )
+        raise InputError(f"{str(directory)!r} holds no finished table: run an analysis with --out {directory} first.")
     page = _template().render(
         sections=sections,
         provenance=_provenance([section.manifest for section in sections]),
@@ -149,9 +145,7 @@ def chart_spec(chart: Any) -> dict[str, Any]:
         spec = chart.to_dict()
     for rows in spec.get("datasets", {}).values():
         if len(rows) > charts.MAX_ROWS:
-            raise InputError(
-                f"A chart of {len(rows)} rows is too large: aggregate to {charts.MAX_ROWS} at most."
-            )
+            raise InputError(f"A chart of {len(rows)} rows is too large: aggregate to {charts.MAX_ROWS} at most.")
     # Vega's expressions cannot hold these two line ends, and sort orders become expressions.
     text = json.dumps(spec, ensure_ascii=False)
     return json.loads(text.replace("\u2028", "\u21b5").replace("\u2029", "\u21b5"))

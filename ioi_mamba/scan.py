@@ -84,7 +84,7 @@ def read_out(h: Tensor, C: Tensor) -> Tensor:
 
 # How many numbers of the state a block of rows may hold. The recurrence is bound by memory traffic: blocks of a few
 # hundred KiB stay in cache from one position to the next, which is worth a factor of 5-10 on a CPU.
-_BLOCK = 65_536
+_BLOCK = 32_768
 
 
 def _blocks(batch: int, channels: int, columns: int, device: torch.device) -> list[slice]:
@@ -105,7 +105,7 @@ class _SelectiveScan(torch.autograd.Function):
         h_last = torch.empty_like(h_start)
         dx, A_t = delta * x, A.T.contiguous()
         for rows in _blocks(x.shape[0], *A.shape, x.device):
-            h = h_start[rows].transpose(1, 2).contiguous()
+            h = h_start[rows].transpose(1, 2).clone(memory_format=torch.contiguous_format)
             decay, drive = torch.empty_like(h), torch.empty_like(h)
             for t in range(x.shape[1]):
                 torch.mul(delta[rows, t, None, :], A_t, out=decay).exp_()
@@ -125,21 +125,19 @@ class _SelectiveScan(torch.autograd.Function):
         grad_A = torch.zeros_like(A_t) if ctx.needs_input_grad[2] else None
         grad_start = torch.empty_like(h_start)
         for rows in _blocks(x.shape[0], *A.shape, x.device):
-            states, decays = [h_start[rows].transpose(1, 2).contiguous()], []
+            states, decays = [h_start[rows].transpose(1, 2).clone(memory_format=torch.contiguous_format)], []
             for t in range(x.shape[1]):
                 decays.append((delta[rows, t, None, :] * A_t).exp_())
                 drive = dx[rows, t, None, :] * B[rows, t, :, None]
                 states.append(drive.addcmul_(decays[-1], states[-1]))
-            g = grad_last[rows].transpose(1, 2).contiguous()
+            g = grad_last[rows].transpose(1, 2).clone(memory_format=torch.contiguous_format)
             for t in range(x.shape[1] - 1, -1, -1):
                 gy = grad_y[rows, t]
                 grad_C[rows, t] = torch.bmm(states[t + 1], gy[:, :, None])[:, :, 0]
                 g.addcmul_(gy[:, None, :], C[rows, t, :, None])
                 grad_dx[rows, t] = torch.bmm(B[rows, t, None, :], g)[:, 0]
                 grad_B[rows, t] = torch.bmm(g, dx[rows, t, :, None])[:, :, 0]
-                g.mul_(
-                    decays[t]
-                )  # now the gradient of the previous state and, times it, of the exponent delta A
+                g.mul_(decays[t])  # now the gradient of the previous state and, times it, of the exponent delta A
                 exponent = g * states[t]
                 grad_delta[rows, t] = (exponent * A_t).sum(1)
                 if grad_A is not None:

@@ -54,9 +54,7 @@ _SITES = (
         "the layer's own copy of resid_pre; edits reach this layer only",
     ),
     Site("normalized_input", "norm_output", "batch pos D", "layers[i].norm.output", "after RMSNorm"),
-    Site(
-        "in_proj", "in_proj", "batch pos E", "mixer.in_proj.output, first half", "SSM branch, before the conv"
-    ),
+    Site("in_proj", "in_proj", "batch pos E", "mixer.in_proj.output, first half", "SSM branch, before the conv"),
     Site("skip", "in_proj", "batch pos E", "mixer.in_proj.output, second half", "gate branch, before SiLU"),
     Site(
         "conv_start",
@@ -157,9 +155,7 @@ def parse(hook: str, n_layers: int, n_positions: int, conv_width: int) -> Addres
     if address is None:
         examples = [*_known_names(n_layers), "blocks.0.hook_h.0", "blocks.0.hook_conv_slice.-1"]
         nearest = difflib.get_close_matches(hook, examples, n=1, cutoff=0.0)[0]
-        raise InputError(
-            f"Unknown hook name {hook!r}: did you mean {nearest!r}? `ioi-mamba sites` lists them all."
-        )
+        raise InputError(f"Unknown hook name {hook!r}: did you mean {nearest!r}? `ioi-mamba sites` lists them all.")
     if address.layer is not None and not 0 <= address.layer < n_layers:
         raise InputError(f"{hook!r}: the model has layers 0 to {n_layers - 1}, not {address.layer}.")
     if address.site == "h" and address.index is not None and not 0 <= address.index < n_positions:

@@ -104,16 +104,12 @@ def check_out_dir(out: Path) -> None:
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
-        raise InputError(
-            f"The out directory {str(out)!r} cannot be made: {existing} is a file; choose another."
-        )
+        raise InputError(f"The out directory {str(out)!r} cannot be made: {existing} is a file; choose another.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"The out directory {str(out)!r} cannot be written: choose one that you may write.")
 
 
-def _plan(
-    model, names, pairs: Pairs | None, n_pairs: int | None, seed: int, options: dict[str, Any]
-) -> list[_Plan]:
+def _plan(model, names, pairs: Pairs | None, n_pairs: int | None, seed: int, options: dict[str, Any]) -> list[_Plan]:
     modules = {name: analyses.load(name) for name in names}
     check_options(list(modules.values()), options)
     plans = []
@@ -137,9 +133,7 @@ def check_options(modules: Sequence[ModuleType], options: Mapping[str, Any]) -> 
             raise InputError(f"Unknown option {key!r}: the options are {'; '.join(known)}.")
 
 
-def _run_one(
-    model, plan: _Plan, out: Path, about: dict[str, Any], seed: int, resume: bool, progress: bool
-) -> None:
+def _run_one(model, plan: _Plan, out: Path, about: dict[str, Any], seed: int, resume: bool, progress: bool) -> None:
     module = plan.module
     options = plan.options | _bottleneck(plan, out)
     identity = {

@@ -18,15 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import InputError
 from .interventions import Start, forward
 from .metrics import answer_logits
 from .sites import parse
 from .tasks.base import Pairs
 
 Progress = Callable[[int, int], None]
-STATE_AND_CONV = (
-    "h_and_conv"  # a layer's whole memory: its state and the conv inputs the next tokens still see
-)
+STATE_AND_CONV = "h_and_conv"  # a layer's whole memory: its state and the conv inputs the next tokens still see
 
 
 def layer_count(model) -> int:
@@ -55,12 +54,8 @@ class Roll:
     def begin(cls, model, tokens: Tensor) -> Roll:
         """Before the first token: all zeros."""
         config, layers = model.config, range(layer_count(model))
-        conv = tokens.new_zeros(
-            len(tokens), config.conv_kernel - 1, config.intermediate_size, dtype=torch.float32
-        )
-        state = tokens.new_zeros(
-            len(tokens), config.intermediate_size, config.state_size, dtype=torch.float32
-        )
+        conv = tokens.new_zeros(len(tokens), config.conv_kernel - 1, config.intermediate_size, dtype=torch.float32)
+        state = tokens.new_zeros(len(tokens), config.intermediate_size, config.state_size, dtype=torch.float32)
         return cls(model, tokens, 0, dict.fromkeys(layers, conv), dict.fromkeys(layers, state))
 
     def start(self, layer: int, resid_pre: Tensor, rows: Tensor | slice = slice(None)) -> Start:
@@ -135,6 +130,10 @@ def resample_sweep(
     positions = list(range(n_pos) if positions is None else positions)
     for name in block_sites("h" if site == STATE_AND_CONV else site, layers):
         parse(name, layer_count(model), n_pos, model.config.conv_kernel)
+    if site in ("A", "h_start", "conv_start") or site.startswith("h."):
+        raise InputError(f"{site!r} has no value of its own at every position: sweep another site.")
+    if not positions or not all(0 <= p < n_pos for p in positions):
+        raise InputError(f"positions {positions} are not in this prompt: give some of 0 to {n_pos - 1}.")
     out = torch.empty(len(layers), len(positions), len(pairs), 2, device=model.device)
     chunk = rows_per_pass(model, n_pos)
     done, total = 0, len(positions) * len(layers) * len(pairs)
@@ -171,18 +170,14 @@ def _sweep_chunk(model, pairs: Pairs, site: str, layers, positions, resume: bool
                 taps = (taps[alive], taps[n + alive]) if site == STATE_AND_CONV else None
                 logits = _patched(model, clean[alive], last[alive], site, layer, p, value, start, taps)
                 rows = alive.cpu()
-                out[k, positions.index(p), alive] = answer_logits(
-                    logits[:, 0], pairs.answer[rows], pairs.wrong[rows]
-                )
+                out[k, positions.index(p), alive] = answer_logits(logits[:, 0], pairs.answer[rows], pairs.wrong[rows])
             done += n
             if report:
                 report(done)
     return out
 
 
-def _patched(
-    model, tokens, last, site: str, layer: int, p: int, value: Tensor, start: Start | None, taps
-) -> Tensor:
+def _patched(model, tokens, last, site: str, layer: int, p: int, value: Tensor, start: Start | None, taps) -> Tensor:
     """Logits [row, 1, vocab] with `value` (position axis of length 1) written at (layer, p).
 
     taps: (clean, corrupted) conv inputs [row, K-1, E] up to p, to be exchanged for the positions after p, or None.

@@ -68,9 +68,7 @@ def _block(weight, at, stream, norm):
 
     A = -torch.exp(weight("mixer.A_log"))
     N = A.shape[1]
-    low, B, C = _linear(x, weight("mixer.x_proj.weight")).split(
-        (weight("mixer.dt_proj.weight").shape[1], N, N), -1
-    )
+    low, B, C = _linear(x, weight("mixer.x_proj.weight")).split((weight("mixer.dt_proj.weight").shape[1], N, N), -1)
     low, B, C = at("delta_1", low), at("B", B), at("C", C)
     delta = at("delta_2", _linear(low, weight("mixer.dt_proj.weight"), weight("mixer.dt_proj.bias")))
     delta = at("delta", F.softplus(delta))
@@ -171,7 +169,7 @@ def attributions(weights, pairs, alphas, variant, path_parts, conv_width):
             for part in slices:
                 name = f"blocks.{i}.hook_conv_slice.{part[4:]}"
                 move = edits.get(name, lambda x: x)
-                edits[name] = lambda x, name=name, move=move: move(unpatched.setdefault(name, x))
+                edits[name] = lambda x, name=name, move=move, unpatched=unpatched: move(unpatched.setdefault(name, x))  # noqa: B023
         edits["hook_embed"] = lambda x: x.requires_grad_()
         run(weights, pairs.clean, edits, values)
         now = clean if variant == "clean-difference" else values | unpatched
@@ -184,11 +182,7 @@ def attributions(weights, pairs, alphas, variant, path_parts, conv_width):
             total[kind] = total.get(kind, 0) + (grad * change).sum(-1).detach() / len(alphas)
 
         for source, target, part in kinds:
-            sink = (
-                f"blocks.{n - 1}.hook_resid_post"
-                if target == "output"
-                else f"blocks.{target}.hook_layer_input"
-            )
+            sink = f"blocks.{n - 1}.hook_resid_post" if target == "output" else f"blocks.{target}.hook_layer_input"
             name = source_hook(source)
             add((source, target, part), gradient(sink), corrupted[name] - now[name])
         for i in range(n):

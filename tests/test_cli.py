@@ -146,9 +146,7 @@ def test_bad_input_is_one_sentence_and_exit_2(
     assert list((tmp_path / "empty").iterdir()) == []
 
 
-def test_a_model_that_is_no_mamba_is_refused_where_one_is_needed(
-    tiny_gpt2_dir, tmp_path, monkeypatch, capsys
-):
+def test_a_model_that_is_no_mamba_is_refused_where_one_is_needed(tiny_gpt2_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(layer_removal, "NEEDS_MAMBA", True)
     out = tmp_path / "out"
     assert main(["run", "layer-removal", "--model", str(tiny_gpt2_dir), "--out", str(out)]) == 2

@@ -79,9 +79,7 @@ def test_a_name_drawn_for_two_letters_is_one_candidate(tokenizer):
     n_expected = torch.tensor([4 if "D" in corruption else 3 for corruption in pairs.labels["corruption"]])
     assert (n_candidates != n_expected).nonzero().flatten().tolist() == [3561, 9803]
     rare = next(as_rows(pairs[[9803]], tokenizer))
-    assert rare["uncorrupted"].startswith(
-        "When Jordan, Garrett and Jordan arrived at the garden, Jordan and Jordan"
-    )
+    assert rare["uncorrupted"].startswith("When Jordan, Garrett and Jordan arrived at the garden, Jordan and Jordan")
     assert (rare["incorrect_for_uncorrupted"], rare["incorrect_for_corrupted"]) == ([" Jordan"], [" Garrett"])
 
 
@@ -155,9 +153,7 @@ def test_generating_leaves_the_global_random_state_alone(tokenizer):
 
 
 def test_two_names_give_prompts_whose_answer_is_the_name_mentioned_once(tokenizer):
-    pairs = ioi.generate(
-        tokenizer, 60, 27, templates=ioi.TWO_NAME_TEMPLATES, corruptions=ioi.TWO_NAME_CORRUPTIONS
-    )
+    pairs = ioi.generate(tokenizer, 60, 27, templates=ioi.TWO_NAME_TEMPLATES, corruptions=ioi.TWO_NAME_CORRUPTIONS)
     assert set(pairs.labels["corruption"]) == set(ioi.TWO_NAME_CORRUPTIONS)
     rows = torch.arange(len(pairs))
     for tokens, answer in ((pairs.clean, pairs.answer), (pairs.corrupted, pairs.wrong)):
@@ -204,16 +200,12 @@ def test_a_word_of_several_tokens_has_its_role_on_the_first():
     tokenizer = build_tokenizer([*words, " hos", "pital", " basket", "ball"])
     template = ioi.TEMPLATES[3].replace(ioi.PLACE, "hospital").replace(ioi.OBJECT, "basketball")
     pairs = ioi.generate(tokenizer, 2, 0, templates=[template])
-    assert [
-        tokenizer.decode(pairs.clean[0, pairs.roles[role][0]]) for role in ("place", "place+1", "place+2")
-    ] == [
+    assert [tokenizer.decode(pairs.clean[0, pairs.roles[role][0]]) for role in ("place", "place+1", "place+2")] == [
         " hos",
         "pital",
         ".",
     ]
-    assert [
-        tokenizer.decode(pairs.clean[0, pairs.roles[role][0]]) for role in ("object", "object+1", "out")
-    ] == [
+    assert [tokenizer.decode(pairs.clean[0, pairs.roles[role][0]]) for role in ("object", "object+1", "out")] == [
         " basket",
         "ball",
         " to",

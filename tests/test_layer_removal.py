@@ -79,9 +79,7 @@ def test_single_removals_are_those_of_the_oracle(model):
     pairs = random_pairs(5)
     table = layer_removal.run(model, pairs, steps=1)
     none = table[table["mode"] == "none"].iloc[0]
-    assert (none["accuracy"], none["probability"]) == pytest.approx(
-        oracle(model._module, pairs, []), abs=1e-5
-    )
+    assert (none["accuracy"], none["probability"]) == pytest.approx(oracle(model._module, pairs, []), abs=1e-5)
     single = table[table["mode"] == "single"]
     assert list(single["layer"]) == list(range(model.config.num_hidden_layers))
     for _, row in single.iterrows():
@@ -94,9 +92,7 @@ def test_greedy_removal_is_that_of_the_oracle_on_train_and_held_out(model):
     pairs, held_out = random_pairs(6), random_pairs(5, seed=1)
     table = layer_removal.run(model, pairs, held_out=held_out)
     greedy = table[table["mode"] == "greedy"]
-    rows = list(
-        greedy[["layer", "accuracy", "probability", "valid_accuracy"]].itertuples(index=False, name=None)
-    )
+    rows = list(greedy[["layer", "accuracy", "probability", "valid_accuracy"]].itertuples(index=False, name=None))
     expected = oracle_greedy(model._module, pairs, held_out, model.config.num_hidden_layers - 1)
     assert len(rows) == len(expected)
     for row, by_oracle in zip(rows, expected, strict=True):

@@ -111,9 +111,7 @@ def test_divergence_is_that_of_the_clean_from_the_patched_distribution():
 
 def test_a_token_that_both_runs_exclude_adds_nothing_to_the_divergence():
     excluded = torch.tensor([[-math.inf], [-math.inf]])
-    padded = metrics.kl_divergence(
-        torch.cat([LOGITS.flip(-1), excluded], 1), torch.cat([LOGITS, excluded], 1)
-    )
+    padded = metrics.kl_divergence(torch.cat([LOGITS.flip(-1), excluded], 1), torch.cat([LOGITS, excluded], 1))
     assert padded.tolist() == metrics.kl_divergence(LOGITS.flip(-1), LOGITS).tolist()
 
 
@@ -164,7 +162,5 @@ def test_the_bootstrap_of_many_values_is_the_normal_interval_of_the_mean():
     values = torch.randn(2000, generator=torch.Generator().manual_seed(0)) * 3 + 5
     low, high = metrics.bootstrap_interval(values, 2000, 0)
     margin = 1.96 * float(values.std()) / math.sqrt(2000)
-    assert (low, high) == pytest.approx(
-        (float(values.mean()) - margin, float(values.mean()) + margin), abs=0.02
-    )
+    assert (low, high) == pytest.approx((float(values.mean()) - margin, float(values.mean()) + margin), abs=0.02)
     assert metrics.bootstrap_interval(torch.full((5,), 2.5)) == (2.5, 2.5)

@@ -158,9 +158,7 @@ def test_the_fast_forward_and_its_gradient_equal_those_of_transformers():
 
 def test_no_training_document_holds_an_evaluation_prompt(held_out):
     names = r"\w+(?:, \w+)* and \w+|\w+"
-    prompt = re.compile(
-        rf"(?:Then, |Afterwards |When |Friends )(?:{names}) (?:went|arrived) .*? gave a \w+ to"
-    )
+    prompt = re.compile(rf"(?:Then, |Afterwards |When |Friends )(?:{names}) (?:went|arrived) .*? gave a \w+ to")
     rng = random.Random(0)
     found = 0
     for _ in range(3000):
@@ -213,9 +211,7 @@ def test_training_repeats_itself_lowers_the_loss_and_can_be_interrupted(tokenize
 def test_a_model_below_the_thresholds_is_not_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "Recipe", Tiny)
     monkeypatch.setattr(train, "held_out_texts", lambda tokenizer: set())
-    monkeypatch.setattr(
-        train, "evaluation_sets", lambda tokenizer, seed: {("", ""): ioi.generate(tokenizer, 2, seed)}
-    )
+    monkeypatch.setattr(train, "evaluation_sets", lambda tokenizer, seed: {("", ""): ioi.generate(tokenizer, 2, seed)})
     assert train.main(["--out", str(tmp_path), "--threads", str(torch.get_num_threads())]) == 1
     assert "no checkpoint is written" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []

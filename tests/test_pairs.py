@@ -109,9 +109,7 @@ def test_a_packed_file_reads_like_a_plain_one(tokenizer, write, tmp_path):
 
 
 def test_a_role_that_the_two_prompts_do_not_share_is_left_out(tokenizer, write):
-    pairs = Pairs.from_jsonl(
-        write(ROW | {"corrupted": "So Ann met Bob at pub. Ann gave a pie to"}), tokenizer
-    )
+    pairs = Pairs.from_jsonl(write(ROW | {"corrupted": "So Ann met Bob at pub. Ann gave a pie to"}), tokenizer)
     assert list(pairs.roles) == ["BOS", "n3", "n3+1", "n3+2", "object", "out"]
 
 
@@ -234,9 +232,7 @@ def test_ragged_rows_are_padded_on_the_right_and_trimmed_by_layout(ragged):
 
 def test_the_first_difference_is_the_last_token_where_there_is_none(ragged):
     assert ragged.first_difference.tolist() == [2, 1, 3]
-    only_padding_differs = dataclasses.replace(
-        ragged, clean=ragged.corrupted + (torch.arange(12) == 7).view(3, 4)
-    )
+    only_padding_differs = dataclasses.replace(ragged, clean=ragged.corrupted + (torch.arange(12) == 7).view(3, 4))
     assert only_padding_differs.clean[1].tolist() == [9, 6, 5, 10]
     assert only_padding_differs.first_difference.tolist() == [3, 2, 3]
 
@@ -260,9 +256,7 @@ def test_rows_are_selected_by_slice_mask_tensor_list_and_number(ragged):
 
 
 def test_parts_of_different_width_roles_and_labels_go_together(ragged):
-    narrow = Pairs.from_tokens(
-        [[9, 1]], [[9, 2]], [1], [2], candidates=[[1, 2]], roles={"start": [0], "out": [1]}
-    )
+    narrow = Pairs.from_tokens([[9, 1]], [[9, 2]], [1], [2], candidates=[[1, 2]], roles={"start": [0], "out": [1]})
     both = Pairs.concat([ragged, narrow])
     assert both.clean[-1].tolist() == [9, 1, 9, 9]
     assert both.lengths.tolist() == [4, 3, 4, 2]

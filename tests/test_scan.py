@@ -163,14 +163,30 @@ def test_inputs_that_are_not_contiguous_give_the_same_values_and_gradients():
         torch.testing.assert_close(got, want)
 
 
-def test_the_inputs_of_every_form_are_left_as_they_were():
-    values = inputs()
+@pytest.mark.parametrize("sizes", [{}, {"E": 1}, {"N": 1}, {"batch": 1, "n_pos": 1}])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_inputs_and_the_gradients_handed_in_are_left_as_they_were(sizes, transposed):
+    values = list(inputs(**sizes))
+    if transposed:  # a state that lies in memory as [row, N, E]
+        values[5] = values[5].transpose(1, 2).contiguous().transpose(1, 2)
     before = [v.clone() for v in values]
-    scan.selective_scan(*values)
-    A_bar, B_bar = scan.discretize(*values[1:4])
-    kept = A_bar.clone(), B_bar.clone()
-    scan.recurrence(A_bar, B_bar, values[5])
-    assert all(torch.equal(a, b) for a, b in zip([*values, A_bar, B_bar], [*before, *kept], strict=True))
+    y, h_last = scan.selective_scan(*[v.requires_grad_() for v in values])
+    grads = [torch.ones_like(y), torch.ones_like(h_last)]
+    own = torch.autograd.grad((y, h_last), values, grads)
+    assert all(torch.equal(a, b) for a, b in zip(values, before, strict=True))
+    assert all(bool((grad == 1).all()) for grad in grads)
+    want = torch.autograd.grad(by_equations(*values), values, grads)
+    for got, expected in zip(own, want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_the_inputs_of_the_recurrence_are_left_as_they_were():
+    x, delta, A, B, _, h_start = inputs()
+    A_bar, B_bar = scan.discretize(delta, A, B)
+    values = (A_bar, B_bar * x[..., None], h_start)
+    before = [v.clone() for v in values]
+    scan.recurrence(*values)
+    assert all(torch.equal(a, b) for a, b in zip(values, before, strict=True))
 
 
 @few

@@ -134,9 +134,7 @@ def test_a_hook_name_is_taken_apart(hook, address):
         ("blocks.0.hook_conv_slice.-4", "slices are -3 to 0, not -4"),
     ],
 )
-@pytest.mark.parametrize(
-    "verb", [lambda *a: im.read(*a[:2], [a[2]]), lambda *a: im.run(*a[:2], {a[2]: lambda x: x})]
-)
+@pytest.mark.parametrize("verb", [lambda *a: im.read(*a[:2], [a[2]]), lambda *a: im.run(*a[:2], {a[2]: lambda x: x})])
 def test_a_name_that_is_not_there_is_refused_by_naming_it_and_the_fix(verb, hook, says):
     with pytest.raises(InputError, match=says) as error:
         verb(golden.model(), golden.golden_pairs().clean, hook)

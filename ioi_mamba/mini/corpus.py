@@ -178,9 +178,7 @@ def _two_groups(rng: random.Random) -> Story:
     return f"{lead}{clauses}.", f"{_listed(givers)} {gift.format(object=_object(rng))}", givers, [receiver]
 
 
-def _ioi(
-    rng: random.Random, held_out: Container[str], draw: Callable[[random.Random], Story], variety: float
-) -> str:
+def _ioi(rng: random.Random, held_out: Container[str], draw: Callable[[random.Random], Story], variety: float) -> str:
     """One of them with what may come before, between and after; anew while it is a prompt of `held_out`."""
     while True:
         opening, gift, givers, receivers = draw(rng)
@@ -265,9 +263,7 @@ def evaluation_sets(tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[tuple
     each template with each corruption, then the task with two names.
     """
     sets = {
-        ("Then, Afterwards, Friends", "all five"): ioi.generate(
-            tokenizer, 200, seed, templates=ioi.ALIGNED_TEMPLATES
-        ),
+        ("Then, Afterwards, Friends", "all five"): ioi.generate(tokenizer, 200, seed, templates=ioi.ALIGNED_TEMPLATES),
         ("all four", "all five"): ioi.generate(tokenizer, 10, seed),
     }
     for template in ioi.TEMPLATES:

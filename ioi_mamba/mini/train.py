@@ -342,9 +342,7 @@ def _run(out: Path, recipe: Recipe, resume: bool) -> int:
         raise InputError(f"--out {out} cannot be made ({error.strerror}); name another directory.") from error
     tokenizer = build_tokenizer(vocabulary())
     state_file = out / "training-state.pt"
-    model, _, seconds = train(
-        recipe, tokenizer, held_out_texts(tokenizer), state_file=state_file, resume=resume
-    )
+    model, _, seconds = train(recipe, tokenizer, held_out_texts(tokenizer), state_file=state_file, resume=resume)
     figures = measure(model, evaluation_sets(tokenizer, HELD_OUT_SEED))
     print(as_table(figures))
     if any(row.among_names < AMONG_NAMES or row.of_all_tokens < OF_ALL_TOKENS for row in figures):
@@ -358,14 +356,10 @@ def _run(out: Path, recipe: Recipe, resume: bool) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. 0: a model was written; 1: it was not good enough; 2: bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ioi_mamba.mini.train", description="Train the embedded model."
-    )
+    parser = argparse.ArgumentParser(prog="python -m ioi_mamba.mini.train", description="Train the embedded model.")
     parser.add_argument("--out", type=Path, default=Path("mini-checkpoint"), help="directory (%(default)s)")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="training steps (%(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=Recipe.seed, help="of weights and documents (%(default)s)"
-    )
+    parser.add_argument("--seed", type=int, default=Recipe.seed, help="of weights and documents (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="processor threads (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from the state that a run left in --out")
     options = parser.parse_args(arguments)

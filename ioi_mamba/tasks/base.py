@@ -56,9 +56,7 @@ class Pairs:
             if tensor.dtype != torch.int64:
                 raise InputError(f"{name} has dtype {tensor.dtype}; give int64 token ids or indices.")
         if self.clean.ndim != 2 or 0 in self.clean.shape:
-            raise InputError(
-                f"clean has shape {_shape(self.clean)}; give [pair, pos] with at least one of each."
-            )
+            raise InputError(f"clean has shape {_shape(self.clean)}; give [pair, pos] with at least one of each.")
         if self.corrupted.shape != self.clean.shape:
             raise InputError(
                 f"corrupted has shape {_shape(self.corrupted)} and clean {_shape(self.clean)}; "
@@ -77,9 +75,7 @@ class Pairs:
                 raise InputError(f"candidates has shape {_shape(self.candidates)}; give [pair, choice].")
             for name in ("answer", "wrong"):
                 if not (self.candidates == getattr(self, name)[:, None]).any(1).all():
-                    raise InputError(
-                        f"A row of candidates lacks its {name}; give the ids of all names of the pair."
-                    )
+                    raise InputError(f"A row of candidates lacks its {name}; give the ids of all names of the pair.")
         bounds = [("lengths", self.lengths, 1, n_pos), ("candidates", self.candidates, ABSENT, None)]
         bounds += [(f"role {name!r}", value, ABSENT, n_pos - 1) for name, value in self.roles.items()]
         bounds += [(name, getattr(self, name), 0, None) for name in ("clean", "corrupted", "answer", "wrong")]
@@ -212,23 +208,16 @@ class Pairs:
             corrupted=self.clean,
             answer=self.wrong,
             wrong=self.answer,
-            texts=None
-            if self.texts is None
-            else tuple((corrupted, clean) for clean, corrupted in self.texts),
+            texts=None if self.texts is None else tuple((corrupted, clean) for clean, corrupted in self.texts),
         )
         return Pairs.concat([self, swapped])
 
     def by(self, label: str) -> dict[str, Pairs]:
         """The pairs that share a value of a label, for each value in the order of first appearance."""
         if label not in self.labels:
-            raise InputError(
-                f"These pairs have no label {label!r}; they have {', '.join(self.labels) or 'none'}."
-            )
+            raise InputError(f"These pairs have no label {label!r}; they have {', '.join(self.labels) or 'none'}.")
         column = self.labels[label]
-        return {
-            value: self[[i for i, own in enumerate(column) if own == value]]
-            for value in dict.fromkeys(column)
-        }
+        return {value: self[[i for i, own in enumerate(column) if own == value]] for value in dict.fromkeys(column)}
 
     def layouts(self) -> list[Pairs]:
         """The pairs in groups of equal length and equal roles, without padding, in first-seen order."""
@@ -283,16 +272,12 @@ class Pairs:
             corrupted=torch.cat([_widen(part.corrupted, width, part.corrupted[:, :1]) for part in parts]),
             answer=torch.cat([part.answer for part in parts]),
             wrong=torch.cat([part.wrong for part in parts]),
-            candidates=torch.cat([_widen(each, choices, ABSENT) for each in candidates])
-            if candidates
-            else None,
+            candidates=torch.cat([_widen(each, choices, ABSENT) for each in candidates]) if candidates else None,
             lengths=torch.cat([part.last + 1 for part in parts]) if ragged else None,
             labels={name: tuple(row for part in parts for row in part.labels[name]) for name in names},
             roles=_by_position(
                 {
-                    role: torch.cat(
-                        [part.roles.get(role, torch.full_like(part.answer, ABSENT)) for part in parts]
-                    )
+                    role: torch.cat([part.roles.get(role, torch.full_like(part.answer, ABSENT)) for part in parts])
                     for role in roles
                 }
             ),
@@ -325,9 +310,7 @@ def _integers(name: str, value: Any) -> Tensor:
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise InputError(
-            f"{name} cannot be read as whole numbers of 64 bits; give token ids or indices."
-        ) from error
+        raise InputError(f"{name} cannot be read as whole numbers of 64 bits; give token ids or indices.") from error
     if tensor.numel() == 0:
         raise InputError(f"{name} is empty; give at least one pair.")
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
@@ -347,9 +330,7 @@ def _token_rows(name: str, rows: Any, lengths: Tensor | None) -> Tensor:
         raise InputError(f"The rows of {name} are not equally long; give lengths= to have them padded.")
     for number, (row, length) in enumerate(zip(rows, lengths.tolist(), strict=False)):
         if length > len(row) or not row:
-            raise InputError(
-                f"Row {number} of {name} has {len(row)} tokens and a length of {length}; make them agree."
-            )
+            raise InputError(f"Row {number} of {name} has {len(row)} tokens and a length of {length}; make them agree.")
     return _integers(name, _filled(rows))
 
 

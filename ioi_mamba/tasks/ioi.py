@@ -120,9 +120,7 @@ def generate(
     names = usable_names(tokenizer)
     n_letters = max(len(set(clean + corrupted)) for clean, corrupted in formats.values())
     if len(names) < n_letters:
-        raise InputError(
-            f"This tokenizer has {len(names)} names as one token; use one that has at least {n_letters}."
-        )
+        raise InputError(f"This tokenizer has {len(names)} names as one token; use one that has at least {n_letters}.")
     rng = random.Random(seed)
     prompts = []
     for number in range(n_pairs):

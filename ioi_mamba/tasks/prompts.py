@@ -59,18 +59,14 @@ def bos_id(tokenizer: Any) -> int:
     for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return int(token_id)
-    raise InputError(
-        "This tokenizer has neither a BOS nor an EOS token; set tokenizer.bos_token to start prompts."
-    )
+    raise InputError("This tokenizer has neither a BOS nor an EOS token; set tokenizer.bos_token to start prompts.")
 
 
 def single_token_ids(tokenizer: Any, names: Iterable[str]) -> dict[str, int]:
     """The id of " " + name for each name that is one known token with its leading space, and no others."""
     names = list(names)
     ids = {}
-    for name, tokens in zip(
-        names, _encode(tokenizer, [f" {name}" for name in names])["input_ids"], strict=True
-    ):
+    for name, tokens in zip(names, _encode(tokenizer, [f" {name}" for name in names])["input_ids"], strict=True):
         if len(tokens) == 1 and tokens[0] != tokenizer.unk_token_id:
             ids[name] = int(tokens[0])
     return ids
@@ -84,22 +80,16 @@ def tokenize(pairs: Sequence[PromptPair], tokenizer: Any) -> list[TokenizedPair]
     """
     bos = bos_id(tokenizer)
     ids_of = single_token_ids(tokenizer, sorted({name for pair in pairs for name in pair.names}))
-    encoding = _encode(
-        tokenizer, [text for pair in pairs for text in (pair.clean, pair.corrupted)], offsets=True
-    )
+    encoding = _encode(tokenizer, [text for pair in pairs for text in (pair.clean, pair.corrupted)], offsets=True)
     rows = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
     tokenized = []
     for pair, (clean, clean_spans), (corrupted, corrupted_spans) in zip(pairs, rows, rows, strict=True):
         for name in pair.names:
             if name not in ids_of:
-                raise InputError(
-                    f"{pair.source}: {f' {name}'!r} is not one token of this tokenizer; use another name."
-                )
+                raise InputError(f"{pair.source}: {f' {name}'!r} is not one token of this tokenizer; use another name.")
         for text, ids in ((pair.clean, clean), (pair.corrupted, corrupted)):
             if tokenizer.unk_token_id in (ids[1:] if ids[:1] == [bos] else ids):
-                raise InputError(
-                    f"{pair.source}: a word of {text!r} is unknown to the tokenizer; use words it has."
-                )
+                raise InputError(f"{pair.source}: a word of {text!r} is unknown to the tokenizer; use words it has.")
         if len(clean) != len(corrupted):
             raise InputError(
                 f"{pair.source}: the prompts have {len(clean)} and {len(corrupted)} tokens; "
@@ -123,9 +113,7 @@ def tokenize(pairs: Sequence[PromptPair], tokenizer: Any) -> list[TokenizedPair]
     return tokenized
 
 
-def find_roles(
-    text: str, names: Sequence[str], spans: Sequence[tuple[int, int]], n_prefix: int = 1
-) -> dict[str, int]:
+def find_roles(text: str, names: Sequence[str], spans: Sequence[tuple[int, int]], n_prefix: int = 1) -> dict[str, int]:
     """Token index of each semantic position of a prompt (`Pairs` lists them), BOS first and `out` last.
 
     spans: first and past-the-last character of each token of `text`, before which are `n_prefix` tokens.
@@ -161,16 +149,10 @@ def read_jsonl(path: Path) -> list[PromptPair]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
             lines = iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b"")
-            pairs = [
-                _parse_line(line, f"{path} line {number}")
-                for number, line in enumerate(lines, 1)
-                if line.strip()
-            ]
+            pairs = [_parse_line(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"{path} cannot be read ({reason}); give a readable .jsonl or .jsonl.gz file."
-        ) from error
+        raise InputError(f"{path} cannot be read ({reason}); give a readable .jsonl or .jsonl.gz file.") from error
     if not pairs:
         raise InputError(f"{path} holds no pairs; give a file with one JSON object a line.")
     return pairs
@@ -182,16 +164,12 @@ def _parse_line(line: bytes, source: str) -> PromptPair:
     try:
         row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{source} is not valid JSON ({_brief(error)}); give one JSON object a line."
-        ) from error
+        raise InputError(f"{source} is not valid JSON ({_brief(error)}); give one JSON object a line.") from error
     if not isinstance(row, dict):
         raise InputError(f"{source} is not a JSON object; give one object with a pair of prompts a line.")
     for key in (*TEXT_KEYS, *NAME_LIST_KEYS):
         if key not in row:
-            raise InputError(
-                f"{source} has no {key!r}; every pair needs {', '.join((*TEXT_KEYS, *NAME_LIST_KEYS))}."
-            )
+            raise InputError(f"{source} has no {key!r}; every pair needs {', '.join((*TEXT_KEYS, *NAME_LIST_KEYS))}.")
     for key in TEXT_KEYS:
         if not _is_text(row[key]):
             raise InputError(f"{source}: {key!r} is not text; give a string that is not empty.")
@@ -216,24 +194,18 @@ def _parse_line(line: bytes, source: str) -> PromptPair:
 def _mentions(text: str, names: Sequence[str]) -> list[int]:
     """Where in `text` a name begins, in order."""
     longest_first = sorted(names, key=len, reverse=True)
-    return [
-        found.start() for found in re.finditer(rf"\b(?:{'|'.join(map(re.escape, longest_first))})\b", text)
-    ]
+    return [found.start() for found in re.finditer(rf"\b(?:{'|'.join(map(re.escape, longest_first))})\b", text)]
 
 
 def _encode(tokenizer: Any, texts: list[str], offsets: bool = False) -> Any:
     if not tokenizer.is_fast:
         raise InputError("This tokenizer does not report character offsets; open it with use_fast=True.")
-    return tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=offsets
-    )
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=offsets)
 
 
 def _is_text(value: object) -> bool:
     # A lone surrogate is valid JSON and no Unicode text: no tokenizer takes it.
-    return (
-        isinstance(value, str) and bool(value.strip()) and value.encode("utf-8", "replace").decode() == value
-    )
+    return isinstance(value, str) and bool(value.strip()) and value.encode("utf-8", "replace").decode() == value
 
 
 def _brief(error: BaseException) -> str:
