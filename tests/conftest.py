@@ -8,12 +8,12 @@ os.environ["USE_HUB_KERNELS"] = "0"
 
 import pytest
 import torch
-
-torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig
 
 import ioi_mamba as im
 from ioi_mamba.models import _token_ids_tokenizer
+
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 VOCAB = 40
 

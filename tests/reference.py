@@ -169,7 +169,7 @@ def attributions(weights, pairs, alphas, variant, path_parts, conv_width):
             for part in slices:
                 name = f"blocks.{i}.hook_conv_slice.{part[4:]}"
                 move = edits.get(name, lambda x: x)
-                edits[name] = lambda x, name=name, move=move, unpatched=unpatched: move(unpatched.setdefault(name, x))  # noqa: B023
+                edits[name] = lambda x, name=name, move=move, unpatched=unpatched: move(unpatched.setdefault(name, x))
         edits["hook_embed"] = lambda x: x.requires_grad_()
         run(weights, pairs.clean, edits, values)
         now = clean if variant == "clean-difference" else values | unpatched
