@@ -45,6 +45,7 @@ from .patching import (
 from .tasks.base import Pairs
 
 METHODS = ("eap", "eap-ig")
+ROUNDING = 1e-4  # logits; two float32 passes of one prompt can differ by some 1e-5
 VARIANTS = ("paper", "detached", "clean-difference")
 Progress = Callable[[int, int], None]
 
@@ -141,7 +142,10 @@ def _chunk_scores(model, pairs: Pairs, alphas: list[float], steps: int, variant:
             clean["logit_diff"] = difference.detach()
             clean["outputs"] = [output.detach() for output in patch.outputs]
             clean["values"] = {name: value.detach() for name, value in point.values.items()}
-        metric = normalized_logit_diff(difference, clean["logit_diff"], from_corrupted).sum()
+        # Below rounding there is no range: dividing by it would turn noise into attributions.
+        no_range = (clean["logit_diff"] - from_corrupted).abs() <= ROUNDING
+        unpatched = torch.where(no_range, from_corrupted, clean["logit_diff"])
+        metric = normalized_logit_diff(difference, unpatched, from_corrupted).sum()
         keys = list(point.gradient_at)
         gradients = torch.autograd.grad(metric, [point.gradient_at[key] for key in keys])
         gradient = dict(zip(keys, gradients, strict=True))
@@ -234,6 +238,8 @@ def attribute(
             f"method {method!r} with variant {variant!r} is unknown: methods are {', '.join(METHODS)}, "
             f"variants {', '.join(VARIANTS)}."
         )
+    if pairs_per_pass < 1:
+        raise InputError(f"pairs_per_pass must be at least 1, not {pairs_per_pass}.")
     if method == "eap-ig" and steps < 2:
         raise InputError(f"eap-ig needs at least 2 steps, not {steps}; for one gradient at the clean point use 'eap'.")
     if method == "eap":

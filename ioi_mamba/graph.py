@@ -108,9 +108,9 @@ def masks_of(sets: list[Iterable[Item]], universe: Universe, n_positions: int) -
                 )
             if item.part is None and source < target:
                 masks.edges[s, source, target - 1, where] = 1
-            elif item.part in taps and source == target:
+            elif item.part in taps and source == target and 1 <= source <= n:
                 masks.conv[s, source - 1, taps[item.part], where] = 1
-            elif item.part in ("ssm", "skip") and source == target:
+            elif item.part in ("ssm", "skip") and source == target and 1 <= source <= n:
                 getattr(masks, item.part)[s, source - 1, where] = 1
             else:
                 raise InputError(f"{item} is no edge forward and no part of a layer (conv slices, ssm, skip).")
@@ -220,9 +220,9 @@ class Circuit:
             table = pd.read_parquet(path.with_name(path.name + _SUFFIXES[0]))
             universe = Universe(**json.loads(path.with_name(path.name + _SUFFIXES[1]).read_text())["universe"])
             items = frozenset(items_of(table))
+            masks_of([items], universe, universe.n_positions or 1)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is no saved circuit (two files, .parquet and .json): {error}") from None
-        masks_of([items], universe, universe.n_positions or 1)
         return cls(items, universe)
 
     def to_mib(self) -> dict:

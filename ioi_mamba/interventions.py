@@ -56,7 +56,7 @@ def check_tokens(model, tokens: Tensor) -> Tensor:
     """`tokens` as Long[batch, pos] on the model's device. Raises InputError if they do not fit the vocabulary."""
     tokens = torch.as_tensor(tokens)
     vocab = model.config.vocab_size
-    if tokens.ndim != 2 or tokens.dtype.is_floating_point or tokens.shape[1] == 0:
+    if tokens.ndim != 2 or tokens.dtype.is_floating_point or tokens.dtype == torch.bool or 0 in tokens.shape:
         raise InputError(
             f"tokens must be whole numbers of shape [batch, pos], not {tokens.dtype} of shape {tuple(tokens.shape)}."
         )
@@ -75,6 +75,8 @@ def _addresses(model, names: Iterable[str], n_positions: int) -> dict[str, Addre
 def _apply(edit: Edit, current: Callable[[], Tensor], name: str) -> Tensor:
     if isinstance(edit, Tensor):
         return edit
+    if not callable(edit):
+        raise InputError(f"{name}: an edit is a tensor or a function of the value, not {type(edit).__name__}.")
     value = edit(current())
     if not isinstance(value, Tensor):
         raise InputError(f"{name}: the edit returned {type(value).__name__}, not a tensor; return the new value.")

@@ -112,6 +112,8 @@ class MixerPass:
         """Write `value` where `mask` is True (both broadcastable to [batch, pos, E, N]); the recurrence goes on."""
         self._reach("h")
         self._refuse_late("h")
+        if not bool(torch.isfinite(value).all()):
+            raise InputError(f"blocks.{self._layer}.hook_h: the edit holds NaN or infinity; write finite numbers.")
         self._state_writes.append((mask, value))
         self._values.pop("h", None)
         self._written.add("h")
