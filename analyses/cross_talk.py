@@ -136,8 +136,6 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
         .properties(width=charts.PLOT_WIDTH, height=200)
     )
     steps = table[table["chosen"]].copy()
-    if steps.empty:
-        return alt.vconcat(bars)
     steps["circuit"] = steps["template"] + ": " + steps["corruption"]
     steps["layer"] = steps["layer"].astype(int).astype(str)
     order = list(dict.fromkeys(steps["circuit"]))
@@ -156,7 +154,7 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
         ],
     )
     scale = alt.Scale(domain=[0, 1], range=list(charts.SEQUENTIAL), interpolate="rgb", clamp=True)
-    legend = alt.Legend(orient="top", direction="horizontal", gradientLength=220, gradientThickness=12, titleLimit=420)
+    legend = alt.Legend(orient="top", direction="horizontal", gradientLength=220, gradientThickness=12)
     squares = base.mark_rect(stroke="currentColor", strokeOpacity=0.06, strokeWidth=0.5).encode(
         color=alt.Color("accuracy:Q", scale=scale, title="accuracy after the step (written: the layer)", legend=legend)
     )
