@@ -61,6 +61,9 @@ COLUMNS = (
     "reached",
 )
 
+SCANNED = ("ssm_input", "y")
+"""What a layer makes of its conv input, of all positions, on the way to its output: all that resampling changes."""
+
 DEFAULT_PAIRS = 200
 UNLABELLED = "(all)"
 
@@ -124,7 +127,7 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
     n_circuits = len(_circuits(table))
     proportion = _proportion(table).rename("proportion").rename_axis("layer").reset_index()
     proportion["circuits"] = [f"{round(p * n_circuits)} of {n_circuits}" for p in proportion["proportion"]]
-    shown = list(proportion["layer"])[:: -(-len(proportion) // 24)]
+    shown = list(proportion["layer"])[:: max(1, -(-len(proportion) // 24))]
     bars = (
         alt.Chart(charts.check_size(proportion), title="Circuits with each layer")
         .mark_bar(cornerRadiusEnd=2, color=charts.BLUE)
@@ -136,6 +139,8 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
         .properties(width=charts.PLOT_WIDTH, height=200)
     )
     steps = table[table["chosen"]].copy()
+    if steps.empty:
+        return alt.vconcat(bars)
     steps["circuit"] = steps["template"] + ": " + steps["corruption"]
     steps["layer"] = steps["layer"].astype(int).astype(str)
     order = list(dict.fromkeys(steps["circuit"]))
@@ -154,7 +159,7 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
         ],
     )
     scale = alt.Scale(domain=[0, 1], range=list(charts.SEQUENTIAL), interpolate="rgb", clamp=True)
-    legend = alt.Legend(orient="top", direction="horizontal", gradientLength=220, gradientThickness=12)
+    legend = alt.Legend(orient="top", direction="horizontal", gradientLength=220, gradientThickness=12, titleLimit=420)
     squares = base.mark_rect(stroke="currentColor", strokeOpacity=0.06, strokeWidth=0.5).encode(
         color=alt.Color("accuracy:Q", scale=scale, title="accuracy after the step (written: the layer)", legend=legend)
     )
@@ -185,7 +190,7 @@ def findings(table: pd.DataFrame) -> list[str]:
         )
     found.append(
         f"{reached} of {n} circuits reach the threshold; they have {sizes.mean():.2f} layers on average "
-        f"({sizes.min()} to {sizes.max()}) of {table['layer'].nunique()}."
+        f"({sizes.min()} to {sizes.max()})."
     )
     for _, row in circuits[~circuits["reached"]].iterrows():
         found.append(
@@ -294,18 +299,18 @@ def _mean(scores: Tensor) -> Score:
 class _Rows:
     """Some prompts with all but a few layers resampled, and what a candidate's pass begins with.
 
-    in_proj, y: per layer [row, pos, E], of the corrupted prompts. streams: per layer [row, pos, D], the residual
-    stream that enters it when the layers of `circuit` are given back.
+    values: SCANNED of the corrupted prompts, per layer [row, pos, E]; at_last: the same at the last position,
+    [row, 1, E]. streams: per layer [row, pos, D], the residual stream that enters it when the layers of `circuit` are
+    given back.
     """
 
     def __init__(self, model, pairs: Pairs):
         self.model, self.pairs = model, pairs
         self.tokens, self.last = pairs.clean.to(model.device), pairs.last.to(model.device)
         layers = range(layer_count(model))
-        names = {site: block_sites(site, layers) for site in ("in_proj", "y")}
-        corrupted = forward(
-            model, pairs.corrupted, reads=[*names["in_proj"], *names["y"]], logits_at=self.last, own_scan=True
-        )
+        names = {site: block_sites(site, layers) for site in SCANNED}
+        reads = [name for each in names.values() for name in each]
+        corrupted = forward(model, pairs.corrupted, reads=reads, logits_at=self.last, own_scan=True)
         self.values = {site: [corrupted[name] for name in names[site]] for site in names}
         index = torch.arange(len(pairs), device=self.tokens.device)
         self.at_last = {site: [v[index, self.last][:, None] for v in values] for site, values in self.values.items()}
@@ -375,7 +380,6 @@ class _Rows:
         if values is None:
             mixer.own_scan()
         else:
-            mixer.set("in_proj", values["in_proj"][layer])
-            # y follows from in_proj; writing it saves the scan.
-            mixer.set("y", values["y"][layer])
+            for site in SCANNED:
+                mixer.set(site, values[site][layer])
         mixer.finish()
