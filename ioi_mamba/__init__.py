@@ -8,6 +8,7 @@ from .graph import Circuit
 from .interventions import mixer, read, run
 from .models import open_model
 from .patching import patch_edges
+from .steering import steer
 from .tasks import ioi
 from .tasks.base import Pairs
 
@@ -24,4 +25,5 @@ __all__ = [
     "patch_edges",
     "read",
     "run",
+    "steer",
 ]

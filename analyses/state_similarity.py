@@ -1,0 +1,229 @@
+"""What does the hidden state keep? Cosine similarity of each token's contribution with every state after it.
+
+At one layer a token i adds B_bar_i x_i to the state (equation 5). If that direction is still to be seen in the states
+of all later tokens, the state keeps what the token brought: a line in the chart. The paper finds the lines one token
+after the names, which is where the convolution has moved them; with names of several tokens, after their first.
+
+Where the paper and its code disagree: the caption of figure 7 puts contributions on x, figure and code put them on y,
+as here. The text names B_bar_i x_i against h_j, taken for the figure; the code also makes the three other measures.
+Cells left of the diagonal (j < i), states that were there before the contribution, are computed as in the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import altair as alt
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analyses.layer_ablation import find_bottleneck
+from ioi_mamba import charts
+from ioi_mamba.errors import InputError
+from ioi_mamba.interventions import forward
+from ioi_mamba.steering import is_name
+from ioi_mamba.tasks import ioi
+from ioi_mamba.tasks.base import ABSENT, Pairs
+from ioi_mamba.tasks.prompts import bos_id, find_roles
+
+NAME = "state-similarity"
+TITLE = "Contributions in the hidden state"
+PAPER = "4.2, Fig 7"
+QUESTION = "Which tokens' contributions stay visible in the hidden state?"
+LOOK_FOR = (
+    "A row that stays coloured from the diagonal to the right edge: what that token contributed is kept. If the "
+    "lines are one token after the names, the layer reads names there."
+)
+METHOD = (
+    "Contribution of token i: B_bar_i x_i [E, N] (equations 5 and 8); state after token j: h_j [E, N].\n"
+    "Cosine of the two, flattened; decayed: B_bar_i x_i times the product of A_bar_t over i < t <= j.\n"
+    "A vector of zeros has similarity 0 with everything (its norm is taken as 1)."
+)
+NEEDS_MAMBA = True
+COLUMNS = ("prompt", "measure", "row", "column", "similarity", "row_label", "column_label", "after_name", "layer")
+
+CONTRIBUTION_STATE = "contribution in state"
+DECAYED_STATE = "decayed contribution in state"
+CONTRIBUTIONS = "contribution with contribution"
+STATES = "state with state"
+MEASURES = (CONTRIBUTION_STATE, DECAYED_STATE, CONTRIBUTIONS, STATES)
+
+DEFAULT_PAIRS = 3
+
+
+def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
+    """The first prompts of the paper's steering set, without swapped copies; its notebook has the first of them.
+
+    n_pairs None: 3, as many as figure 7 shows.
+    """
+    return ioi.generate(tokenizer, DEFAULT_PAIRS if n_pairs is None else n_pairs, seed, symmetric=False)
+
+
+@torch.no_grad()
+def run(
+    model,
+    pairs: Pairs,
+    *,
+    layer: int | None = None,
+    prompt: str | None = None,
+    names: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> pd.DataFrame:
+    """One row for each prompt, measure, row i and column j: the cosine similarity, in -1..1.
+
+    The prompts are the clean ones of `pairs`, or `prompt` alone. layer: default the bottleneck, found as
+    layer-ablation does. names: the names in `prompt`, of any number of tokens; default those of the task.
+    `row_label`, `column_label`: the tokens; `after_name`: the row is one token after (the first token of) a name.
+    Raises InputError for a layer out of range and an empty prompt.
+    """
+    layer = find_bottleneck(model) if layer is None else layer
+    prompts = _of_pairs(model.tokenizer, pairs) if prompt is None else [_of_text(model.tokenizer, prompt, names)]
+    tables = []
+    for number, (text, tokens, after) in enumerate(prompts, 1):
+        labels = [model.tokenizer.decode([token]) for token in tokens.tolist()]
+        for measure, matrix in _matrices(model, tokens, layer).items():
+            row, column = torch.meshgrid(*[torch.arange(len(tokens))] * 2, indexing="ij")
+            tables.append(
+                pd.DataFrame(
+                    {
+                        "prompt": text,
+                        "measure": measure,
+                        "row": row.flatten().numpy(),
+                        "column": column.flatten().numpy(),
+                        "similarity": matrix.flatten().double().numpy(),
+                        "row_label": [labels[i] for i in row.flatten()],
+                        "column_label": [labels[j] for j in column.flatten()],
+                        "after_name": [int(i) in after for i in row.flatten()],
+                        "layer": layer,
+                    }
+                )
+            )
+        if progress is not None:
+            progress(number, len(prompts))
+    return pd.concat(tables, ignore_index=True)
+
+
+def chart(table: pd.DataFrame) -> alt.ConcatChart:
+    """The figure's measure for each prompt, then the other three for the first, as far as 5,000 cells go."""
+    panels = [(prompt, CONTRIBUTION_STATE) for prompt in dict.fromkeys(table["prompt"])]
+    panels = panels[:3] + [(panels[0][0], measure) for measure in MEASURES[1:]]
+    drawn, cells = [], 0
+    for prompt, measure in panels:
+        part = table[(table["prompt"] == prompt) & (table["measure"] == measure)]
+        cells += len(part)
+        if cells > charts.MAX_ROWS and drawn:
+            break
+        drawn.append(_panel(part, prompt, measure))
+    return alt.concat(*drawn, columns=2).resolve_scale(x="independent", y="independent")
+
+
+def _panel(part: pd.DataFrame, prompt: str, measure: str) -> alt.FacetChart | alt.LayerChart:
+    part = part.assign(
+        _row=[f"{i} {label.strip() or label!r}" for i, label in zip(part["row"], part["row_label"], strict=True)],
+        _column=[
+            f"{j} {label.strip() or label!r}" for j, label in zip(part["column"], part["column_label"], strict=True)
+        ],
+    )
+    y, x = {
+        CONTRIBUTION_STATE: ("contribution of token", "state after token"),
+        DECAYED_STATE: ("contribution of token", "state after token"),
+        CONTRIBUTIONS: ("contribution of token", "contribution of token"),
+        STATES: ("state after token", "state after token"),
+    }[measure]
+    heading = alt.Title(f"{measure[0].upper()}{measure[1:]}", subtitle=_wrapped(prompt))
+    return charts.matrix_heatmap(
+        part,
+        x="_column",
+        y="_row",
+        color="similarity",
+        x_title=x,
+        y_title=y,
+        color_title="cosine similarity",
+        domain=(-1.0, 1.0),
+        cell=12,
+        tooltip=("row_label", "column_label"),
+    ).properties(title=heading)
+
+
+def _wrapped(text: str, width: int = 48) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines[:3]
+
+
+def lines(table: pd.DataFrame, measure: str = CONTRIBUTION_STATE) -> pd.DataFrame:
+    """The mean similarity of each row with the later columns (j > i): prompt, row, row_label, after_name, mean.
+
+    The strongest come first, prompt by prompt. Rows with fewer than three later columns are left out: there is no
+    line to see.
+    """
+    part = table[(table["measure"] == measure) & (table["column"] > table["row"])]
+    means = part.groupby(["prompt", "row", "row_label", "after_name"], sort=False)["similarity"].agg(["mean", "size"])
+    means = means[means["size"] >= 3].reset_index().drop(columns="size")
+    place = {prompt: k for k, prompt in enumerate(dict.fromkeys(table["prompt"]))}
+    order = means.assign(_place=means["prompt"].map(place)).sort_values(
+        ["_place", "mean"], ascending=[True, False], kind="stable"
+    )
+    return order.drop(columns="_place").reset_index(drop=True)
+
+
+def findings(table: pd.DataFrame) -> list[str]:
+    """Which rows are lines in each prompt, and how many of them are one token after a name."""
+    found = [f"Layer {table['layer'].iloc[0]}, similarity of a contribution with the later states, mean over these."]
+    for prompt, rows in lines(table).groupby("prompt", sort=False):
+        n_names = int(rows["after_name"].sum())
+        top = rows.head(max(3, n_names))
+        named = ", ".join(f"{row.row} {row.row_label!r} ({row.mean:.2f})" for row in top.itertuples())
+        sentence = f'"{prompt}": the strongest rows are {named}'
+        if n_names:
+            sentence += f"; {int(top['after_name'].sum())} of these {len(top)} are one token after a name"
+        found.append(f"{sentence}.")
+    return found
+
+
+def _of_pairs(tokenizer, pairs: Pairs) -> list[tuple[str, Tensor, set[int]]]:
+    """(text, tokens, positions one after a name) of each clean prompt."""
+    prompts = []
+    for row in range(len(pairs)):
+        tokens = pairs.clean[row, : int(pairs.last[row]) + 1].cpu()
+        text = tokenizer.decode(tokens[1:]) if pairs.texts is None else pairs.texts[row][0]
+        at = [int(indices[row]) for role, indices in pairs.roles.items() if is_name(role)]
+        prompts.append((text, tokens, {index + 1 for index in at if index != ABSENT}))
+    return prompts
+
+
+def _of_text(tokenizer, prompt: str, names: Sequence[str]) -> tuple[str, Tensor, set[int]]:
+    encoding = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+    bos, ids = bos_id(tokenizer), encoding["input_ids"]
+    if not ids:
+        raise InputError("The prompt is empty; give a text.")
+    prefix = [] if ids[0] == bos else [bos]
+    roles = find_roles(prompt, list(names) or sorted(set(ioi.NAMES)), encoding["offset_mapping"], len(prefix))
+    return prompt, torch.tensor(prefix + ids), {index + 1 for role, index in roles.items() if is_name(role)}
+
+
+def _matrices(model, tokens: Tensor, layer: int) -> dict[str, Tensor]:
+    """By measure: Float32[pos, pos] of one prompt's cosine similarities."""
+    sites = [f"blocks.{layer}.hook_{site}" for site in ("ssm_input", "A_bar", "B_bar", "h")]
+    read = forward(model, tokens[None], reads=sites)
+    x, decay, B_bar, h = (read[site][0].float() for site in sites)
+    added = (B_bar * x[..., None]).flatten(1)
+    decay, h = decay.flatten(1), h.flatten(1)
+    faded = cosines(added, h)
+    remaining = added.clone()
+    for j in range(1, len(tokens)):
+        # What is left after token j of every contribution made before it.
+        remaining[:j] *= decay[j]
+        faded[:j, j] = cosines(remaining[:j], h[j : j + 1])[:, 0]
+    matrices = (cosines(added, h), faded, cosines(added, added), cosines(h, h))
+    return {measure: matrix.cpu() for measure, matrix in zip(MEASURES, matrices, strict=True)}
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Float[i, j], the cosine of a[i] and b[j] (Float[row, dim]); a norm of 0 counts as 1."""
+    a_norm, b_norm = (torch.where(norm == 0, 1.0, norm) for norm in (a.norm(dim=1), b.norm(dim=1)))
+    return (a @ b.T) / a_norm[:, None] / b_norm

@@ -1,0 +1,329 @@
+"""Make a model read another name than the prompt has, by writing one average vector into one layer.
+
+mamba-370m's bottleneck layer takes a name in one token after it, as `ssm_input`. Averaged over many prompts with the
+same name in the same place, that vector stands for the name alone (paper section 4.3). `averages` makes these
+vectors, `steering_edit` writes them, and `steer` does both for one prompt:
+
+    steer(model, "Then, Ana, Ivan and Leah went to the office. Ana and Ivan gave a bone to", {"n3": "Mary"})
+
+`n1`, `n2`, ... are the names in order of mention. Two methods: "replace" writes the new name's average in
+place of what is there, "subtract-add" adds the new name's and subtracts the old one's, which leaves the rest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import nnsight
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+from .interventions import forward
+from .metrics import effect, logit_diff
+from .mixer import MixerPass
+from .sweep import Progress, last_logits, layer_count, resample_sweep, rows_per_pass
+from .tasks import ioi
+from .tasks.base import ABSENT, Pairs
+from .tasks.prompts import bos_id, find_roles, single_token_ids
+
+METHODS = ("replace", "subtract-add")
+
+# With 2,000 pairs each of the 203 names is in each of five places in some 20 prompts.
+_PAIRS_FOR_STEER = 2000
+
+
+@dataclass(frozen=True)
+class Averages:
+    """The mean `ssm_input` of a layer `offset` tokens after a name, for each name in each slot.
+
+    slots: role names, "n1", .... names: Int64[name], token ids, ascending (of a longer name its first token).
+    mean: Float32[name, slot, E]; count: Int64[name, slot], the prompts behind each mean, 0 where there are
+    none. All on the CPU.
+    """
+
+    layer: int
+    offset: int
+    slots: tuple[str, ...]
+    names: Tensor
+    mean: Tensor
+    count: Tensor
+
+    def seen(self, names: Tensor, slot: str) -> Tensor:
+        """Bool[row]: whether there is a mean for these names (Int64[row]) in this slot."""
+        index = self._index(names)
+        return (self.names[index] == names) & (self.count[index, self._slot(slot)] > 0)
+
+    def look_up(self, names: Tensor, slot: str) -> Tensor:
+        """Float32[row, E], the means of these names (Int64[row]) in this slot; InputError for a missing one."""
+        missing = names[~self.seen(names, slot)]
+        if len(missing):
+            raise InputError(
+                f"The name with token {int(missing[0])} is never in {slot} of the averaged prompts; average over more."
+            )
+        return self.mean[self._index(names), self._slot(slot)]
+
+    def _index(self, names: Tensor) -> Tensor:
+        return torch.searchsorted(self.names, names).clamp(max=len(self.names) - 1)
+
+    def _slot(self, slot: str) -> int:
+        if slot not in self.slots:
+            raise InputError(f"There are no averages for {slot!r}; there are for {', '.join(self.slots)}.")
+        return self.slots.index(slot)
+
+
+def is_name(role: str) -> bool:
+    """Whether a role of `Pairs` is a name: n1, n2, ..."""
+    return re.fullmatch(r"n\d+", role) is not None
+
+
+def name_slots(pairs: Pairs) -> tuple[str, ...]:
+    """The roles that are names, in order of mention. Raises InputError where there are none."""
+    slots = sorted(filter(is_name, pairs.roles), key=lambda role: int(role[1:]))
+    if not slots:
+        raise InputError("These pairs have no roles n1, n2, ...: steering needs to know where the names are.")
+    return tuple(slots)
+
+
+@torch.no_grad()
+def averages(
+    model,
+    pairs: Pairs,
+    layer: int,
+    *,
+    offset: int = 1,
+    leave_out: Tensor | None = None,
+    progress: Progress | None = None,
+) -> Averages:
+    """Mean `ssm_input` of `layer` `offset` tokens after each name, over the clean and corrupted prompts of `pairs`.
+
+    Every prompt counts as often as it stands there (in a symmetric set each stands there twice) but is run once.
+    offset: 1 is one token after the name, as in the paper; 0 the name itself. leave_out: Int64[prompt, pos], prompts
+    not to be averaged over. Raises InputError for a layer out of range, a negative offset, pairs without names and
+    when nothing is left.
+    """
+    if not 0 <= layer < layer_count(model):
+        raise InputError(f"The model has layers 0 to {layer_count(model) - 1}, not {layer}.")
+    if offset < 0:
+        raise InputError(f"offset is {offset}; give 0 for the name itself, 1 for one token after it, and so on.")
+    slots = name_slots(pairs)
+    at = torch.stack([pairs.roles[slot] for slot in slots], 1).cpu()
+    at = torch.where(at + offset <= pairs.last.cpu()[:, None], at, ABSENT)
+    width = min(pairs.clean.shape[1], int(at.max()) + offset + 1)
+    prompts, times = _distinct(pairs, at, leave_out)
+    at, prompts = prompts[:, -len(slots) :], prompts[:, :width]
+    present = at != ABSENT
+    ids = torch.where(present, prompts.gather(1, at.clamp(min=0)), 0)
+    names = ids[present].unique()
+    total = torch.zeros(len(names) * len(slots), model.config.intermediate_size, dtype=torch.float64)
+    count = torch.zeros(len(names) * len(slots), dtype=torch.int64)
+    done = 0
+    for rows in torch.arange(len(prompts)).split(rows_per_pass(model, width)):
+        x = read_up_to(model, prompts[rows], layer, "ssm_input").cpu()
+        where = present[rows]
+        cell = torch.searchsorted(names, ids[rows]) * len(slots) + torch.arange(len(slots))
+        weight = times[rows, None].expand_as(cell)[where]
+        values = x[torch.arange(len(rows))[:, None], (at[rows].clamp(min=0) + offset).clamp(max=width - 1)][where]
+        total.index_add_(0, cell[where], values.double() * weight[:, None])
+        count.index_add_(0, cell[where], weight)
+        done += len(rows)
+        if progress is not None:
+            progress(done, len(prompts))
+    mean = (total / count.clamp(min=1)[:, None]).float()
+    shape = (len(names), len(slots))
+    return Averages(layer, offset, slots, names, mean.reshape(*shape, -1), count.reshape(shape))
+
+
+def steering_edit(
+    averages: Averages, method: str, positions: Tensor, new: Tensor, old: Tensor, slot: str
+) -> Callable[[Tensor], Tensor]:
+    """The edit of `blocks.{averages.layer}.hook_ssm_input` that turns one name of each row into another.
+
+    positions: Int64[row], where the name's first token is; the edit is `averages.offset` tokens later. new, old:
+    Int64[row], token ids; `old` is used by "subtract-add" only. slot: whose averages are taken. Raises InputError for an
+    unknown method or slot, and for a name that has no average there.
+    """
+    if method not in METHODS:
+        raise InputError(f"method is {method!r}; use one of {', '.join(METHODS)}.")
+    vector = averages.look_up(new, slot)
+    if method == "subtract-add":
+        vector = vector - averages.look_up(old, slot)
+
+    def write(x: Tensor) -> Tensor:
+        rows, at, value = (
+            torch.arange(len(x), device=x.device),
+            (positions + averages.offset).to(x.device),
+            vector.to(x),
+        )
+        x[rows, at] = value if method == "replace" else x[rows, at] + value
+        return x
+
+    return write
+
+
+@torch.no_grad()
+def steer(
+    model,
+    prompt: str,
+    names: Mapping[str, str],
+    *,
+    layer: int | None = None,
+    offset: int | None = None,
+    method: str = "subtract-add",
+    averages: Averages | None = None,
+    max_new_tokens: int = 8,
+) -> str:
+    """How the model continues `prompt` (greedily, until the end of the text) when names in it are rewritten.
+
+    names: which mentions become what, as {"n2": "Mary"} for the second name mentioned; a name that occurs
+    twice has two slots. {}: how the model continues without an edit. The old name is read off the prompt.
+    layer, offset: where to write, so many tokens after the name; None takes those of `averages`, and without these
+    what `find_layer` and `find_offset` find.
+    averages: of the names, from the function `averages`. None: made from 2,000 generated pairs of the paper's
+    templates and kept for the next call with this model, layer and offset.
+    Raises InputError for a slot the prompt has not, a name that is not one token or has no average, and a `layer`
+    or `offset` that is not that of `averages`.
+    """
+    if averages is None:
+        averages = _kept_averages(model, layer, offset)
+    elif layer not in (None, averages.layer) or offset not in (None, averages.offset):
+        raise InputError(
+            f"The averages are those of layer {averages.layer} and offset {averages.offset}: leave layer and offset out."
+        )
+    tokens, roles = _read_prompt(model.tokenizer, prompt, averages)
+    new_ids = single_token_ids(model.tokenizer, names.values()) if names else {}
+    edits = []
+    for slot, name in names.items():
+        if slot not in roles or not is_name(slot):
+            mentioned = ", ".join(filter(is_name, roles)) or "none"
+            raise InputError(f"The prompt has no name {slot!r}; it has {mentioned}.")
+        if name not in new_ids:
+            raise InputError(f"{f' {name}'!r} is not one token of this tokenizer; use another name.")
+        position = torch.tensor([roles[slot]])
+        if roles[slot] + averages.offset >= len(tokens):
+            raise InputError(
+                f"The prompt ends before {averages.offset} tokens after {slot}, where the edit is: add words."
+            )
+        new = torch.tensor([new_ids[name]])
+        edits.append(steering_edit(averages, method, position, new, tokens[position], slot))
+
+    def write(x: Tensor) -> Tensor:
+        for edit in edits:
+            x = edit(x)
+        return x
+
+    end = model.tokenizer.eos_token_id
+    row = tokens[None]
+    for _ in range(max_new_tokens):
+        last = torch.tensor([row.shape[1] - 1])
+        hook = {f"blocks.{averages.layer}.hook_ssm_input": write}
+        logits = forward(model, row, hook if edits else {}, logits_at=last, own_scan=True)["hook_logits"]
+        following = logits[0, 0].argmax().cpu()
+        if int(following) == end:
+            break
+        row = torch.cat([row, following.reshape(1, 1)], 1)
+    return model.tokenizer.decode(row[0, len(tokens) :])
+
+
+@torch.no_grad()
+def find_layer(model) -> int:
+    """The bottleneck: of the layers after 0, the one whose resampled input has the largest effect (4.1.1).
+
+    Measured on 8 pairs of each corruption of the paper's templates with equal positions: of a layer, the largest
+    |1 - normalized logit diff| before the last position (where every layer can write the answer straight to the
+    output), mean over corruptions. Raises InputError for a model of one layer.
+    """
+    if layer_count(model) < 2:
+        raise InputError("The bottleneck is looked for after layer 0; this model has no other layer.")
+    layers, peaks = list(range(1, layer_count(model))), []
+    for pairs in _by_corruption(model):
+        positions = list(range(pairs.clean.shape[1] - 1))
+        peaks.append(_effects(model, pairs, "layer_input", layers, positions).amax(-1))
+    return layers[int(torch.stack(peaks).mean(0).argmax())]
+
+
+@torch.no_grad()
+def find_offset(model, layer: int) -> int:
+    """How many tokens after a name `layer` takes it in: where its resampled `ssm_input` has the largest effect.
+
+    As far as the convolution reaches, 0 to K-1; |1 - normalized logit diff|, mean over the corruptions.
+    """
+    found = []
+    for pairs in _by_corruption(model):
+        name = int(pairs.first_difference[0])
+        positions = list(range(name, name + model.config.conv_kernel))
+        found.append(_effects(model, pairs, "ssm_input", [layer], positions)[0])
+    return int(torch.stack(found).mean(0).argmax())
+
+
+def _by_corruption(model) -> list[Pairs]:
+    templates = ioi.ALIGNED_TEMPLATES
+    return [ioi.generate(model.tokenizer, 8, 27, templates=templates, corruptions=[c]) for c in ioi.CORRUPTIONS]
+
+
+def _effects(model, pairs: Pairs, site: str, layers: list[int], positions: list[int]) -> Tensor:
+    """|1 - normalized logit diff|, mean over the pairs, Float[layer, position]."""
+    patched = logit_diff(resample_sweep(model, pairs, site, layers=layers, positions=positions))
+    clean, corrupted = (
+        logit_diff(last_logits(model, tokens, pairs.last)[:, 0], pairs.answer, pairs.wrong)
+        for tokens in (pairs.clean, pairs.corrupted)
+    )
+    return effect(patched, clean, corrupted).mean(-1).abs().nan_to_num(0.0, posinf=0.0)
+
+
+def read_up_to(model, tokens: Tensor, layer: int, site: str) -> Tensor:
+    """The value of a site of `layer`, from a pass that ends there. tokens: Int64[row, pos]."""
+    blocks = model.backbone.layers
+    with model.trace(tokens.to(model.device), use_cache=False) as tracer:
+        for i in range(layer):
+            below = MixerPass(blocks[i], i)
+            below.own_scan()
+            below.finish()
+        value = nnsight.save(MixerPass(blocks[layer], layer).get(site))
+        tracer.stop()
+    return value
+
+
+_found: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, dict[tuple[int, int | None], Averages]] = WeakKeyDictionary()
+
+
+def _kept_averages(model, layer: int | None, offset: int | None) -> Averages:
+    """Averages over generated pairs, made once for each model, layer and offset as asked for."""
+    module = model._module
+    if layer is None:
+        layer = _found[module] if module in _found else _found.setdefault(module, find_layer(model))
+    kept = _kept.setdefault(module, {})
+    if (layer, offset) not in kept:
+        where = find_offset(model, layer) if offset is None else offset
+        pairs = ioi.generate(model.tokenizer, _PAIRS_FOR_STEER, 27)
+        kept[layer, offset] = averages(model, pairs, layer, offset=where)
+    return kept[layer, offset]
+
+
+def _read_prompt(tokenizer: Any, prompt: str, averages: Averages) -> tuple[Tensor, dict[str, int]]:
+    """Int64[pos] with BOS in front, and the roles of a prompt, in which the averaged names are the names."""
+    names = [tokenizer.decode([name]).strip() for name in averages.names.tolist()]
+    encoding = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+    bos, ids = bos_id(tokenizer), encoding["input_ids"]
+    if not ids:
+        raise InputError("The prompt is empty; give a text with names in it.")
+    prefix = [] if ids[0] == bos else [bos]
+    return torch.tensor(prefix + ids), find_roles(prompt, names, encoding["offset_mapping"], len(prefix))
+
+
+def _distinct(pairs: Pairs, at: Tensor, leave_out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Every prompt once, Int64[prompt, pos + slot] (tokens, then name positions); how often, [prompt]."""
+    sides = [torch.cat([side.cpu(), at], 1) for side in (pairs.clean, pairs.corrupted)]
+    prompts, times = torch.cat(sides).unique(dim=0, return_counts=True)
+    if leave_out is None:
+        return prompts, times
+    out = {tuple(row) for row in leave_out.tolist()}
+    kept = torch.tensor([tuple(row[: leave_out.shape[1]]) not in out for row in prompts.tolist()])
+    if not kept.any():
+        raise InputError("Every prompt is left out of the averages; give more pairs.")
+    return prompts[kept], times[kept]

@@ -1,0 +1,333 @@
+"""Steering against prompts run one at a time, and its test prompts against the published ones."""
+
+import hashlib
+import random
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import ioi_mamba as im
+from analyses import layer_ablation, name_steering
+from ioi_mamba import steering
+from ioi_mamba.errors import InputError
+from ioi_mamba.metrics import wilson_interval
+from ioi_mamba.sweep import resample_sweep
+from ioi_mamba.tasks.base import Pairs
+
+SLOTS = ("n1", "n2", "n3", "n4", "n5")
+
+
+class Place(NamedTuple):
+    layer: int
+    offset: int
+
+    @property
+    def hook(self):
+        return f"blocks.{self.layer}.hook_ssm_input"
+
+
+@pytest.fixture(scope="module")
+def place(mini):
+    """Where `mini` takes a name in, so that steering there has effects both ways."""
+    corrupted_first = im.ioi.generate(
+        mini.tokenizer, 8, 27, templates=im.ioi.ALIGNED_TEMPLATES, corruptions=im.ioi.CORRUPTIONS[:1]
+    )
+    name = int(corrupted_first.first_difference[0])
+    positions = list(range(name, name + mini.config.conv_kernel))
+    logits = resample_sweep(mini, corrupted_first, "ssm_input", positions=positions)
+    kept = (logits[..., 0] - logits[..., 1]).mean(-1)
+    return Place(*divmod(int(kept.argmin()), len(positions)))
+
+
+@pytest.fixture(scope="module")
+def pairs(mini):
+    return im.ioi.generate(mini.tokenizer, 60, 27)
+
+
+@pytest.fixture(scope="module")
+def averages(mini, pairs, place):
+    return steering.averages(mini, pairs, place.layer, offset=place.offset)
+
+
+def by_hand(model, pairs, place, leave_out=()):
+    """{(name, slot): [vectors]} of every clean and corrupted prompt, each read alone."""
+    found = {}
+    for tokens in (pairs.clean, pairs.corrupted):
+        for row in range(len(pairs)):
+            if tokens[row].tolist() not in leave_out:
+                x = im.read(model, tokens[row : row + 1], [place.hook])[place.hook][0]
+                for slot in SLOTS:
+                    at = int(pairs.roles[slot][row])
+                    found.setdefault((int(tokens[row, at]), slot), []).append(x[at + place.offset])
+    return found
+
+
+@pytest.fixture(scope="module")
+def vectors(mini, pairs, place):
+    return {key: torch.stack(found).mean(0) for key, found in by_hand(mini, pairs, place).items()}
+
+
+def steered_logits(model, place, tokens, last, at, method, vectors, new, old, source):
+    """Last-position logits of one prompt, edited by hand."""
+
+    def edit(x):
+        if method == "replace":
+            x[0, at + place.offset] = vectors[new, source]
+        else:
+            x[0, at + place.offset] += vectors[new, source] - vectors[old, source]
+        return x
+
+    return im.run(model, tokens[None], {place.hook: edit})[0, last]
+
+
+def test_averages_are_those_of_prompts_read_one_at_a_time(mini, pairs, place, averages, vectors):
+    counts = {key: len(found) for key, found in by_hand(mini, pairs, place).items()}
+    assert averages.slots == SLOTS
+    assert int(averages.count.sum()) == 2 * len(pairs) * 5
+    for (name, slot), count in counts.items():
+        row = averages.names.tolist().index(name)
+        assert averages.count[row, SLOTS.index(slot)] == count
+        mean = averages.look_up(torch.tensor([name]), slot)[0]
+        torch.testing.assert_close(mean, vectors[name, slot], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_averages_may_be_taken_anywhere_after_the_name(mini, pairs, place, offset):
+    part, place = pairs[:15], place._replace(offset=offset)
+    made = steering.averages(mini, part, place.layer, offset=offset)
+    for (name, slot), found in by_hand(mini, part, place).items():
+        mean = made.look_up(torch.tensor([name]), slot)[0]
+        torch.testing.assert_close(mean, torch.stack(found).mean(0), atol=1e-5, rtol=1e-4)
+
+
+def test_a_name_too_near_the_end_has_no_average(mini, pairs):
+    part = pairs[:15]
+    made = steering.averages(mini, part, 0, offset=5)
+    assert (made.count[:, 4] == 0).all()
+    assert int(made.count[:, 3].sum()) == 2 * len(part)
+
+
+def test_prompts_left_out_are_in_no_average(mini, pairs, place):
+    part = pairs[:20]
+    out = part.clean[:3]
+    kept = by_hand(mini, part, place, leave_out=out.tolist())
+    made = steering.averages(mini, part, place.layer, offset=place.offset, leave_out=out)
+    assert int(made.count.sum()) == sum(map(len, kept.values())) < 2 * len(part) * 5
+    for (name, slot), found in kept.items():
+        torch.testing.assert_close(
+            made.look_up(torch.tensor([name]), slot)[0], torch.stack(found).mean(0), atol=1e-5, rtol=1e-4
+        )
+    with pytest.raises(InputError, match="left out"):
+        steering.averages(mini, part, place.layer, leave_out=torch.cat([part.clean, part.corrupted]))
+
+
+def test_the_test_prompts_are_the_published_ones(mini):
+    pairs = name_steering.default_pairs(mini.tokenizer, None, 27)
+    cells = name_steering.sample_cells(pairs, 101, 27)
+    assert pairs.texts is not None
+    lines = [f"{slot},{source},{pairs.texts[k][0]}" for (slot, source), rows in cells.items() for k in rows.tolist()]
+    assert lines[0].startswith("1,1,Afterwards Steven, Kyle and Elizabeth went to the station.")
+    # The 2,525 prompts behind figure 9 in their order, reconstructed from the published code.
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    assert digest == "9b77f3421d3e504ff3ac1002fa90470512dc0623ea8558c133d9cf7b39517a6f"
+
+
+def test_sampling_leaves_the_global_generator_alone(pairs):
+    random.seed(1)
+    before = random.getstate()
+    name_steering.sample_cells(pairs, 2, 27)
+    assert random.getstate() == before
+
+
+def test_every_cell_is_that_of_prompts_steered_one_at_a_time(mini, pairs, place, vectors):
+    table = name_steering.run(mini, pairs, layer=place.layer, offset=place.offset, per_cell=4, seed=5)
+    assert tuple(table.columns) == name_steering.COLUMNS
+    assert len(table) == 50
+    rng, seen = random.Random(5), {}
+    for slot in range(1, 6):
+        for source in range(1, 6):
+            rows = []
+            while len(rows) < 4:
+                row = rng.choice(range(2 * len(pairs))) // 2
+                holder = int(pairs.clean[row, pairs.roles[f"n{slot}"][row]])
+                if slot > 3 or holder == int(pairs.answer[row]):
+                    rows.append((row, holder))
+            seen[slot, source] = rows
+    for cell in table.itertuples():
+        wins = []
+        for row, holder in seen[cell.slot, cell.source_slot]:
+            answer, wrong = int(pairs.answer[row]), int(pairs.wrong[row])
+            new, target = (wrong, wrong) if cell.slot <= 3 else (answer, holder)
+            needed = [new] if cell.method == "replace" else [new, holder]
+            if all((name, f"n{cell.source_slot}") in vectors for name in needed):
+                logits = steered_logits(
+                    mini,
+                    place,
+                    pairs.clean[row],
+                    int(pairs.last[row]),
+                    int(pairs.roles[f"n{cell.slot}"][row]),
+                    cell.method,
+                    vectors,
+                    new,
+                    holder,
+                    f"n{cell.source_slot}",
+                )
+                wins.append(bool(logits[target] > logits[answer]))
+        assert cell.n == len(wins)
+        if wins:
+            assert cell.success == sum(wins) / len(wins)
+            assert (cell.low, cell.high) == wilson_interval(sum(wins), len(wins))
+    assert 0 < table["success"].mean() < 1
+
+
+def test_leaving_the_test_prompts_out_averages_over_fewer(mini, place, monkeypatch):
+    pairs, made = im.ioi.generate(mini.tokenizer, 40, 27), []
+    real = steering.averages
+    monkeypatch.setattr(name_steering, "averages", lambda *a, **k: made.append(real(*a, **k)) or made[-1])
+    for leave_out in (False, True):
+        name_steering.run(mini, pairs, layer=place.layer, offset=place.offset, per_cell=1, leave_out=leave_out)
+    drawn = torch.cat(list(name_steering.sample_cells(pairs, 1, 27).values()))
+    out = pairs.clean[drawn].unique(dim=0)
+    times = sum(int((tokens == row).all(1).sum()) for row in out for tokens in (pairs.clean, pairs.corrupted))
+    whole, rest = (int(each.count.sum()) for each in made)
+    assert whole - rest == 5 * times > 0
+
+
+def test_steer_continues_as_the_prompt_edited_by_hand(mini, pairs, place, averages, vectors):
+    for method in steering.METHODS:
+        row, slot = 3, "n3"
+        at, tokens = int(pairs.roles[slot][row]), pairs.clean[row, : int(pairs.last[row]) + 1]
+        old = int(tokens[at])
+        new = next(name for name, own in vectors if own == slot and name not in tokens.tolist())
+        word = mini.tokenizer.decode([new]).strip()
+        expected, grown = [], tokens
+        for _ in range(3):
+            logits = steered_logits(mini, place, grown, -1, at, method, vectors, new, old, slot)
+            if int(logits.argmax()) == mini.tokenizer.eos_token_id:
+                break
+            expected.append(int(logits.argmax()))
+            grown = torch.cat([grown, logits.argmax()[None]])
+        assert pairs.texts is not None
+        text = pairs.texts[row][0]
+        found = steering.steer(mini, text, {slot: word}, method=method, averages=averages, max_new_tokens=3)
+        assert found == mini.tokenizer.decode(expected)
+
+
+def test_steer_without_names_is_the_model_itself(mini, averages):
+    prompt = "Then, Sarah, Ivan and Leah went to the office. Sarah and Ivan gave a bone to"
+    assert steering.steer(mini, prompt, {}, averages=averages, max_new_tokens=1) == " Leah"
+
+
+def test_several_names_are_rewritten_in_one_pass(mini, pairs, place, averages, vectors):
+    row = next(k for k in range(len(pairs)) if pairs.answer[k] == pairs.clean[k, pairs.roles["n3"][k]])
+    tokens = pairs.clean[row, : int(pairs.last[row]) + 1]
+    new = {
+        slot: next(name for name, own in vectors if own == slot and name not in tokens.tolist())
+        for slot in ("n1", "n3")
+    }
+
+    def edit(x):
+        for slot, name in new.items():
+            x[0, int(pairs.roles[slot][row]) + place.offset] = vectors[name, slot]
+        return x
+
+    expected = int(im.run(mini, tokens[None], {place.hook: edit})[0, -1].argmax())
+    words = {slot: mini.tokenizer.decode([name]).strip() for slot, name in new.items()}
+    assert pairs.texts is not None
+    found = steering.steer(mini, pairs.texts[row][0], words, averages=averages, method="replace", max_new_tokens=1)
+    assert found == mini.tokenizer.decode([expected])
+
+
+def test_the_averages_of_steer_are_made_once_for_a_model_and_a_place(mini, monkeypatch):
+    made, real = [], steering.averages
+    monkeypatch.setattr(steering, "_PAIRS_FOR_STEER", 40)
+    monkeypatch.setattr(steering, "averages", lambda *a, **k: made.append((a[2], k["offset"])) or real(*a, **k))
+    monkeypatch.setattr(steering, "find_layer", lambda model: 3)
+    prompt = "Then, Sarah, Ivan and Leah went to the office. Sarah and Ivan gave a bone to"
+    monkeypatch.setattr(steering, "find_offset", lambda model, layer: 2)
+    for layer, offset in ((1, 0), (1, 0), (1, 1), (None, None), (None, None), (3, None)):
+        steering.steer(mini, prompt, {}, layer=layer, offset=offset, max_new_tokens=1)
+    assert made == [(1, 0), (1, 1), (3, 2)]
+
+
+def test_the_bottleneck_is_the_one_of_layer_ablation(mini):
+    assert steering.find_layer(mini) == layer_ablation.find_bottleneck(mini)
+
+
+def test_the_offset_is_where_a_state_input_has_the_largest_effect(mini, place):
+    expected = torch.zeros(mini.config.conv_kernel)
+    for corruption in im.ioi.CORRUPTIONS:
+        pairs = im.ioi.generate(mini.tokenizer, 8, 27, templates=im.ioi.ALIGNED_TEMPLATES, corruptions=[corruption])
+        first = int(pairs.first_difference[0])
+        expected += torch.stack([mean_effect(mini, pairs, place, first + k) for k in range(len(expected))])
+    assert steering.find_offset(mini, place.layer) == int(expected.argmax())
+
+
+def mean_effect(model, pairs, place, at):
+    """|1 - normalized logit diff|, mean over pairs, of resampling the place's layer at one position."""
+    source = im.read(model, pairs.corrupted, [place.hook])[place.hook]
+
+    def edit(x):
+        x[:, at] = source[:, at]
+        return x
+
+    def difference(tokens, edits):
+        logits = im.run(model, tokens, edits)[torch.arange(len(pairs)), pairs.last]
+        return (logits.gather(1, pairs.answer[:, None]) - logits.gather(1, pairs.wrong[:, None]))[:, 0]
+
+    clean, corrupted = difference(pairs.clean, {}), difference(pairs.corrupted, {})
+    return (1 - (difference(pairs.clean, {place.hook: edit}) - corrupted) / (clean - corrupted)).mean().abs()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"n6": "Leah"}, "has no name 'n6'; it has n1, n2, n3, n4, n5"),
+        ({"out": "Leah"}, "has no name 'out'"),
+        ({"n1": "Wilhelmina"}, "not one token"),
+        ({"n1": "When"}, "is never in n1"),
+    ],
+)
+def test_names_that_cannot_be_steered_are_refused(mini, averages, names, message):
+    seen = [mini.tokenizer.decode([int(name)]).strip() for name in averages.names[:3]]
+    prompt = f"Then, {seen[0]}, {seen[1]} and {seen[2]} went to the office. {seen[0]} and {seen[1]} gave a bone to"
+    with pytest.raises(InputError, match=message):
+        steering.steer(mini, prompt, names, averages=averages)
+
+
+def test_other_bad_input_is_refused(mini, pairs, place, averages, tiny_mamba):
+    prompt = "Then, Sarah, Ivan and Leah went to the office. Sarah and Ivan gave a bone to"
+    with pytest.raises(InputError, match=f"averages are those of layer {place.layer} and offset {place.offset}"):
+        steering.steer(mini, prompt, {}, layer=place.layer + 1, averages=averages)
+    with pytest.raises(InputError, match="empty"):
+        steering.steer(mini, "", {}, averages=averages)
+    at, name = torch.tensor([3]), averages.names[:1]
+    with pytest.raises(InputError, match="method"):
+        steering.steering_edit(averages, "swap", at, name, name, "n1")
+    with pytest.raises(InputError, match="layers 0 to 7"):
+        steering.averages(mini, pairs, 8)
+    with pytest.raises(InputError, match="offset is -1"):
+        steering.averages(mini, pairs, 0, offset=-1)
+    later = steering.averages(mini, pairs, 0, offset=1)
+    known = mini.tokenizer.decode([int(later.names[0])]).strip()
+    with pytest.raises(InputError, match="add words"):
+        steering.steer(mini, f"Then, {known}", {"n1": "Mary"}, averages=later)
+    with pytest.raises(InputError, match="per_cell"):
+        name_steering.run(mini, pairs, layer=0, per_cell=0)
+    tokens = torch.ones(2, 4, dtype=torch.int64)
+    nameless = Pairs(tokens, tokens, tokens[:, 0], tokens[:, 0])
+    with pytest.raises(InputError, match="no roles n1"):
+        name_steering.run(tiny_mamba, nameless, layer=0)
+
+
+def test_few_pairs_leave_cells_without_prompts_and_the_findings_say_so(mini):
+    one = im.ioi.generate(mini.tokenizer, 1, 27, corruptions=[im.ioi.CORRUPTIONS[0]])
+    calls = []
+    table = name_steering.run(mini, one, layer=0, per_cell=2, progress=lambda *call: calls.append(call))
+    # Only the first name ever is the answer.
+    assert (table[table["slot"].isin([2, 3])]["n"] == 0).all()
+    assert table[table["n"] == 0]["success"].isna().all()
+    assert calls[-1][0] == calls[-1][1]
+    assert "no prompt" in " ".join(name_steering.findings(table))
+    name_steering.chart(table).to_dict()
