@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import pandas as pd
 
+from analyses import _circuits
 from ioi_mamba.acdc import acdc
 from ioi_mamba.attribution import attribute, ranked
 from ioi_mamba.charts import matrix_heatmap
 from ioi_mamba.faithfulness import Evaluator, evaluate, smallest
 from ioi_mamba.graph import Circuit, items_of, universe_of
 from ioi_mamba.sweep import Progress
-from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 
 NAME = "circuit-search"
@@ -33,9 +33,7 @@ NEEDS_MAMBA = True
 COLUMNS = ("source", "target", "part", "kept", "drop")
 
 
-def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
-    """200 pairs of all five corruptions and the three aligned templates (400 evaluated prompts)."""
-    return ioi.generate(tokenizer, n_pairs or 200, seed, templates=ioi.ALIGNED_TEMPLATES)
+default_pairs = _circuits.default_pairs
 
 
 def starting_circuit(model, pairs: Pairs, target: float) -> Circuit:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import pandas as pd
 
 from analyses import _effects
-from analyses.layer_ablation import find_bottleneck
 from ioi_mamba.charts import position_heatmap
+from ioi_mamba.steering import find_layer
 from ioi_mamba.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
 
@@ -45,7 +45,7 @@ def run(
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Effects by slice; `layer` None is the bottleneck, `all_layers` sweeps every layer."""
-    layers = None if all_layers else [find_bottleneck(model) if layer is None else layer]
+    layers = None if all_layers else [find_layer(model) if layer is None else layer]
     tables, width = [], model.config.conv_kernel
     for k, s in enumerate(range(1 - width, 1)):
         report = (lambda n, total, k=k: progress(k * total + n, width * total)) if progress else None

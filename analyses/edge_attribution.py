@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import pandas as pd
 
+from analyses import _circuits
 from ioi_mamba.attribution import attribute, ranked
 from ioi_mamba.charts import matrix_heatmap
-from ioi_mamba.faithfulness import Evaluator, size_curve, smallest
 from ioi_mamba.graph import universe_of
 from ioi_mamba.sweep import Progress
-from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 
 NAME = "edge-attribution"
@@ -35,9 +34,7 @@ NEEDS_MAMBA = True
 COLUMNS = ("source", "target", "score", "rank", "kept")
 
 
-def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
-    """200 pairs of all five corruptions and the three aligned templates (400 evaluated prompts)."""
-    return ioi.generate(tokenizer, n_pairs or 200, seed, templates=ioi.ALIGNED_TEMPLATES)
+default_pairs = _circuits.default_pairs
 
 
 def run(
@@ -59,8 +56,7 @@ def run(
     table = attribute(model, pairs, variant=variant, steps=steps, parts=True, progress=progress)
     edges = ranked(table[table["part"].isna()].drop(columns="part"), ranking)
     universe = universe_of(model)
-    train = Evaluator(model, pairs, universe)
-    circuit, tried = smallest(train, edges, target)
+    circuit, scores = _circuits.selected(model, pairs, held_out, edges, universe, target)
     kept = {(item.source, item.target) for item in circuit.items}
     edges["part"] = None
     out = pd.concat([edges, table[table["part"].notna()]], ignore_index=True).drop(columns="position")
@@ -68,13 +64,9 @@ def run(
     out["kept"] = [
         pd.isna(part) and (s, t) in kept for s, t, part in zip(out["source"], out["target"], out["part"], strict=True)
     ]
-    out["size"], out["ranking"] = len(circuit), ranking
-    out["train_accuracy"] = float(tried.loc[tried["size"] == len(circuit), "accuracy"].iloc[0])
-    evaluated = Evaluator(model, held_out, universe) if held_out is not None else train
-    scores = size_curve(evaluated, edges, [len(circuit)]).iloc[0]
-    out["accuracy"] = float(scores["accuracy"])
-    out["normalized_logit_diff"] = float(scores["normalized_logit_diff"])
-    out["n"] = len(held_out if held_out is not None else pairs)
+    for name, value in scores.items():
+        out[name] = value
+    out["ranking"] = ranking
     return out
 
 
@@ -108,8 +100,5 @@ def findings(table: pd.DataFrame) -> list[str]:
     names = ", ".join(f"{r['source']} to {r['target']} ({r['score']:.3f})" for _, r in edges.head(5).iterrows())
     return [
         f"The strongest edges are {names}.",
-        f"{first['size']} of {len(edges)} edges are enough for {first['train_accuracy']:.1%} accuracy on the pairs they "
-        f"were chosen on.",
-        f"On {first['n']} prompts the circuit has accuracy {first['accuracy']:.1%} and normalized logit diff "
-        f"{first['normalized_logit_diff']:.3f}.",
+        *_circuits.how_it_does(first, len(edges), "edges"),
     ]

@@ -64,11 +64,6 @@ def bottleneck(table: pd.DataFrame) -> int:
     return int(strongest.groupby("layer").mean().idxmax())
 
 
-def find_bottleneck(model, pairs: Pairs | None = None) -> int:
-    """`bottleneck` of a small sweep; default on 8 pairs of each corruption (seed 27)."""
-    return bottleneck(run(model, default_pairs(model.tokenizer, 8, 27) if pairs is None else pairs))
-
-
 def findings(table: pd.DataFrame) -> list[str]:
     """The strongest cells of each corruption, and the bottleneck."""
     layer = bottleneck(table)

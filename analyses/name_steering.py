@@ -20,12 +20,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analyses.layer_ablation import find_bottleneck
 from ioi_mamba import charts
 from ioi_mamba.errors import InputError
 from ioi_mamba.interventions import forward
 from ioi_mamba.metrics import wilson_interval
-from ioi_mamba.steering import METHODS, Averages, averages, name_slots, read_up_to, steering_edit
+from ioi_mamba.steering import METHODS, Averages, averages, find_layer, name_slots, read_up_to, steering_edit
 from ioi_mamba.sweep import Roll, rows_per_pass
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import ABSENT, Pairs
@@ -84,7 +83,7 @@ def run(
     if per_cell < 1:
         raise InputError(f"per_cell is {per_cell}; test at least one prompt a cell.")
     slots = name_slots(pairs)
-    layer = find_bottleneck(model) if layer is None else layer
+    layer = find_layer(model) if layer is None else layer
     cells = sample_cells(pairs, per_cell, seed)
     drawn = torch.cat(list(cells.values()))
     n_tests = len(METHODS) * len(drawn)

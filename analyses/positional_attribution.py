@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import pandas as pd
 
+from analyses import _circuits
 from ioi_mamba.attribution import attribute, ranked
 from ioi_mamba.charts import position_heatmap
-from ioi_mamba.faithfulness import Evaluator, size_curve, smallest
 from ioi_mamba.graph import universe_of
 from ioi_mamba.sweep import Progress
-from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 
 NAME = "positional-attribution"
@@ -30,9 +29,7 @@ NEEDS_MAMBA = True
 COLUMNS = ("source", "target", "position", "label", "score", "rank", "kept")
 
 
-def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
-    """200 pairs of all five corruptions and the three aligned templates (400 evaluated prompts)."""
-    return ioi.generate(tokenizer, n_pairs or 200, seed, templates=ioi.ALIGNED_TEMPLATES)
+default_pairs = _circuits.default_pairs
 
 
 def run(
@@ -52,16 +49,11 @@ def run(
     labels = pairs.position_labels()
     out.insert(3, "label", [labels[p] for p in out["position"]])
     universe = universe_of(model, n_positions=pairs.clean.shape[1])
-    train = Evaluator(model, pairs, universe)
-    circuit, tried = smallest(train, out, target)
+    circuit, scores = _circuits.selected(model, pairs, held_out, out, universe, target)
     out["kept"] = out["rank"] <= len(circuit)
-    out["size"], out["ranking"] = len(circuit), ranking
-    out["train_accuracy"] = float(tried.loc[tried["size"] == len(circuit), "accuracy"].iloc[0])
-    evaluated = Evaluator(model, held_out, universe) if held_out is not None else train
-    scores = size_curve(evaluated, out, [len(circuit)]).iloc[0]
-    out["accuracy"] = float(scores["accuracy"])
-    out["normalized_logit_diff"] = float(scores["normalized_logit_diff"])
-    out["n"] = len(held_out if held_out is not None else pairs)
+    for name, value in scores.items():
+        out[name] = value
+    out["ranking"] = ranking
     return out
 
 
@@ -90,8 +82,5 @@ def findings(table: pd.DataFrame) -> list[str]:
     )
     return [
         f"The strongest items are {names}.",
-        f"{first['size']} of {len(table)} (edge, position) items are enough for {first['train_accuracy']:.1%} accuracy "
-        "on the pairs they were chosen on.",
-        f"On {first['n']} prompts the circuit has accuracy {first['accuracy']:.1%} and normalized logit diff "
-        f"{first['normalized_logit_diff']:.3f}.",
+        *_circuits.how_it_does(first, len(table), "(edge, position) items"),
     ]

@@ -18,11 +18,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analyses.layer_ablation import find_bottleneck
 from ioi_mamba import charts
 from ioi_mamba.errors import InputError
 from ioi_mamba.interventions import forward
-from ioi_mamba.steering import is_name
+from ioi_mamba.steering import find_layer, is_name
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import ABSENT, Pairs
 from ioi_mamba.tasks.prompts import bos_id, find_roles
@@ -77,7 +76,7 @@ def run(
     `row_label`, `column_label`: the tokens; `after_name`: the row is one token after (the first token of) a name.
     Raises InputError for a layer out of range and an empty prompt.
     """
-    layer = find_bottleneck(model) if layer is None else layer
+    layer = find_layer(model) if layer is None else layer
     prompts = _of_pairs(model.tokenizer, pairs) if prompt is None else [_of_text(model.tokenizer, prompt, names)]
     tables = []
     for number, (text, tokens, after) in enumerate(prompts, 1):

@@ -18,7 +18,6 @@ because D x carries them around the state.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +26,10 @@ import pandas as pd
 
 from .errors import InputError
 from .faithfulness import Evaluator
+from .files import written_whole
 from .graph import Circuit, Item, Universe, conv_parts, universe_of
+from .sweep import Progress
 from .tasks.base import Pairs
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass
@@ -55,9 +54,8 @@ class _State:
             "tests": self.tests,
             "rounds": self.rounds,
         }
-        beside = path.with_name(f".{path.name}.part")
-        beside.write_text(json.dumps(data))
-        os.replace(beside, path)
+        with written_whole(path) as beside:
+            beside.write_text(json.dumps(data))
 
     @classmethod
     def load(cls, path: Path, question: dict) -> _State:

@@ -23,7 +23,6 @@ path then interpolates the conv slices as well, as the published notebook does, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -42,12 +41,12 @@ from .patching import (
     sink_hooks,
     slice_hook,
 )
+from .sweep import Progress
 from .tasks.base import Pairs
 
 METHODS = ("eap", "eap-ig")
 ROUNDING = 1e-4  # logits; two float32 passes of one prompt can differ by some 1e-5
 VARIANTS = ("paper", "detached", "clean-difference")
-Progress = Callable[[int, int], None]
 
 
 @dataclass

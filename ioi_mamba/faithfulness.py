@@ -8,7 +8,7 @@ circuit being the corrupted run; CPR is the area under f over the fraction of it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 import torch
@@ -18,7 +18,7 @@ from . import metrics
 from .errors import InputError
 from .graph import Circuit, Item, Universe, items_of, masks_of
 from .patching import CorruptedRun, corrupted_run, needs_parts, patched_logits
-from .sweep import last_logits, rows_per_pass
+from .sweep import Progress, last_logits, rows_per_pass
 from .tasks.base import Pairs
 
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -30,7 +30,6 @@ SCORES = (
     "kl",
     "logit_diff",
 )
-Progress = Callable[[int, int], None]
 
 
 class Evaluator:

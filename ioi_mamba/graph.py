@@ -12,7 +12,6 @@ An item may hold at all positions or at one. A `Circuit` is the set of items kep
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .files import written_whole
 
 _SUFFIXES = (".parquet", ".json")
 
@@ -208,9 +208,8 @@ class Circuit:
         path = Path(path)
         universe = json.dumps({"universe": self.universe._asdict()}, indent=1).encode()
         for suffix, data in zip(_SUFFIXES, (self.to_frame().to_parquet(), universe), strict=True):
-            beside = path.with_name(f".{path.name}{suffix}.part")
-            beside.write_bytes(data)
-            os.replace(beside, path.with_name(path.name + suffix))
+            with written_whole(path.with_name(path.name + suffix)) as beside:
+                beside.write_bytes(data)
 
     @classmethod
     def load(cls, path: str | Path) -> Circuit:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .mixer import Mixer, MixerPass
+from .mixer import Mixer, MixerPass, fitted
 from .sites import SITES, Address, parse
 
 Edit = Tensor | Callable[[Tensor], Tensor]
@@ -83,14 +83,6 @@ def _apply(edit: Edit, current: Callable[[], Tensor], name: str) -> Tensor:
     return value
 
 
-def _check_shape(name: str, value: Tensor, current: Tensor) -> Tensor:
-    if value.shape != current.shape:
-        raise InputError(f"{name}: the edit has shape {tuple(value.shape)}, the site {tuple(current.shape)}.")
-    if not bool(torch.isfinite(value).all()):
-        raise InputError(f"{name}: the edit holds NaN or infinity; write finite numbers.")
-    return value.to(dtype=current.dtype, device=current.device)
-
-
 def _edit_states(open_pass: MixerPass, name: str, index: int | None, edit: Edit) -> None:
     """Write states: one position (`hook_h.p`) or the whole stack (`hook_h`).
 
@@ -98,14 +90,14 @@ def _edit_states(open_pass: MixerPass, name: str, index: int | None, edit: Edit)
     """
     if index is not None:
         h = open_pass.get("h")
-        state = _check_shape(name, _apply(edit, lambda: h[:, index].clone(), name), h[:, index])
+        state = fitted(name, _apply(edit, lambda: h[:, index].clone(), name), h[:, index])
         here = torch.arange(h.shape[1], device=h.device)[:, None, None] == index
         open_pass.write_states(here, state[:, None])
     elif isinstance(edit, Tensor):
         open_pass.set("h", edit)
     else:
         h = open_pass.get("h")
-        value = _check_shape(name, _apply(edit, h.clone, name), h)
+        value = fitted(name, _apply(edit, h.clone, name), h)
         open_pass.write_states(value != h, value)
 
 
@@ -154,7 +146,7 @@ class _LayerPlan:
 def _edit_place(place, name: str, edits, observe, reads, saved: dict[str, Tensor]) -> None:
     if name in edits:
         current = place.output
-        place.output = _check_shape(name, _apply(edits[name], current.clone, name), current)
+        place.output = fitted(name, _apply(edits[name], current.clone, name), current)
     if name in observe:
         observe[name](place.output)
     if name in reads:

@@ -55,6 +55,20 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def fitted(name: str, value: Tensor, like: Tensor) -> Tensor:
+    """`value` as the dtype and on the device of `like`.
+
+    Raises InputError, naming the site, unless it is a finite tensor of the same shape.
+    """
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name}: an edit must be a tensor, not {type(value).__name__}.")
+    if value.shape != like.shape:
+        raise InputError(f"{name}: the edit has shape {tuple(value.shape)}, the site {tuple(like.shape)}.")
+    if not bool(torch.isfinite(value).all()):
+        raise InputError(f"{name}: the edit holds NaN or infinity; write finite numbers.")
+    return value.to(dtype=like.dtype, device=like.device)
+
+
 class MixerPass:
     """A pass through one block, stage by stage. `get` and `set` take site names (`conv_slice.-1` for one tap)."""
 
@@ -90,14 +104,7 @@ class MixerPass:
         self._reach(site)
         self._refuse_late(site)
         current = self._like(site)
-        name = f"blocks.{self._layer}.hook_{site}"
-        if not isinstance(value, Tensor):
-            raise InputError(f"{name}: an edit must be a tensor, not {type(value).__name__}.")
-        if value.shape != current.shape:
-            raise InputError(f"{name}: the edit has shape {tuple(value.shape)}, the site {tuple(current.shape)}.")
-        if not bool(torch.isfinite(value).all()):
-            raise InputError(f"{name}: the edit holds NaN or infinity; write finite numbers.")
-        value = value.to(dtype=current.dtype, device=current.device)
+        value = fitted(f"blocks.{self._layer}.hook_{site}", value, current)
         if site == "h":
             self.write_states(torch.ones((), dtype=torch.bool, device=value.device), value)
             return
@@ -112,8 +119,6 @@ class MixerPass:
         """Write `value` where `mask` is True (both broadcastable to [batch, pos, E, N]); the recurrence goes on."""
         self._reach("h")
         self._refuse_late("h")
-        if not bool(torch.isfinite(value).all()):
-            raise InputError(f"blocks.{self._layer}.hook_h: the edit holds NaN or infinity; write finite numbers.")
         self._state_writes.append((mask, value))
         self._values.pop("h", None)
         self._written.add("h")
@@ -380,6 +385,7 @@ class _States:
         h = self._mixer._pass.get("h")
         written = torch.zeros_like(h)
         written[key] = value
+        written = fitted(f"blocks.{self._mixer._pass._layer}.hook_h", written, h)
         mask = torch.zeros_like(h, dtype=torch.bool)
         mask[key] = True
         self._mixer._pass.write_states(mask, written)

@@ -7,11 +7,8 @@ its head makes the browser hold to that. Whatever text a table or manifest carri
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -29,6 +26,7 @@ import analyses
 
 from . import charts
 from .errors import InputError
+from .files import written_whole
 
 PREVIEW_ROWS = 12
 MAX_BYTES = 8 * 2**20
@@ -49,24 +47,6 @@ class Section:
     preview: list[list[str]]
     n_rows: int
     code: str
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its name on success and vanishes on failure."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        # mkstemp makes files private; a report is for others to read.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:

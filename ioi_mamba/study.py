@@ -31,6 +31,7 @@ import analyses
 
 from . import doctor, report
 from .errors import InputError
+from .files import written_whole
 from .models import MINI
 from .tasks.base import Pairs
 
@@ -181,10 +182,10 @@ def _run_one(model, plan: _Plan, out: Path, about: dict[str, Any], seed: int, re
         manifest["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
     out.mkdir(parents=True, exist_ok=True)
     # The manifest vouches for the table by its hash: a table without its manifest counts as unfinished.
-    with report.written_whole(out / f"{module.NAME}.parquet") as path:
+    with written_whole(out / f"{module.NAME}.parquet") as path:
         table.to_parquet(path, index=False)
         manifest["table_sha256"] = _file_hash(path)
-    with report.written_whole(out / f"{module.NAME}.json") as path:
+    with written_whole(out / f"{module.NAME}.json") as path:
         path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

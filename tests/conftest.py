@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig
 import ioi_mamba as im
 from ioi_mamba.models import _token_ids_tokenizer
 
-torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+torch.set_num_threads(1)  # models so small that a second thread only waits
 
 VOCAB = 40
 

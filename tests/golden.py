@@ -13,9 +13,6 @@ from transformers import AutoModelForCausalLM, MambaConfig
 
 import ioi_mamba as im
 
-# The models here are so small that a second thread only waits; on a busy machine it waits for minutes.
-torch.set_num_threads(1)
-
 DIRECTORY = Path(__file__).parent / "data" / "golden"
 LISTS = json.loads((DIRECTORY / "golden.json").read_text())
 TENSORS = load_file(DIRECTORY / "golden.safetensors")

@@ -252,7 +252,8 @@ def test_the_averages_of_steer_are_made_once_for_a_model_and_a_place(mini, monke
 
 
 def test_the_bottleneck_is_the_one_of_layer_ablation(mini):
-    assert steering.find_layer(mini) == layer_ablation.find_bottleneck(mini)
+    table = layer_ablation.run(mini, layer_ablation.default_pairs(mini.tokenizer, 8, 27))
+    assert steering.find_layer(mini) == layer_ablation.bottleneck(table)
 
 
 def test_the_offset_is_where_a_state_input_has_the_largest_effect(mini, place):

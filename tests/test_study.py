@@ -9,7 +9,7 @@ from conftest import VOCAB
 
 import ioi_mamba as im
 from analyses import layer_removal
-from ioi_mamba import report, study
+from ioi_mamba import files, report, study
 from ioi_mamba.errors import InputError
 from ioi_mamba.tasks.base import Pairs
 
@@ -139,7 +139,7 @@ def test_a_file_that_is_replaced_stays_whole_when_the_replacement_fails(tmp_path
     path.write_text("whole")
 
     def fail():
-        with report.written_whole(path) as temporary:
+        with files.written_whole(path) as temporary:
             temporary.write_text("hal")
             raise ZeroDivisionError
 

@@ -16,8 +16,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Container
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from tqdm import tqdm
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from ioi_mamba.errors import InputError
+from ioi_mamba.files import written_whole
 from ioi_mamba.mini.corpus import (
     ANSWER,
     HELD_OUT_SEED,
@@ -138,17 +138,6 @@ def training_batch(
     return pad_sequence(tokens, batch_first=True), pad_sequence(weights, batch_first=True)
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place once it is complete."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def train(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerFast,
@@ -210,7 +199,7 @@ def train(
                 "optimizer": optimizer.state_dict(),
             }
             state |= {"losses": losses, "seconds": seconds + time.perf_counter() - started}
-            with _replacing(state_file) as path:
+            with written_whole(state_file) as path:
                 torch.save(state, path)
     return model.eval(), losses, seconds + time.perf_counter() - started
 
