@@ -1,5 +1,8 @@
 """Take a Mamba apart: read and write every value inside the mixer, run the IOI experiments, find circuits."""
 
+import sys
+from types import ModuleType, SimpleNamespace
+
 from .acdc import acdc
 from .attribution import attribute
 from .errors import InputError
@@ -27,3 +30,13 @@ __all__ = [
     "run",
     "steer",
 ]
+
+
+class _Package(ModuleType):
+    """This package in a block that is sent to a server: what can be used inside a trace goes along, no more."""
+
+    def __reduce__(self):
+        return SimpleNamespace, (), {"mixer": mixer, "InputError": InputError}
+
+
+sys.modules[__name__].__class__ = _Package

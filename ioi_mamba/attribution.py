@@ -41,6 +41,7 @@ from .patching import (
     sink_hooks,
     slice_hook,
 )
+from .portable import portable
 from .sweep import Progress
 from .tasks.base import Pairs
 
@@ -49,6 +50,7 @@ ROUNDING = 1e-4  # logits; two float32 passes of one prompt can differ by some 1
 VARIANTS = ("paper", "detached", "clean-difference")
 
 
+@portable
 @dataclass
 class _Point:
     """One pass on the path: the tensors that gradients are taken at, and the differences they are multiplied with."""

@@ -1,8 +1,12 @@
-"""The one exception that a user's input can cause.
+"""The two exceptions a user meets: bad input (the command line exits with 2) and a failing server (3).
 
-Its message is one sentence that names the input and the fix; the command line prints it and exits with 2.
+The message is one sentence that says what is wrong and what to do; the command line prints it.
 """
 
 
 class InputError(ValueError):
     """Something the caller passed cannot be used; the message says what, and what to do instead."""
+
+
+class ServerError(Exception):
+    """A server did not answer or failed; the text is one sentence that says what happened and what to do."""

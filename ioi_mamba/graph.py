@@ -23,10 +23,12 @@ from torch import Tensor
 
 from .errors import InputError
 from .files import written_whole
+from .portable import portable
 
 _SUFFIXES = (".parquet", ".json")
 
 
+@portable
 class Item(NamedTuple):
     """An edge between nodes, or a part of a layer; at one position, or (None) at all of them."""
 
@@ -41,6 +43,7 @@ def conv_parts(conv_width: int) -> tuple[str, ...]:
     return tuple(f"conv{s}" for s in range(1 - conv_width, 1))
 
 
+@portable
 class Universe(NamedTuple):
     """All items there are: the size of the model, whether layers have parts, whether positions are told apart."""
 
@@ -70,6 +73,7 @@ def universe_of(model, *, parts: bool = False, n_positions: int | None = None) -
     return Universe(model.config.num_hidden_layers, model.config.conv_kernel, parts, n_positions)
 
 
+@portable
 class Masks(NamedTuple):
     """How much of each item is replaced by the corrupted run, 0..1; one leading axis for sets tested together.
 

@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .jobs import call
 from .mixer import Mixer, MixerPass, fitted
+from .portable import portable
 from .sites import SITES, Address, parse
 
 Edit = Tensor | Callable[[Tensor], Tensor]
 Observer = Callable[[Tensor], None]
 
 
+@portable
 @dataclass(frozen=True)
 class Start:
     """Where a resumed pass begins: at layer `layer`, with all that a clean run had computed by then.
@@ -111,6 +114,7 @@ def _value(open_pass: MixerPass, address: Address) -> Tensor:
     return open_pass.get(_key(address))
 
 
+@portable
 @dataclass
 class _LayerPlan:
     """What one layer of a pass is asked for: edits, observers and reads by address."""
@@ -227,7 +231,10 @@ def read(model, tokens: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
     `ioi_mamba.sites.SITES`. Raises InputError for an unknown name, a layer, position or slice out of range, and
     tokens outside the vocabulary.
     """
-    names = list(names)
+    return call(model, _read, tokens, list(names))
+
+
+def _read(model, tokens: Tensor, names: list[str], *, progress=None) -> dict[str, Tensor]:
     saved = forward(model, tokens, reads=names)
     return {name: saved[name] for name in names}
 
@@ -240,4 +247,8 @@ def run(model, tokens: Tensor, edits: Mapping[str, Edit]) -> Tensor:
     writes the entries it changes. `layer_input` reaches its layer only, `resid_pre` all that follows.
     Raises InputError as `read` does, and for an edit of the wrong shape or with NaN in it.
     """
+    return call(model, _run, tokens, dict(edits))
+
+
+def _run(model, tokens: Tensor, edits: dict[str, Edit], *, progress=None) -> Tensor:
     return forward(model, tokens, edits)["hook_logits"]

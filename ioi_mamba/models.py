@@ -12,6 +12,7 @@ from .errors import InputError
 from .sites import check_labels
 
 MINI = Path(__file__).parent / "mini"
+BACKENDS = ("local", "ndif", "local-serialized")
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -95,41 +96,83 @@ def open_model(
     tokenizer, prompts are token ids). device: "cpu", "cuda", ...; default a GPU if there is one. dtype: float32,
     float64, bfloat16 or float16; the scan itself never runs below float32. any_architecture: accept any causal
     language model (for `layer-removal`, which needs no Mamba).
+    backend: "local"; "ndif", the model stays on an NDIF server (`host`, default nnsight's setting; dtype and device
+    are the server's, and a directory must be there under the same path); "local-serialized", everything a server
+    would be sent is serialised and run here.
     Raises InputError for an unknown model, a directory without config or weights, and a model that is not a Mamba.
     """
     # Read by transformers when a mixer is built: without it, opening a model asks a hub for kernels.
     os.environ.setdefault("USE_HUB_KERNELS", "0")
     from nnsight import TransformersModel
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if backend != "local" or host is not None:
-        raise InputError(f"backend {backend!r} is not available: only 'local' is, and it takes no host.")
+    if backend not in BACKENDS:
+        raise InputError(f"backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}.")
+    if host is not None and backend != "ndif":
+        raise InputError(f"--host {host} is for backend 'ndif', not {backend!r}: leave it out.")
     if dtype not in _DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown: use one of {', '.join(_DTYPES)}.")
     path = str(MINI) if name == "mini" else name
     local = bool(path) and Path(path).is_dir()
     config = _read_config(path, local)
     _refuse(config, name, any_architecture)
+    if backend == "ndif":
+        model = _on_a_server(path, local, name, config, host)
+    else:
+        weights = _weights(path, name, device, dtype)
+        tokenizer = _tokenizer(path, local, name, weights.config.vocab_size)
+        model = TransformersModel(weights, task="text-generation", tokenizer=tokenizer)
+        if backend == "local-serialized":
+            from .remote import SerializedJobs
+
+            model.jobs = SerializedJobs(name)
+    if config.get("model_type") == "mamba":
+        check_labels(model)
+    return model
+
+
+def _weights(path: str, name: str, device: str | None, dtype: str):
+    """The model itself, frozen, on its device."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
     try:
         weights = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"The weights of {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
-    if local and not any((Path(path) / file).is_file() for file in _TOKENIZER_FILES):
-        tokenizer = _token_ids_tokenizer(weights.config.vocab_size)
-    else:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"The tokenizer of {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         weights.to(place)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
-    weights.requires_grad_(False)
-    weights.eval()
-    model = TransformersModel(weights, task="text-generation", tokenizer=tokenizer)
-    if config.get("model_type") == "mamba":
-        check_labels(model)
+    return weights.requires_grad_(False).eval()
+
+
+def _tokenizer(path: str, local: bool, name: str, vocab_size: int):
+    from transformers import AutoTokenizer
+
+    if local and not any((Path(path) / file).is_file() for file in _TOKENIZER_FILES):
+        return _token_ids_tokenizer(vocab_size)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"The tokenizer of {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def _on_a_server(path: str, local: bool, name: str, config: dict, host: str | None):
+    """The model's tree without weights, and the jobs that reach the one with weights."""
+    import nnsight
+    from nnsight import TransformersModel
+    from nnsight.modeling import huggingface
+
+    from .remote import Jobs, host_of
+
+    host = host_of(host)
+    # So that a trace with remote=True on this model goes there too.
+    nnsight.CONFIG.API.HOST = host
+    if local:
+        # nnsight looks every id up on the hub, unless it knows it.
+        huggingface._ID_CACHE[path] = path
+    tokenizer = _tokenizer(path, local, name, config["vocab_size"])
+    model = TransformersModel(path, task="text-generation", tokenizer=tokenizer)
+    model.jobs = Jobs(model.to_model_key(), host)
     return model

@@ -22,6 +22,7 @@ from torch import Tensor
 from .errors import InputError
 from .graph import Item, Masks, masks_of, universe_of
 from .interventions import Edit, Observer, forward
+from .portable import portable
 from .scan import selective_scan
 from .tasks.base import Pairs
 
@@ -32,6 +33,7 @@ _SSM_SITES = (
 )  # what a corrupted state is recomputed from, 16 times smaller than the state
 
 
+@portable
 @dataclass(frozen=True)
 class CorruptedRun:
     """What patches are taken from. outputs: per source node [pair, pos, D]; sites: hook name -> value, for parts."""

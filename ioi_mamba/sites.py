@@ -15,6 +15,7 @@ import re
 from typing import NamedTuple
 
 from .errors import InputError
+from .portable import portable
 
 # Operations inside MambaMixer.forward as nnsight's `.source` labels them (transformers 5.15 to 5.23).
 # `check_labels` verifies them when a model is opened, so that a moved label is named and never silently dead.
@@ -34,6 +35,7 @@ STAGES = (
 )
 
 
+@portable
 class Site(NamedTuple):
     """One named value of a layer."""
 
@@ -123,6 +125,7 @@ MODEL_SITES = {
 _HOOK = re.compile(r"(?:blocks\.(?P<layer>-?\d+)\.)?hook_(?P<name>[A-Za-z_0-9]+?)(?:\.(?P<index>-?\d+))?")
 
 
+@portable
 class Address(NamedTuple):
     """A parsed hook name. `layer` is None for the three hooks of the whole model."""
 

@@ -26,6 +26,7 @@ from .errors import InputError
 from .interventions import forward
 from .metrics import effect, logit_diff
 from .mixer import MixerPass
+from .portable import portable
 from .sweep import Progress, last_logits, layer_count, resample_sweep, rows_per_pass
 from .tasks import ioi
 from .tasks.base import ABSENT, Pairs
@@ -37,6 +38,7 @@ METHODS = ("replace", "subtract-add")
 _PAIRS_FOR_STEER = 2000
 
 
+@portable
 @dataclass(frozen=True)
 class Averages:
     """The mean `ssm_input` of a layer `offset` tokens after a name, for each name in each slot.
@@ -288,8 +290,15 @@ def read_up_to(model, tokens: Tensor, layer: int, site: str) -> Tensor:
     return value
 
 
-_found: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-_kept: WeakKeyDictionary[nn.Module, dict[tuple[int, int | None], Averages]] = WeakKeyDictionary()
+class _OfModel(WeakKeyDictionary):
+    """What was found out about each model. Code sent to a server takes none of it along."""
+
+    def __reduce__(self):
+        return WeakKeyDictionary, ()
+
+
+_found: WeakKeyDictionary[nn.Module, int] = _OfModel()
+_kept: WeakKeyDictionary[nn.Module, dict[tuple[int, int | None], Averages]] = _OfModel()
 
 
 def _kept_averages(model, layer: int | None, offset: int | None) -> Averages:

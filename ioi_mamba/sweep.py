@@ -20,7 +20,9 @@ from torch import Tensor
 
 from .errors import InputError
 from .interventions import Start, forward
+from .jobs import call
 from .metrics import answer_logits
+from .portable import portable
 from .sites import parse
 from .tasks.base import Pairs
 
@@ -37,6 +39,7 @@ def block_sites(site: str, layers: Sequence[int]) -> list[str]:
     return [f"blocks.{i}.hook_{site}" for i in layers]
 
 
+@portable
 @dataclass(frozen=True)
 class Roll:
     """A run stopped before `position`, with the conv inputs and states every layer needs to go on from there.
@@ -103,7 +106,6 @@ def rows_per_pass(model, n_positions: int, budget_mib: int = 256) -> int:
     return max(1, budget_mib * 2**20 // (4 * (widest + states + streams)))
 
 
-@torch.no_grad()
 def resample_sweep(
     model,
     pairs: Pairs,
@@ -134,15 +136,22 @@ def resample_sweep(
         raise InputError(f"{site!r} has no value of its own at every position: sweep another site.")
     if not positions or not all(0 <= p < n_pos for p in positions):
         raise InputError(f"positions {positions} are not in this prompt: give some of 0 to {n_pos - 1}.")
-    out = torch.empty(len(layers), len(positions), len(pairs), 2, device=model.device)
-    chunk = rows_per_pass(model, n_pos)
+    return call(model, _sweep, pairs, site, layers, positions, resume, progress=progress)
+
+
+def _sweep(
+    model, pairs: Pairs, site: str, layers, positions, resume: bool, *, progress: Progress | None = None
+) -> Tensor:
+    out = torch.empty(len(layers), len(positions), len(pairs), 2)
+    chunk = rows_per_pass(model, pairs.clean.shape[1])
     done, total = 0, len(positions) * len(layers) * len(pairs)
-    for first in range(0, len(pairs), chunk):
-        rows = slice(first, min(first + chunk, len(pairs)))
-        part = pairs[rows]
-        report = (lambda n, base=done: progress(base + n, total)) if progress else None
-        out[:, :, rows] = _sweep_chunk(model, part, site, layers, positions, resume, report)
-        done += len(positions) * len(layers) * len(part)
+    with torch.no_grad():
+        for first in range(0, len(pairs), chunk):
+            rows = slice(first, min(first + chunk, len(pairs)))
+            part = pairs[rows]
+            report = (lambda n, base=done: progress(base + n, total)) if progress else None
+            out[:, :, rows] = _sweep_chunk(model, part, site, layers, positions, resume, report).cpu()
+            done += len(positions) * len(layers) * len(part)
     return out
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.errors import InputError
+from ioi_mamba.portable import portable
 from ioi_mamba.tasks import prompts as text
 from ioi_mamba.tasks.prompts import PromptPair
 
@@ -22,6 +23,7 @@ ABSENT = -1
 """In `candidates` no further choice, in `roles` no such position in this row."""
 
 
+@portable
 @dataclass(frozen=True, eq=False)
 class Pairs:
     """Prompts in pairs, as token ids. The n-th row of every field belongs to the n-th pair.

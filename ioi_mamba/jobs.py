@@ -1,0 +1,20 @@
+"""The one place where a computation is done here or sent to a server: `call`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def call(model, work: Callable[..., Any], *args: Any, progress: Callable[[int, int], None] | None = None) -> Any:
+    """`work(model, *args, progress=progress)`, run where the model is; what it returns are tensors.
+
+    A model opened with a backend has `jobs` (see `remote.py`), which carries out the whole of `work` as one request;
+    on the server, where the model has none, everything inside runs at once. `work` is a function of a module, takes
+    tensors, plain values, `Pairs` and the like, and returns tensors or lists and dicts of them; a decorator on it, or
+    an import inside it, would be lost on the way. Progress is not heard from a server.
+    """
+    jobs = getattr(model, "jobs", None)
+    if jobs is None or jobs.busy:
+        return work(model, *args, progress=progress)
+    return jobs.send(model, work, args)
