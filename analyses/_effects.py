@@ -8,7 +8,7 @@ import torch
 
 from ioi_mamba import metrics
 from ioi_mamba.charts import position_heatmap
-from ioi_mamba.sweep import Progress, last_logits, resample_sweep
+from ioi_mamba.sweep import Progress, swept_logit_diffs
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 
@@ -47,13 +47,10 @@ def effect_table(
     cells = []
     for k, part in enumerate(layouts):
         report = (lambda n, total, k=k: progress(k * total + n, len(layouts) * total)) if progress else None
-        patched = metrics.logit_diff(resample_sweep(model, part, site, layers=layers, resume=resume, progress=report))
-        clean, corrupted = (
-            metrics.logit_diff(last_logits(model, tokens, part.last)[:, 0], part.answer, part.wrong)
-            for tokens in (part.clean, part.corrupted)
-        )
-        usable = ((clean - corrupted).abs() > VANISHING).cpu()
-        effects = metrics.effect(patched, clean, corrupted).cpu()
+        diffs = swept_logit_diffs(model, part, site, layers=layers, resume=resume, progress=report)
+        patched, clean, corrupted = diffs["patched"], diffs["clean"], diffs["corrupted"]
+        usable = (clean - corrupted).abs() > VANISHING
+        effects = metrics.effect(patched, clean, corrupted)
         corruption = part.labels.get("corruption", ("all",) * len(part))
         labels = part.position_labels()
         for value in dict.fromkeys(corruption):

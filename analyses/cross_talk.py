@@ -27,6 +27,7 @@ from torch import Tensor
 from ioi_mamba import charts, metrics
 from ioi_mamba.errors import InputError
 from ioi_mamba.interventions import forward
+from ioi_mamba.jobs import call
 from ioi_mamba.mixer import MixerPass
 from ioi_mamba.sweep import Roll, block_sites, layer_count
 from ioi_mamba.tasks import ioi
@@ -66,6 +67,8 @@ SCANNED = ("ssm_input", "y")
 
 DEFAULT_PAIRS = 200
 UNLABELLED = "(all)"
+NO_LAYER = -1
+MAX_JOBS = 10
 
 Score = tuple[float, float]
 """(accuracy among the names, mean probability of the answer among them)"""
@@ -86,7 +89,6 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
     )
 
 
-@torch.no_grad()
 def run(
     model,
     pairs: Pairs,
@@ -109,16 +111,20 @@ def run(
         raise InputError(f"rows is {rows}; at least one prompt must be in a pass.")
     groups = _groups(pairs)
     per_group = layer_count(model) * (layer_count(model) + 1) // 2
+    # Several groups to a job, and few jobs: a server is asked seldom, and an interruption loses little.
+    size = -(-len(groups) // MAX_JOBS)
     tables = []
-    for number, (template, corruption, group) in enumerate(groups):
+    for first in range(0, len(groups), size):
+        batch = groups[first : first + size]
 
-        def report(done: int, before: int = number * per_group) -> None:
+        def report(done: int, _: int, before: int = first * per_group) -> None:
             if progress is not None:
                 progress(before + done, len(groups) * per_group)
 
-        table = _greedy(model, group, threshold, rows or _rows_per_pass(model, group), report)
-        tables.append(table.assign(template=template, corruption=corruption))
-        report(per_group)
+        parts = [group.without_text() for _, _, group in batch]
+        found = call(model, _searches, parts, threshold, rows, progress=report)
+        for (template, corruption, group), records in zip(batch, found, strict=True):
+            tables.append(_table(records, len(group), threshold).assign(template=template, corruption=corruption))
     return pd.concat(tables, ignore_index=True)[list(COLUMNS)]
 
 
@@ -250,45 +256,70 @@ def _rows_per_pass(model, pairs: Pairs) -> int:
     return max(1, budget // (4 * held))
 
 
-def _greedy(model, pairs: Pairs, threshold: float, rows: int, report: Callable[[int], None]) -> pd.DataFrame:
-    """The table of one group, without its labels."""
+def _searches(
+    model,
+    groups: list[Pairs],
+    threshold: float,
+    rows: int | None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Tensor]:
+    """Of each group, Float64[candidate, 5]: step, layer or -1, accuracy, probability, chosen."""
+    per_group = layer_count(model) * (layer_count(model) + 1) // 2
+    found = []
+    with torch.no_grad():
+        for number, group in enumerate(groups):
+
+            def report(done: int, before: int = number * per_group) -> None:
+                if progress is not None:
+                    progress(before + done, len(groups) * per_group)
+
+            found.append(_greedy(model, group, threshold, rows or _rows_per_pass(model, group), report))
+            report(per_group)
+    return found
+
+
+def _greedy(model, pairs: Pairs, threshold: float, rows: int, report: Callable[[int], None]) -> Tensor:
+    """The search in one group; see `_searches` for what is returned."""
     parts = [pairs[index] for index in torch.arange(len(pairs)).split(rows)]
-    left, circuit = list(range(layer_count(model))), []
-    held, best, done = None, (-1.0, 0), 0
-    records: list[dict] = []
-
-    def record(step: int, layer: int | None, score: Score, chosen: bool) -> None:
-        values = (step, layer, *score, len(pairs), chosen)
-        records.append(dict(zip(("step", "layer", "accuracy", "probability", "n", "chosen"), values, strict=True)))
-
+    left, circuit, records = list(range(layer_count(model))), [], []
+    held, done = None, 0
     for step in range(len(left) + 1):
-        seen: dict[int | None, list[Tensor]] = {}
+        seen: dict[int, list[Tensor]] = {}
         for part in parts:
             # A group of one part is held from step to step; several are made anew, so that one fits at a time.
             if held is None or len(parts) > 1:
                 held = _Rows(model, part)
             held.give_back(circuit)
-            for layer in [None] if step == 0 else left:
-                scores = held.scores(layer)
-                seen.setdefault(layer, []).append(scores)
-                done += layer is not None and part is parts[-1]
+            for layer in [NO_LAYER] if step == 0 else left:
+                seen.setdefault(layer, []).append(held.scores(None if layer == NO_LAYER else layer))
+                done += layer != NO_LAYER and part is parts[-1]
                 report(done)
         means = {layer: _mean(torch.cat(scores, 1)) for layer, scores in seen.items()}
         # max keeps the first of equals, which is the lowest layer.
-        chosen = max(means, key=means.__getitem__)
-        for layer, score in means.items():
-            record(step, layer, score, chosen=layer is not None and layer == chosen)
-        if chosen is not None:
-            circuit.append(chosen)
-            left.remove(chosen)
-        if means[chosen][0] > best[0]:
-            best = (means[chosen][0], step)
-        if means[chosen][0] > threshold:
+        best = max(means, key=means.__getitem__)
+        records += [(step, layer, *score, layer == best and layer != NO_LAYER) for layer, score in means.items()]
+        if best != NO_LAYER:
+            circuit.append(best)
+            left.remove(best)
+        if means[best][0] > threshold:
             break
-    reached = best[0] > threshold
-    members = set(circuit[: best[1]])
-    table = pd.DataFrame(records).astype({"layer": "Int64"})
-    return table.assign(in_circuit=[layer in members for layer in table["layer"]], reached=reached)
+    return torch.tensor(records, dtype=torch.float64)
+
+
+def _table(records: Tensor, n: int, threshold: float) -> pd.DataFrame:
+    """The table of one group, without its labels. The circuit ends at the first step with the highest accuracy."""
+    table = pd.DataFrame(records.numpy(), columns=["step", "layer", "accuracy", "probability", "chosen"])
+    table = table.astype({"step": int, "layer": int, "chosen": bool})
+    path = table[table["chosen"] | (table["step"] == 0)].sort_values("step")
+    last = int(path.loc[path["accuracy"].idxmax(), "step"])
+    members = set(path[(path["step"] > 0) & (path["step"] <= last)]["layer"])
+    return table.assign(
+        n=n,
+        in_circuit=[layer in members for layer in table["layer"]],
+        reached=bool(path["accuracy"].max() > threshold),
+        layer=table["layer"].astype("Int64").mask(table["layer"] == NO_LAYER),
+    )
 
 
 def _mean(scores: Tensor) -> Score:

@@ -6,7 +6,8 @@ Mamba.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 
 import altair as alt
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ioi_mamba import charts, metrics
 from ioi_mamba.errors import InputError
+from ioi_mamba.jobs import call
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 
@@ -37,6 +39,7 @@ METHOD = (
     "the lower index); held-out prompts come from the next seed."
 )
 NEEDS_MAMBA = False
+MODES = ("none", "single", "greedy")
 COLUMNS = ("mode", "step", "layer", "accuracy", "probability", "n", "valid_accuracy")
 
 # Where the list of blocks is, by architecture: Mamba, GPT-2, Llama-like, GPT-NeoX.
@@ -76,6 +79,26 @@ def run(
         raise InputError(f"rows ({rows}) and steps ({steps}) must be at least 1.")
     n_layers = len(_blocks(model))
     steps = min(n_layers - 1, steps or n_layers)
+    measured = call(model, _removal, pairs, held_out, steps, rows, progress=progress)
+    table = []
+    for mode, step, layer, accuracy, probability, valid_accuracy in measured.tolist():
+        valid = None if math.isnan(valid_accuracy) else valid_accuracy
+        which = None if layer < 0 else int(layer)
+        table.append((MODES[int(mode)], int(step), which, accuracy, probability, len(pairs), valid))
+    return pd.DataFrame(table, columns=list(COLUMNS)).astype({"layer": "Int64", "valid_accuracy": "Float64"})
+
+
+def _removal(
+    model,
+    pairs: Pairs,
+    held_out: Pairs | None,
+    steps: int,
+    rows: int,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Float64[measurement, 6]: index in MODES, step, layer or -1, accuracy, probability, held-out accuracy or NaN."""
+    n_layers = len(_blocks(model))
     total = 1 + n_layers + sum(n_layers - step for step in range(1, steps)) + (steps + 1 if held_out is not None else 0)
     done = 0
 
@@ -89,17 +112,14 @@ def run(
                 progress(done, total)
         return scores
 
-    def valid(removed: frozenset[int]) -> float | None:
-        return None if held_out is None else measure([removed], held_out)[0][0]
-
-    def row(mode: str, step: int, layer: int | None, score: tuple[float, float], valid_accuracy: float | None):
-        return dict(zip(COLUMNS, (mode, step, layer, *score, len(pairs), valid_accuracy), strict=True))
+    def valid(removed: frozenset[int]) -> float:
+        return float("nan") if held_out is None else measure([removed], held_out)[0][0]
 
     none = frozenset()
-    table = [row("none", 0, None, measure([none], pairs)[0], valid(none))]
+    table = [(0, 0, -1, *measure([none], pairs)[0], valid(none))]
     left = list(range(n_layers))
     scores = measure([frozenset([layer]) for layer in left], pairs)
-    table += [row("single", 1, layer, score, None) for layer, score in zip(left, scores, strict=True)]
+    table += [(1, 1, layer, *score, float("nan")) for layer, score in zip(left, scores, strict=True)]
     removed = none
     for step in range(1, steps + 1):
         if step > 1:
@@ -107,9 +127,9 @@ def run(
         # max keeps the first of equals, which is the lowest layer.
         best = max(range(len(left)), key=scores.__getitem__)
         removed |= {left[best]}
-        table.append(row("greedy", step, left[best], scores[best], valid(removed)))
+        table.append((2, step, left[best], *scores[best], valid(removed)))
         del left[best]
-    return pd.DataFrame(table, columns=list(COLUMNS)).astype({"layer": "Int64", "valid_accuracy": "Float64"})
+    return torch.tensor(table, dtype=torch.float64)
 
 
 def chart(table: pd.DataFrame) -> alt.VConcatChart:
@@ -198,9 +218,8 @@ def _output_head(model):
     raise InputError(f"{type(model._module).__name__} has no output head: layer-removal needs a language model.")
 
 
-def _batches(items: Sequence[frozenset[int]], size: int) -> Iterator[Sequence[frozenset[int]]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _batches(items: Sequence[frozenset[int]], size: int) -> list[Sequence[frozenset[int]]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _scores(model, pairs: Pairs, removed: Sequence[frozenset[int]], rows: int) -> list[tuple[float, float]]:

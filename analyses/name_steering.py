@@ -23,8 +23,18 @@ from torch import Tensor
 from ioi_mamba import charts
 from ioi_mamba.errors import InputError
 from ioi_mamba.interventions import forward
+from ioi_mamba.jobs import call
 from ioi_mamba.metrics import wilson_interval
-from ioi_mamba.steering import METHODS, Averages, averages, find_layer, name_slots, read_up_to, steering_edit
+from ioi_mamba.steering import (
+    METHODS,
+    Averages,
+    averages,
+    find_layer,
+    find_offset,
+    name_slots,
+    read_up_to,
+    steering_edit,
+)
 from ioi_mamba.sweep import Roll, rows_per_pass
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import ABSENT, Pairs
@@ -49,6 +59,7 @@ NEEDS_MAMBA = True
 COLUMNS = ("method", "slot", "source_slot", "success", "n", "low", "high", "layer", "offset")
 
 DEFAULT_PAIRS = 10_000
+UNTESTED = -1
 
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
@@ -59,13 +70,12 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
     return ioi.generate(tokenizer, DEFAULT_PAIRS if n_pairs is None else n_pairs, seed)
 
 
-@torch.no_grad()
 def run(
     model,
     pairs: Pairs,
     *,
     layer: int | None = None,
-    offset: int = 1,
+    offset: int | None = None,
     per_cell: int = 101,
     leave_out: bool = False,
     seed: int = 27,
@@ -76,14 +86,15 @@ def run(
     success: the share of `n` prompts in which the intended name beats the original answer, in 0..1; low, high:
     its 95 % Wilson interval. A test prompt whose names were never in the source slot is left out of `n`; a cell
     without test prompts has n = 0 and no success. layer: the bottleneck; None: found, as layer-ablation does.
-    offset: how many tokens after a name to average and to write; 1 in the paper, whose layer's convolution shifts names
-    so far (see conv-shift). per_cell: test prompts, drawn from `seed` as the published code does. leave_out: average over no test prompt.
+    offset: how many tokens after a name to average and to write; None: found, as the distance at which resampling
+    the layer's ssm_input has the largest effect; 1 in the paper, whose layer's convolution shifts names so far. per_cell: test prompts, drawn from `seed` as the published code does. leave_out: average over no test prompt.
     Raises InputError for pairs whose names have no roles, a layer out of range and `per_cell` below 1.
     """
     if per_cell < 1:
         raise InputError(f"per_cell is {per_cell}; test at least one prompt a cell.")
     slots = name_slots(pairs)
     layer = find_layer(model) if layer is None else layer
+    offset = find_offset(model, layer) if offset is None else offset
     cells = sample_cells(pairs, per_cell, seed)
     drawn = torch.cat(list(cells.values()))
     n_tests = len(METHODS) * len(drawn)
@@ -97,16 +108,21 @@ def run(
 
     left_out = pairs.clean[drawn] if leave_out else None
     names = averages(model, pairs, layer, offset=offset, leave_out=left_out, progress=report)
-    rows, done = [], 0
-    for (slot, source), index in cells.items():
-        wins = _successes(model, pairs[index], names, slots[slot - 1], slots[source - 1]) if len(index) else {}
-        for method in METHODS:
-            own = wins.get(method, [])
+    tested = {cell: index for cell, index in cells.items() if len(index)}
+    where = [(slots[slot - 1], slots[source - 1]) for slot, source in tested]
+    prompts = [pairs[index].without_text() for index in tested.values()]
+
+    def report_test(done: int, total: int) -> None:
+        report(n_prompts + done, n_prompts)
+
+    outcomes = dict(zip(tested, call(model, _outcomes, prompts, where, names, progress=report_test), strict=True))
+    rows = []
+    for (slot, source), outcome in ((cell, outcomes.get(cell)) for cell in cells):
+        for k, method in enumerate(METHODS):
+            own = [] if outcome is None else outcome[k][outcome[k] != UNTESTED].tolist()
             low, high = wilson_interval(sum(own), len(own)) if own else (float("nan"),) * 2
             success = sum(own) / len(own) if own else float("nan")
             rows.append((method, slot, source, success, len(own), low, high, layer, offset))
-        done += len(METHODS) * len(index)
-        report(n_prompts + done, n_prompts)
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     return table.sort_values(["method", "slot", "source_slot"], ignore_index=True)
 
@@ -197,22 +213,35 @@ def sample_cells(pairs: Pairs, per_cell: int, seed: int) -> dict[tuple[int, int]
     return cells
 
 
-def _successes(model, pairs: Pairs, names: Averages, slot: str, source: str) -> dict[str, list[bool]]:
-    """By method: for each pair whose names were seen in `source`, whether the intended name wins."""
+def _outcomes(
+    model, cells: list[Pairs], where: list[tuple[str, str]], names: Averages, *, progress=None
+) -> list[Tensor]:
+    """For each cell, at its (slot, source slot), Int64[method, pair]: 1 where the intended name wins, 0 or UNTESTED."""
+    found, done = [], 0
+    with torch.no_grad():
+        for pairs, (slot, source) in zip(cells, where, strict=True):
+            found.append(_outcome(model, pairs, names, slot, source))
+            done += len(METHODS) * len(pairs)
+            if progress is not None:
+                progress(done, len(METHODS) * sum(len(cell) for cell in cells))
+    return found
+
+
+def _outcome(model, pairs: Pairs, names: Averages, slot: str, source: str) -> Tensor:
     at = pairs.roles[slot]
     current = pairs.clean.gather(1, at[:, None])[:, 0]
     new = target = pairs.wrong
     if names.slots.index(slot) >= answer_slots(names.slots):
         # Once the answer stands in another slot too, the name it replaces is the only one mentioned once.
         new, target = pairs.answer, current
-    usable = {"replace": names.seen(new, source)}
-    usable["subtract-add"] = usable["replace"] & names.seen(current, source)
-    wins: dict[str, list[bool]] = {method: [] for method in METHODS}
+    seen = names.seen(new, source)
+    usable = {"replace": seen, "subtract-add": seen & names.seen(current, source)}
+    outcome = torch.full((len(METHODS), len(pairs)), UNTESTED)
     for rows in torch.arange(len(pairs)).split(rows_per_pass(model, pairs.clean.shape[1])):
         part, last = pairs.clean[rows], pairs.last[rows]
         stream = read_up_to(model, part, names.layer, "resid_pre")
         roll = Roll.begin(model, part.to(model.device))
-        for method in METHODS:
+        for k, method in enumerate(METHODS):
             kept = usable[method][rows]
             own = rows[kept]
             if len(own) == 0:
@@ -227,5 +256,5 @@ def _successes(model, pairs: Pairs, names: Averages, slot: str, source: str) -> 
                 own_scan=True,
             )["hook_logits"][:, 0].cpu()
             row = torch.arange(len(own))
-            wins[method] += (logits[row, target[own]] > logits[row, pairs.answer[own]]).tolist()
-    return wins
+            outcome[k, own] = (logits[row, target[own]] > logits[row, pairs.answer[own]]).long()
+    return outcome

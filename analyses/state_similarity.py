@@ -21,6 +21,7 @@ from torch import Tensor
 from ioi_mamba import charts
 from ioi_mamba.errors import InputError
 from ioi_mamba.interventions import forward
+from ioi_mamba.jobs import call
 from ioi_mamba.steering import find_layer, is_name
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import ABSENT, Pairs
@@ -41,6 +42,7 @@ METHOD = (
 )
 NEEDS_MAMBA = True
 COLUMNS = ("prompt", "measure", "row", "column", "similarity", "row_label", "column_label", "after_name", "layer")
+SHOWN = 3  # prompts that the findings name one by one
 
 CONTRIBUTION_STATE = "contribution in state"
 DECAYED_STATE = "decayed contribution in state"
@@ -59,7 +61,6 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
     return ioi.generate(tokenizer, DEFAULT_PAIRS if n_pairs is None else n_pairs, seed, symmetric=False)
 
 
-@torch.no_grad()
 def run(
     model,
     pairs: Pairs,
@@ -78,10 +79,11 @@ def run(
     """
     layer = find_layer(model) if layer is None else layer
     prompts = _of_pairs(model.tokenizer, pairs) if prompt is None else [_of_text(model.tokenizer, prompt, names)]
+    similarities = call(model, _similarities, [tokens for _, tokens, _ in prompts], layer, progress=progress)
     tables = []
-    for number, (text, tokens, after) in enumerate(prompts, 1):
+    for (text, tokens, after), matrices in zip(prompts, similarities, strict=True):
         labels = [model.tokenizer.decode([token]) for token in tokens.tolist()]
-        for measure, matrix in _matrices(model, tokens, layer).items():
+        for measure, matrix in zip(MEASURES, matrices, strict=True):
             row, column = torch.meshgrid(*[torch.arange(len(tokens))] * 2, indexing="ij")
             tables.append(
                 pd.DataFrame(
@@ -98,8 +100,6 @@ def run(
                     }
                 )
             )
-        if progress is not None:
-            progress(number, len(prompts))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -173,14 +173,21 @@ def lines(table: pd.DataFrame, measure: str = CONTRIBUTION_STATE) -> pd.DataFram
 def findings(table: pd.DataFrame) -> list[str]:
     """Which rows are lines in each prompt, and how many of them are one token after a name."""
     found = [f"Layer {table['layer'].iloc[0]}, similarity of a contribution with the later states, mean over these."]
+    n_top, n_after, shown = 0, 0, []
     for prompt, rows in lines(table).groupby("prompt", sort=False):
         n_names = int(rows["after_name"].sum())
         top = rows.head(max(3, n_names))
+        n_top, n_after = n_top + len(top[: n_names or None]) * bool(n_names), n_after + int(top["after_name"].sum())
         named = ", ".join(f"{row.row} {row.row_label!r} ({row.mean:.2f})" for row in top.itertuples())
         sentence = f'"{prompt}": the strongest rows are {named}'
         if n_names:
             sentence += f"; {int(top['after_name'].sum())} of these {len(top)} are one token after a name"
-        found.append(f"{sentence}.")
+        shown.append(f"{sentence}.")
+    found += shown[:SHOWN]
+    if len(shown) > SHOWN:
+        found.append(
+            f"Over all {len(shown)} prompts {n_after} of the {n_top} strongest rows are one token after a name."
+        )
     return found
 
 
@@ -205,21 +212,28 @@ def _of_text(tokenizer, prompt: str, names: Sequence[str]) -> tuple[str, Tensor,
     return prompt, torch.tensor(prefix + ids), {index + 1 for role, index in roles.items() if is_name(role)}
 
 
-def _matrices(model, tokens: Tensor, layer: int) -> dict[str, Tensor]:
-    """By measure: Float32[pos, pos] of one prompt's cosine similarities."""
+def _similarities(
+    model, prompts: list[Tensor], layer: int, *, progress: Callable[[int, int], None] | None = None
+) -> list[Tensor]:
+    """For each prompt [pos], Float32[measure, pos, pos] in the order of MEASURES."""
     sites = [f"blocks.{layer}.hook_{site}" for site in ("ssm_input", "A_bar", "B_bar", "h")]
-    read = forward(model, tokens[None], reads=sites)
-    x, decay, B_bar, h = (read[site][0].float() for site in sites)
-    added = (B_bar * x[..., None]).flatten(1)
-    decay, h = decay.flatten(1), h.flatten(1)
-    faded = cosines(added, h)
-    remaining = added.clone()
-    for j in range(1, len(tokens)):
-        # What is left after token j of every contribution made before it.
-        remaining[:j] *= decay[j]
-        faded[:j, j] = cosines(remaining[:j], h[j : j + 1])[:, 0]
-    matrices = (cosines(added, h), faded, cosines(added, added), cosines(h, h))
-    return {measure: matrix.cpu() for measure, matrix in zip(MEASURES, matrices, strict=True)}
+    found = []
+    with torch.no_grad():
+        for tokens in prompts:
+            read = forward(model, tokens[None], reads=sites)
+            x, decay, B_bar, h = (read[site][0].float() for site in sites)
+            added = (B_bar * x[..., None]).flatten(1)
+            decay, h = decay.flatten(1), h.flatten(1)
+            faded = cosines(added, h)
+            remaining = added.clone()
+            for j in range(1, len(tokens)):
+                # What is left after token j of every contribution made before it.
+                remaining[:j] *= decay[j]
+                faded[:j, j] = cosines(remaining[:j], h[j : j + 1])[:, 0]
+            found.append(torch.stack((cosines(added, h), faded, cosines(added, added), cosines(h, h))).cpu())
+            if progress is not None:
+                progress(len(found), len(prompts))
+    return found
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:

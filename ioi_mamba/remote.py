@@ -323,14 +323,23 @@ def in_plain_words(error: Exception, host: str | None) -> str:
             "This server gives no gradients (it runs requests in a sandbox): use a method without them, such as exact."
         )
     for sign, sentence in (
-        ("Could not deploy", "The server at {host} cannot deploy this model: check its id, or ask what is deployed there."),
+        (
+            "Could not deploy",
+            "The server at {host} cannot deploy this model: check its id, or ask what is deployed there.",
+        ),
         ("architecture on this server", "The server holds another version of this model: {last}"),
         ("below the minimum", "The server refuses this client: {last}"),
         ("execution timeout", "The server stopped the job: {last} Use fewer pairs."),
-        ("evicted", "The model was taken off the server while it worked, again and again: run the same again with --resume."),
+        (
+            "evicted",
+            "The model was taken off the server while it worked, again and again: run the same again with --resume.",
+        ),
         ("could not be read", "The server could not read the request: {last}"),
         ("out of memory", "The server ran out of memory: use fewer pairs or fewer rows in a pass."),
-        ("submitting request", "The model's process on the server ended while it worked, again and again: run the same again with --resume, or with fewer pairs."),
+        (
+            "submitting request",
+            "The model's process on the server ended while it worked, again and again: run the same again with --resume, or with fewer pairs.",
+        ),
         ("401", "The server refuses the API key: set it with nnsight.CONFIG.set_default_api_key or NDIF_API_KEY."),
         ("403", "The server refuses the API key: set it with nnsight.CONFIG.set_default_api_key or NDIF_API_KEY."),
     ):

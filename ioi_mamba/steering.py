@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .interventions import forward
-from .metrics import effect, logit_diff
+from .jobs import call
+from .metrics import effect
 from .mixer import MixerPass
 from .portable import portable
-from .sweep import Progress, last_logits, layer_count, resample_sweep, rows_per_pass
+from .sweep import Progress, layer_count, rows_per_pass, swept_logit_diffs
 from .tasks import ioi
 from .tasks.base import ABSENT, Pairs
 from .tasks.prompts import bos_id, find_roles, single_token_ids
@@ -91,7 +92,6 @@ def name_slots(pairs: Pairs) -> tuple[str, ...]:
     return tuple(slots)
 
 
-@torch.no_grad()
 def averages(
     model,
     pairs: Pairs,
@@ -121,23 +121,33 @@ def averages(
     present = at != ABSENT
     ids = torch.where(present, prompts.gather(1, at.clamp(min=0)), 0)
     names = ids[present].unique()
-    total = torch.zeros(len(names) * len(slots), model.config.intermediate_size, dtype=torch.float64)
-    count = torch.zeros(len(names) * len(slots), dtype=torch.int64)
-    done = 0
-    for rows in torch.arange(len(prompts)).split(rows_per_pass(model, width)):
-        x = read_up_to(model, prompts[rows], layer, "ssm_input").cpu()
-        where = present[rows]
-        cell = torch.searchsorted(names, ids[rows]) * len(slots) + torch.arange(len(slots))
-        weight = times[rows, None].expand_as(cell)[where]
-        values = x[torch.arange(len(rows))[:, None], (at[rows].clamp(min=0) + offset).clamp(max=width - 1)][where]
-        total.index_add_(0, cell[where], values.double() * weight[:, None])
-        count.index_add_(0, cell[where], weight)
-        done += len(rows)
-        if progress is not None:
-            progress(done, len(prompts))
+    # Each mention adds to the cell of its name and slot; a prompt without the slot adds with weight 0.
+    cell = torch.searchsorted(names, ids).clamp(max=len(names) - 1) * len(slots) + torch.arange(len(slots))
+    weight = times[:, None] * present
+    read_at = (at.clamp(min=0) + offset).clamp(max=width - 1)
+    n_cells = len(names) * len(slots)
+    total = call(model, _totals, prompts, read_at, cell, weight, n_cells, layer, progress=progress)
+    count = torch.zeros(n_cells, dtype=torch.int64).index_add_(0, cell.flatten(), weight.flatten())
     mean = (total / count.clamp(min=1)[:, None]).float()
     shape = (len(names), len(slots))
     return Averages(layer, offset, slots, names, mean.reshape(*shape, -1), count.reshape(shape))
+
+
+def _totals(
+    model, prompts: Tensor, read_at: Tensor, cell: Tensor, weight: Tensor, n_cells: int, layer: int, *, progress=None
+) -> Tensor:
+    """Float64[cell, E]: the sum of `ssm_input` at `read_at` [prompt, slot], times `weight`, by `cell`."""
+    total = torch.zeros(n_cells, model.config.intermediate_size, dtype=torch.float64)
+    done = 0
+    with torch.no_grad():
+        for rows in torch.arange(len(prompts)).split(rows_per_pass(model, prompts.shape[1])):
+            x = read_up_to(model, prompts[rows], layer, "ssm_input").cpu()
+            values = x[torch.arange(len(rows))[:, None], read_at[rows]].double() * weight[rows][..., None]
+            total.index_add_(0, cell[rows].flatten(), values.flatten(0, 1))
+            done += len(rows)
+            if progress is not None:
+                progress(done, len(prompts))
+    return total
 
 
 def steering_edit(
@@ -167,7 +177,6 @@ def steering_edit(
     return write
 
 
-@torch.no_grad()
 def steer(
     model,
     prompt: str,
@@ -213,25 +222,40 @@ def steer(
         new = torch.tensor([new_ids[name]])
         edits.append(steering_edit(averages, method, position, new, tokens[position], slot))
 
+    following = call(model, _continued, tokens, averages.layer, edits, max_new_tokens, model.tokenizer.eos_token_id)
+    return model.tokenizer.decode(following)
+
+
+def _continued(
+    model,
+    tokens: Tensor,
+    layer: int,
+    edits: list[Callable[[Tensor], Tensor]],
+    n_tokens: int,
+    end: int,
+    *,
+    progress=None,
+) -> Tensor:
+    """Int64[pos], what follows `tokens` [pos], with the edits of `ssm_input` of `layer`; up to the token `end`."""
+
     def write(x: Tensor) -> Tensor:
         for edit in edits:
             x = edit(x)
         return x
 
-    end = model.tokenizer.eos_token_id
     row = tokens[None]
-    for _ in range(max_new_tokens):
-        last = torch.tensor([row.shape[1] - 1])
-        hook = {f"blocks.{averages.layer}.hook_ssm_input": write}
-        logits = forward(model, row, hook if edits else {}, logits_at=last, own_scan=True)["hook_logits"]
-        following = logits[0, 0].argmax().cpu()
-        if int(following) == end:
-            break
-        row = torch.cat([row, following.reshape(1, 1)], 1)
-    return model.tokenizer.decode(row[0, len(tokens) :])
+    hook = {f"blocks.{layer}.hook_ssm_input": write} if edits else {}
+    with torch.no_grad():
+        for _ in range(n_tokens):
+            last = torch.tensor([row.shape[1] - 1])
+            logits = forward(model, row, hook, logits_at=last, own_scan=True)["hook_logits"]
+            following = logits[0, 0].argmax().cpu()
+            if int(following) == end:
+                break
+            row = torch.cat([row, following.reshape(1, 1)], 1)
+    return row[0, len(tokens) :]
 
 
-@torch.no_grad()
 def find_layer(model) -> int:
     """The bottleneck: of the layers after 0, the one whose resampled input has the largest effect (4.1.1).
 
@@ -241,40 +265,38 @@ def find_layer(model) -> int:
     """
     if layer_count(model) < 2:
         raise InputError("The bottleneck is looked for after layer 0; this model has no other layer.")
-    layers, peaks = list(range(1, layer_count(model))), []
-    for pairs in _by_corruption(model):
-        positions = list(range(pairs.clean.shape[1] - 1))
-        peaks.append(_effects(model, pairs, "layer_input", layers, positions).amax(-1))
-    return layers[int(torch.stack(peaks).mean(0).argmax())]
+    pairs = _sample(model)
+    layers, positions = list(range(1, layer_count(model))), list(range(pairs.clean.shape[1] - 1))
+    effects = _effects(model, pairs, "layer_input", layers, positions)
+    return layers[int(torch.stack([one.amax(-1) for one in effects.values()]).mean(0).argmax())]
 
 
-@torch.no_grad()
 def find_offset(model, layer: int) -> int:
     """How many tokens after a name `layer` takes it in: where its resampled `ssm_input` has the largest effect.
 
     As far as the convolution reaches, 0 to K-1; |1 - normalized logit diff|, mean over the corruptions.
     """
-    found = []
-    for pairs in _by_corruption(model):
-        name = int(pairs.first_difference[0])
-        positions = list(range(name, name + model.config.conv_kernel))
-        found.append(_effects(model, pairs, "ssm_input", [layer], positions)[0])
-    return int(torch.stack(found).mean(0).argmax())
+    pairs, reach = _sample(model), model.config.conv_kernel
+    names = {c: int(part.first_difference[0]) for c, part in pairs.by("corruption").items()}
+    positions = list(range(min(names.values()), max(names.values()) + reach))
+    effects = _effects(model, pairs, "ssm_input", [layer], positions)
+    after = [effects[c][0, names[c] - positions[0] :][:reach] for c in names]
+    return int(torch.stack(after).mean(0).argmax())
 
 
-def _by_corruption(model) -> list[Pairs]:
+def _sample(model) -> Pairs:
     templates = ioi.ALIGNED_TEMPLATES
-    return [ioi.generate(model.tokenizer, 8, 27, templates=templates, corruptions=[c]) for c in ioi.CORRUPTIONS]
-
-
-def _effects(model, pairs: Pairs, site: str, layers: list[int], positions: list[int]) -> Tensor:
-    """|1 - normalized logit diff|, mean over the pairs, Float[layer, position]."""
-    patched = logit_diff(resample_sweep(model, pairs, site, layers=layers, positions=positions))
-    clean, corrupted = (
-        logit_diff(last_logits(model, tokens, pairs.last)[:, 0], pairs.answer, pairs.wrong)
-        for tokens in (pairs.clean, pairs.corrupted)
+    return Pairs.concat(
+        [ioi.generate(model.tokenizer, 8, 27, templates=templates, corruptions=[c]) for c in ioi.CORRUPTIONS]
     )
-    return effect(patched, clean, corrupted).mean(-1).abs().nan_to_num(0.0, posinf=0.0)
+
+
+def _effects(model, pairs: Pairs, site: str, layers: list[int], positions: list[int]) -> dict[str, Tensor]:
+    """By corruption: |1 - normalized logit diff|, mean over the pairs, Float[layer, position]."""
+    effects = effect(**swept_logit_diffs(model, pairs, site, layers=layers, positions=positions))
+    corruptions = pairs.labels["corruption"]
+    here = {c: torch.tensor([other == c for other in corruptions]) for c in dict.fromkeys(corruptions)}
+    return {c: effects[..., rows].mean(-1).abs().nan_to_num(0.0, posinf=0.0) for c, rows in here.items()}
 
 
 def read_up_to(model, tokens: Tensor, layer: int, site: str) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from .errors import InputError
 from .interventions import Start, forward
 from .jobs import call
-from .metrics import answer_logits
+from .metrics import answer_logits, logit_diff
 from .portable import portable
 from .sites import parse
 from .tasks.base import Pairs
@@ -127,6 +127,12 @@ def resample_sweep(
     A cell before a pair's first differing token, or after its last token, is the clean run itself (causality) and
     is not computed. Raises InputError for an unknown site.
     """
+    layers, positions = _checked(model, pairs, site, layers, positions)
+    return call(model, _sweep, pairs, site, layers, positions, resume, progress=progress)
+
+
+def _checked(model, pairs: Pairs, site: str, layers, positions) -> tuple[list[int], list[int]]:
+    """The layers and positions of a sweep. Raises InputError for what is not there."""
     n_pos = pairs.clean.shape[1]
     layers = list(range(layer_count(model)) if layers is None else layers)
     positions = list(range(n_pos) if positions is None else positions)
@@ -136,7 +142,43 @@ def resample_sweep(
         raise InputError(f"{site!r} has no value of its own at every position: sweep another site.")
     if not positions or not all(0 <= p < n_pos for p in positions):
         raise InputError(f"positions {positions} are not in this prompt: give some of 0 to {n_pos - 1}.")
-    return call(model, _sweep, pairs, site, layers, positions, resume, progress=progress)
+    return layers, positions
+
+
+def swept_logit_diffs(
+    model,
+    pairs: Pairs,
+    site: str,
+    *,
+    layers: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Logit diffs of `resample_sweep`, "patched" [layer, position, pair], and of plain runs, "clean", "corrupted" [pair].
+
+    Arguments and errors as there.
+    """
+    layers, positions = _checked(model, pairs, site, layers, positions)
+    return call(model, _logit_diffs, pairs, site, layers, positions, resume, progress=progress)
+
+
+def _logit_diffs(
+    model, pairs: Pairs, site: str, layers, positions, resume: bool, *, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    patched = logit_diff(_sweep(model, pairs, site, layers, positions, resume, progress=progress))
+    diffs = {"patched": patched}
+    rows = rows_per_pass(model, pairs.clean.shape[1])
+    with torch.no_grad():
+        for name, tokens in (("clean", pairs.clean), ("corrupted", pairs.corrupted)):
+            parts = [
+                logit_diff(
+                    last_logits(model, tokens[part], pairs.last[part])[:, 0], pairs.answer[part], pairs.wrong[part]
+                )
+                for part in torch.arange(len(pairs)).split(rows)
+            ]
+            diffs[name] = torch.cat(parts).cpu()
+    return diffs
 
 
 def _sweep(

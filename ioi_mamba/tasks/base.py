@@ -188,6 +188,10 @@ class Pairs:
             texts=None if self.texts is None else tuple(self.texts[i] for i in order),
         )
 
+    def without_text(self) -> Pairs:
+        """The same token ids without labels and texts: all that a computation needs, and less to send."""
+        return replace(self, labels={}, texts=None)
+
     @property
     def last(self) -> Tensor:
         """Int64[pair], index of the last token, where the answer is read."""
