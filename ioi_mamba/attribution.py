@@ -32,6 +32,7 @@ from torch import Tensor
 from .errors import InputError
 from .graph import Masks, Universe, conv_parts, universe_of
 from .interventions import forward
+from .jobs import call
 from .metrics import logit_diff, normalized_logit_diff
 from .patching import (
     CorruptedRun,
@@ -181,6 +182,38 @@ def _now(point: _Point, clean: dict, key: tuple, here: bool) -> Tensor:
     return point.gradient_at[key].detach() if here else clean["values"][key]
 
 
+def _scores(
+    model,
+    pairs: Pairs,
+    alphas: list[float],
+    steps: int,
+    variant: str,
+    parts: bool,
+    positions: bool,
+    per_pair: bool,
+    pairs_per_pass: int,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """As `_chunk_scores`, of all pairs; without `positions` summed, without `per_pair` averaged, to length 1."""
+    chunks = []
+    for first in range(0, len(pairs), pairs_per_pass):
+        part = pairs[first : first + pairs_per_pass]
+        chunks.append(_chunk_scores(model, part, alphas, steps, variant, parts))
+        if progress:
+            progress(min(first + pairs_per_pass, len(pairs)), len(pairs))
+    scores = {name: torch.cat([chunk[name] for chunk in chunks]).cpu() for name in chunks[0]}
+    for name, score in scores.items():
+        bad = ~torch.isfinite(score).flatten(1).all(1)
+        if bad.any():
+            raise InputError(
+                f"Pair {int(bad.nonzero()[0])} gives scores that are not finite; look at its prompts and leave it out."
+            )
+        score = score if positions else score.sum(-1, keepdim=True)
+        scores[name] = score if per_pair else score.mean(0, keepdim=True)
+    return scores
+
+
 def _to_frame(scores: dict[str, Tensor], universe: Universe, positions: bool, per_pair: bool) -> pd.DataFrame:
     n, K = universe.n_layers, universe.conv_width
     nodes = universe.nodes
@@ -197,12 +230,7 @@ def _to_frame(scores: dict[str, Tensor], universe: Universe, positions: bool, pe
         for part in ("ssm", "skip"):
             kinds.append((str(i), str(i), part))
             columns.append(scores[part][:, i])
-    stacked = torch.stack(columns)  # [item, pair, pos]
-    if not bool(torch.isfinite(stacked).all()):
-        pair = int(torch.nonzero(~torch.isfinite(stacked).all(dim=2).all(dim=0))[0])
-        raise InputError(f"Pair {pair} gives scores that are not finite; look at its prompts and leave it out.")
-    stacked = stacked if positions else stacked.sum(-1, keepdim=True)
-    stacked = stacked.movedim(1, -1) if per_pair else stacked.mean(1)[..., None]  # [item, pos, pair or 1]
+    stacked = torch.stack(columns).movedim(1, -1)  # [item, pos or 1, pair or 1]
     n_items, n_pos, n_pairs = stacked.shape
     index = pd.MultiIndex.from_product([range(n_items), range(n_pos), range(n_pairs)]).to_frame(index=False)
     table = pd.DataFrame([kinds[k] for k in index[0]], columns=["source", "target", "part"])
@@ -252,13 +280,19 @@ def attribute(
         rows = torch.arange(len(pairs))
         same_last = bool((pairs.clean[rows, pairs.last] == pairs.corrupted[rows, pairs.last]).all())
         alphas = alphas[:-1] if variant == "paper" and same_last else alphas
-    chunks = []
-    for first in range(0, len(pairs), pairs_per_pass):
-        part = pairs[first : first + pairs_per_pass]
-        chunks.append(_chunk_scores(model, part, alphas, steps, variant, parts))
-        if progress:
-            progress(min(first + pairs_per_pass, len(pairs)), len(pairs))
-    scores = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    scores = call(
+        model,
+        _scores,
+        pairs.without_text(),
+        alphas,
+        steps,
+        variant,
+        parts,
+        positions,
+        per_pair,
+        pairs_per_pass,
+        progress=progress,
+    )
     return _to_frame(scores, universe_of(model, parts=parts), positions, per_pair)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from .errors import InputError
 from .graph import Item, Masks, masks_of, universe_of
 from .interventions import Edit, Observer, forward
+from .jobs import call
 from .portable import portable
 from .scan import selective_scan
 from .tasks.base import Pairs
@@ -193,5 +194,9 @@ def patch_edges(model, pairs: Pairs, edges: Iterable[Sequence], positions: Seque
         spread = positions is not None and item.position is None
         items += [item._replace(position=p) for p in positions or ()] if spread else [item]
     masks = masks_of([items], universe_of(model, parts=True), pairs.clean.shape[1])
+    return call(model, _patched_everywhere, pairs.without_text(), masks)
+
+
+def _patched_everywhere(model, pairs: Pairs, masks: Masks, *, progress=None) -> Tensor:
     corrupted = corrupted_run(model, pairs, parts=needs_parts(masks))
     return patched_logits(model, pairs, corrupted, masks, everywhere=True)[0]
