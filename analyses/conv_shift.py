@@ -13,6 +13,7 @@ import pandas as pd
 
 from analyses import _effects
 from ioi_mamba.charts import position_heatmap
+from ioi_mamba.jobs import config_of
 from ioi_mamba.steering import find_layer
 from ioi_mamba.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
@@ -46,7 +47,7 @@ def run(
 ) -> pd.DataFrame:
     """Effects by slice; `layer` None is the bottleneck, `all_layers` sweeps every layer."""
     layers = None if all_layers else [find_layer(model) if layer is None else layer]
-    tables, width = [], model.config.conv_kernel
+    tables, width = [], config_of(model).conv_kernel
     for k, s in enumerate(range(1 - width, 1)):
         report = (lambda n, total, k=k: progress(k * total + n, width * total)) if progress else None
         table = _effects.effect_table(model, pairs, f"conv_slice.{s}", layers=layers, progress=report)

@@ -27,7 +27,7 @@ from torch import Tensor
 from ioi_mamba import charts, metrics
 from ioi_mamba.errors import InputError
 from ioi_mamba.interventions import forward
-from ioi_mamba.jobs import call
+from ioi_mamba.jobs import call, config_of, device_of
 from ioi_mamba.mixer import MixerPass
 from ioi_mamba.sweep import Roll, block_sites, layer_count
 from ioi_mamba.tasks import ioi
@@ -250,9 +250,9 @@ def _most_frequent(layers: pd.Series) -> tuple[int, int]:
 
 def _rows_per_pass(model, pairs: Pairs) -> int:
     """How many prompts keep what is held of them (`_Rows`) within 1 GiB, or 8 GiB on an accelerator."""
-    config = model.config
+    config = config_of(model)
     held = layer_count(model) * pairs.clean.shape[1] * (2 * config.intermediate_size + config.hidden_size)
-    budget = (1 if torch.device(model.device).type == "cpu" else 8) * 2**30
+    budget = (1 if torch.device(device_of(model)).type == "cpu" else 8) * 2**30
     return max(1, budget // (4 * held))
 
 
@@ -337,7 +337,7 @@ class _Rows:
 
     def __init__(self, model, pairs: Pairs):
         self.model, self.pairs = model, pairs
-        self.tokens, self.last = pairs.clean.to(model.device), pairs.last.to(model.device)
+        self.tokens, self.last = pairs.clean.to(device_of(model)), pairs.last.to(device_of(model))
         layers = range(layer_count(model))
         names = {site: block_sites(site, layers) for site in SCANNED}
         reads = [name for each in names.values() for name in each]
@@ -383,7 +383,7 @@ class _Rows:
 
     def _candidate(self, layer: int) -> Tensor:
         """Logits [row, vocab] at the last position with `layer` given back too."""
-        blocks, stream = self.model.backbone.layers, self.streams[layer]
+        blocks, stream, n_layers = self.model.backbone.layers, self.streams[layer], layer_count(self.model)
         clean = self.circuit | {layer}
         highest = max(clean)
         index = torch.arange(len(stream), device=stream.device)
@@ -393,21 +393,20 @@ class _Rows:
             for i in range(layer):
                 blocks[i].skip(stream)
             for i in range(layer, highest + 1):
-                self._walk(blocks[i], i, None if i in clean else self.values)
-            for i in range(highest + 1, len(blocks)):
+                self._walk(i, None if i in clean else self.values)
+            for i in range(highest + 1, n_layers):
                 # No position above sees another: from here on only the last one is carried.
                 if i == highest + 1:
                     blocks[i].input = blocks[i].input[index, self.last][:, None]
-                self._walk(blocks[i], i, self.at_last)
-            if highest + 1 == len(blocks):
+                self._walk(i, self.at_last)
+            if highest + 1 == n_layers:
                 self.model.lm_head.input = self.model.lm_head.input[index, self.last][:, None]
             logits = nnsight.save(self.model.lm_head.output)
         return logits[:, 0]
 
-    @staticmethod
-    def _walk(block, layer: int, values: dict[str, list[Tensor]] | None) -> None:
+    def _walk(self, layer: int, values: dict[str, list[Tensor]] | None) -> None:
         """Run one layer as it is, or with `values` in place of its own."""
-        mixer = MixerPass(block, layer)
+        mixer = MixerPass(self.model, layer)
         if values is None:
             mixer.own_scan()
         else:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ioi_mamba import charts, metrics
 from ioi_mamba.errors import InputError
-from ioi_mamba.jobs import call
+from ioi_mamba.jobs import call, device_of
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 
@@ -77,9 +77,11 @@ def run(
     """
     if rows < 1 or (steps is not None and steps < 1):
         raise InputError(f"rows ({rows}) and steps ({steps}) must be at least 1.")
-    n_layers = len(_blocks(model))
+    places = (_block_list(model), _output_head(model))
+    n_layers = len(model._module.get_submodule(places[0]))
     steps = min(n_layers - 1, steps or n_layers)
-    measured = call(model, _removal, pairs, held_out, steps, rows, progress=progress)
+    prompts = [None if side is None else side.without_text() for side in (pairs, held_out)]
+    measured = call(model, _removal, *prompts, places, n_layers, steps, rows, progress=progress)
     table = []
     for mode, step, layer, accuracy, probability, valid_accuracy in measured.tolist():
         valid = None if math.isnan(valid_accuracy) else valid_accuracy
@@ -92,13 +94,17 @@ def _removal(
     model,
     pairs: Pairs,
     held_out: Pairs | None,
+    places: tuple[str, str],
+    n_layers: int,
     steps: int,
     rows: int,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Float64[measurement, 6]: index in MODES, step, layer or -1, accuracy, probability, held-out accuracy or NaN."""
-    n_layers = len(_blocks(model))
+    """Float64[measurement, 6]: index in MODES, step, layer or -1, accuracy, probability, held-out accuracy or NaN.
+
+    places: paths of the list of blocks and of the output head, found where the model's modules can be seen.
+    """
     total = 1 + n_layers + sum(n_layers - step for step in range(1, steps)) + (steps + 1 if held_out is not None else 0)
     done = 0
 
@@ -106,7 +112,7 @@ def _removal(
         nonlocal done
         scores = []
         for batch in _batches(removed, max(1, rows // len(prompts))):
-            scores += _scores(model, prompts, batch, rows)
+            scores += _scores(model, prompts, places, n_layers, batch, rows)
             done += len(batch)
             if progress is not None:
                 progress(done, total)
@@ -196,25 +202,26 @@ def _spare(greedy: pd.DataFrame, column: str, whole: float, n_layers: int, promp
     return f"greedily, {kept} of {n_layers} can go together by the same measure on {prompts} prompts."
 
 
-def _blocks(model) -> list:
+def _block_list(model) -> str:
+    """Where the model keeps its blocks."""
     for path in BLOCK_LISTS:
-        envoy = model
-        for part in path.split("."):
-            envoy = getattr(envoy, part, None)
-        if envoy is not None:
-            return list(envoy)
+        try:
+            model._module.get_submodule(path)
+        except AttributeError:
+            continue
+        return path
     raise InputError(
         f"{type(model._module).__name__} keeps its layers at none of {', '.join(BLOCK_LISTS)}: "
         "layer-removal needs a model that does."
     )
 
 
-def _output_head(model):
-    """The module that makes logits of the last residual stream, whatever the architecture calls it."""
+def _output_head(model) -> str:
+    """Where the module is that makes logits of the last residual stream, whatever the architecture calls it."""
     head = model._module.get_output_embeddings()
     for path, module in model._module.named_modules():
         if module is head:
-            return model.get(path)
+            return path
     raise InputError(f"{type(model._module).__name__} has no output head: layer-removal needs a language model.")
 
 
@@ -222,19 +229,21 @@ def _batches(items: Sequence[frozenset[int]], size: int) -> list[Sequence[frozen
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _scores(model, pairs: Pairs, removed: Sequence[frozenset[int]], rows: int) -> list[tuple[float, float]]:
+def _scores(
+    model, pairs: Pairs, places: tuple[str, str], n_layers: int, removed: Sequence[frozenset[int]], rows: int
+) -> list[tuple[float, float]]:
     """(accuracy, probability) of each set of removed layers; sets times prompts are rows of few passes."""
     candidates = pairs.candidates
     if candidates is None:
         candidates = torch.stack([pairs.answer, pairs.wrong], 1)
     accuracy, probability = [], []
     for part in torch.arange(len(pairs)).split(rows):
-        without = torch.zeros(len(removed), len(_blocks(model)), dtype=torch.bool)
+        without = torch.zeros(len(removed), n_layers, dtype=torch.bool)
         for row, layers in enumerate(removed):
             without[row, list(layers)] = True
         tokens = pairs.clean[part].repeat(len(removed), 1)
         logits = _last_logits(
-            model, tokens, pairs.last[part].repeat(len(removed)), without.repeat_interleave(len(part), 0)
+            model, places, tokens, pairs.last[part].repeat(len(removed)), without.repeat_interleave(len(part), 0)
         )
         logits = logits.reshape(len(removed), len(part), -1).float().cpu()
         accuracy.append(metrics.accuracy(logits, pairs.answer[part], candidates[part]))
@@ -243,14 +252,13 @@ def _scores(model, pairs: Pairs, removed: Sequence[frozenset[int]], rows: int) -
     return list(zip(columns[0].tolist(), columns[1].tolist(), strict=True))
 
 
-def _last_logits(model, tokens: Tensor, last: Tensor, without: Tensor) -> Tensor:
+def _last_logits(model, places: tuple[str, str], tokens: Tensor, last: Tensor, without: Tensor) -> Tensor:
     """Logits [row, vocab] at `last`, with the layers of `without` [row, layer] passing their input on."""
-    blocks = _blocks(model)
-    head = _output_head(model)
+    blocks, head = (model.get(path) for path in places)
     touched = without.any(0).nonzero().flatten().tolist()
     # A layer that no row keeps need not run at all.
     needless = set(without.all(0).nonzero().flatten().tolist())
-    tokens, last, without = (tensor.to(model.device) for tensor in (tokens, last, without))
+    tokens, last, without = (tensor.to(device_of(model)) for tensor in (tokens, last, without))
     with torch.no_grad(), model.trace(tokens, use_cache=False):
         for layer in touched:
             before = blocks[layer].input

@@ -23,7 +23,7 @@ from torch import Tensor
 from ioi_mamba import charts
 from ioi_mamba.errors import InputError
 from ioi_mamba.interventions import forward
-from ioi_mamba.jobs import call
+from ioi_mamba.jobs import call, device_of
 from ioi_mamba.metrics import wilson_interval
 from ioi_mamba.steering import (
     METHODS,
@@ -240,7 +240,7 @@ def _outcome(model, pairs: Pairs, names: Averages, slot: str, source: str) -> Te
     for rows in torch.arange(len(pairs)).split(rows_per_pass(model, pairs.clean.shape[1])):
         part, last = pairs.clean[rows], pairs.last[rows]
         stream = read_up_to(model, part, names.layer, "resid_pre")
-        roll = Roll.begin(model, part.to(model.device))
+        roll = Roll.begin(model, part.to(device_of(model)))
         for k, method in enumerate(METHODS):
             kept = usable[method][rows]
             own = rows[kept]

@@ -32,7 +32,7 @@ from torch import Tensor
 from .errors import InputError
 from .graph import Masks, Universe, conv_parts, universe_of
 from .interventions import forward
-from .jobs import call
+from .jobs import call, config_of, device_of
 from .metrics import logit_diff, normalized_logit_diff
 from .patching import (
     CorruptedRun,
@@ -69,7 +69,7 @@ def _path_masks(universe: Universe, n_positions: int, alpha: float, conv: bool) 
 
 def _differentiable_pass(model, pairs: Pairs, corrupted: CorruptedRun, alpha: float, variant: str, parts: bool, score):
     """Run the clean prompts at one point of the path; `score(logits, patch, point)` is called inside the trace."""
-    n, K = model.config.num_hidden_layers, model.config.conv_kernel
+    n, K = config_of(model).num_hidden_layers, config_of(model).conv_kernel
     universe = universe_of(model, parts=parts)
     masks = _path_masks(universe, pairs.clean.shape[1], alpha, parts and variant == "paper")
     patch = Patch(model, corrupted, masks, detach=variant == "detached")
@@ -123,13 +123,13 @@ def _differentiable_pass(model, pairs: Pairs, corrupted: CorruptedRun, alpha: fl
 
 def _chunk_scores(model, pairs: Pairs, alphas: list[float], steps: int, variant: str, parts: bool) -> dict[str, Tensor]:
     """Scores of one chunk: edges [pair, source, target, pos]; conv [pair, layer, tap, pos]; ssm, skip [pair, layer, pos]."""
-    n, K = model.config.num_hidden_layers, model.config.conv_kernel
+    n, K = config_of(model).num_hidden_layers, config_of(model).conv_kernel
     P, L = pairs.clean.shape
     corrupted = corrupted_run(model, pairs, parts=parts)
-    answer, wrong = pairs.answer.to(model.device), pairs.wrong.to(model.device)
+    answer, wrong = pairs.answer.to(device_of(model)), pairs.wrong.to(device_of(model))
     from_corrupted = logit_diff(corrupted.logits, answer, wrong)
     clean: dict = {}
-    zeros = {"device": model.device, "dtype": torch.float32}
+    zeros = {"device": device_of(model), "dtype": torch.float32}
     total = {"edges": torch.zeros(P, n + 1, n + 1, L, **zeros)}
     if parts:
         total |= {
@@ -163,7 +163,7 @@ def _chunk_scores(model, pairs: Pairs, alphas: list[float], steps: int, variant:
                 for k in range(K):
                     name = slice_hook(i, k, K)
                     total["conv"][:, i, k] += (gradient["conv", i] * (corrupted.sites[name] - values[name])).sum(-1)
-                rows = torch.arange(P, device=model.device)
+                rows = torch.arange(P, device=device_of(model))
                 A, C = (values[f"blocks.{i}.hook_{site}"] for site in "AC")
                 y = corrupted_read_out(corrupted, i, A, C, rows) - _now(point, clean, ("y", i), here)
                 skip = corrupted.sites[f"blocks.{i}.hook_skip"] - _now(point, clean, ("skip", i), here)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .files import written_whole
+from .jobs import config_of
 from .portable import portable
 
 _SUFFIXES = (".parquet", ".json")
@@ -70,7 +71,7 @@ class Universe(NamedTuple):
 
 def universe_of(model, *, parts: bool = False, n_positions: int | None = None) -> Universe:
     """The universe of an open model; n_positions tells positions apart."""
-    return Universe(model.config.num_hidden_layers, model.config.conv_kernel, parts, n_positions)
+    return Universe(config_of(model).num_hidden_layers, config_of(model).conv_kernel, parts, n_positions)
 
 
 @portable

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .jobs import call
+from .jobs import call, config_of, device_of
 from .mixer import Mixer, MixerPass, fitted
 from .portable import portable
 from .sites import SITES, Address, parse
@@ -49,16 +49,16 @@ def mixer(model, layer: int) -> Mixer:
 
     Raises InputError for a layer out of range.
     """
-    n_layers = len(model.backbone.layers)
+    n_layers = config_of(model).num_hidden_layers
     if not 0 <= layer < n_layers:
         raise InputError(f"The model has layers 0 to {n_layers - 1}, not {layer}.")
-    return Mixer(model.backbone.layers[layer], layer)
+    return Mixer(model, layer)
 
 
 def check_tokens(model, tokens: Tensor) -> Tensor:
     """`tokens` as Long[batch, pos] on the model's device. Raises InputError if they do not fit the vocabulary."""
     tokens = torch.as_tensor(tokens)
-    vocab = model.config.vocab_size
+    vocab = config_of(model).vocab_size
     if tokens.ndim != 2 or tokens.dtype.is_floating_point or tokens.dtype == torch.bool or 0 in tokens.shape:
         raise InputError(
             f"tokens must be whole numbers of shape [batch, pos], not {tokens.dtype} of shape {tuple(tokens.shape)}."
@@ -67,11 +67,11 @@ def check_tokens(model, tokens: Tensor) -> Tensor:
         raise InputError(
             f"tokens must be 0 to {vocab - 1} for this vocabulary; found {int(tokens.min())} to {int(tokens.max())}."
         )
-    return tokens.to(model.device)
+    return tokens.to(device_of(model))
 
 
 def _addresses(model, names: Iterable[str], n_positions: int) -> dict[str, Address]:
-    config = model.config
+    config = config_of(model)
     return {n: parse(n, config.num_hidden_layers, n_positions, config.conv_kernel) for n in names}
 
 
@@ -123,9 +123,9 @@ class _LayerPlan:
     observers: dict[Address, Observer] = field(default_factory=dict)
     reads: dict[Address, str] = field(default_factory=dict)
 
-    def walk(self, block, layer: int, saved: dict[str, Tensor], own_scan: bool) -> None:
+    def walk(self, model, layer: int, saved: dict[str, Tensor], own_scan: bool) -> None:
         """Do all of it in the order the layer computes its values; an edit precedes a read of the same site."""
-        open_pass = MixerPass(block, layer)
+        open_pass = MixerPass(model, layer)
         wanted = sorted({*self.edits, *self.observers, *self.reads}, key=lambda a: (a.index is not None, a.index or 0))
         for site in SITES:
             if own_scan and site == "delta_2":
@@ -182,7 +182,7 @@ def forward(
     tokens = check_tokens(model, tokens)
     edits, observe, reads = dict(edits or {}), dict(observe or {}), list(reads)
     where = _addresses(model, [*edits, *observe, *reads], tokens.shape[1])
-    n_layers, first, stream_in = model.config.num_hidden_layers, 0, None
+    n_layers, first, stream_in = config_of(model).num_hidden_layers, 0, None
     if start is not None:
         first, stream_in = start.layer, start.resid_pre
         for i in range(first, n_layers):
@@ -211,7 +211,7 @@ def forward(
         for i in range(first):
             model.backbone.layers[i].skip(stream_in)
         for i in sorted(plans):
-            plans[i].walk(model.backbone.layers[i], i, saved, own_scan)
+            plans[i].walk(model, i, saved, own_scan)
         _edit_place(model.backbone.norm_f, "hook_norm", edits, observe, reads, saved)
         if logits_at is not None:
             stream = model.lm_head.input

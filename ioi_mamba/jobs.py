@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 
 def call(model, work: Callable[..., Any], *args: Any, progress: Callable[[int, int], None] | None = None) -> Any:
     """`work(model, *args, progress=progress)`, run where the model is; what it returns are tensors.
@@ -18,3 +20,16 @@ def call(model, work: Callable[..., Any], *args: Any, progress: Callable[[int, i
     if jobs is None or jobs.busy:
         return work(model, *args, progress=progress)
     return jobs.send(model, work, args)
+
+
+def config_of(model) -> Any:
+    """The model's configuration, also in a server's sandbox, where it is only in what the client sent along."""
+    return model.__dict__.get("sent_config") or model.config
+
+
+def device_of(model) -> Any:
+    """Where the model's inputs go, as `torch.device`; a sandbox has no device of its own and works on the CPU."""
+    try:
+        return model.device
+    except AttributeError:
+        return torch.device("cpu")

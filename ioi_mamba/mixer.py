@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import scan
 from .errors import InputError
+from .jobs import config_of
 from .sites import CONV_OP, SCAN_OP, SITES, STAGES
 
 # What a value is computed from, within its stage. A value may be written until something it feeds was computed.
@@ -72,8 +73,9 @@ def fitted(name: str, value: Tensor, like: Tensor) -> Tensor:
 class MixerPass:
     """A pass through one block, stage by stage. `get` and `set` take site names (`conv_slice.-1` for one tap)."""
 
-    def __init__(self, block, layer: int):
-        self._block = block
+    def __init__(self, model, layer: int):
+        self._block = model.backbone.layers[layer]
+        self._config = config_of(model)
         self._layer = layer
         self._stage = -1
         self._values: dict[str, Tensor] = {}
@@ -173,8 +175,7 @@ class MixerPass:
             if bias is not None:
                 self._raw["bias"] = bias
         elif stage == "x_proj":
-            mixer = block.mixer._module
-            sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
+            sizes = [self._config.time_step_rank, self._config.state_size, self._config.state_size]
             parts = block.mixer.x_proj.output.split(sizes, dim=-1)
             self._values.update(zip(("delta_1", "B", "C"), parts, strict=True))
         elif stage == "scan":
@@ -318,8 +319,8 @@ class Mixer:
     _open: bool
     _loans: list
 
-    def __init__(self, block, layer: int):
-        self.__dict__["_pass"] = MixerPass(block, layer)
+    def __init__(self, model, layer: int):
+        self.__dict__["_pass"] = MixerPass(model, layer)
         self.__dict__["_open"] = False
         self.__dict__["_loans"] = []  # (copy handed out, what it was, how to write it back)
 

@@ -175,4 +175,5 @@ def _on_a_server(path: str, local: bool, name: str, config: dict, host: str | No
     tokenizer = _tokenizer(path, local, name, config["vocab_size"])
     model = TransformersModel(path, task="text-generation", tokenizer=tokenizer)
     model.jobs = Jobs(model.to_model_key(), host)
+    model.sent_config = model.config
     return model

@@ -22,7 +22,7 @@ from torch import Tensor
 from .errors import InputError
 from .graph import Item, Masks, masks_of, universe_of
 from .interventions import Edit, Observer, forward
-from .jobs import call
+from .jobs import call, config_of, device_of
 from .portable import portable
 from .scan import selective_scan
 from .tasks.base import Pairs
@@ -64,7 +64,7 @@ def slice_hook(layer: int, tap: int, conv_width: int) -> str:
 
 def corrupted_run(model, pairs: Pairs, *, parts: bool) -> CorruptedRun:
     """Run the corrupted prompts once and keep what edge patches need, and with `parts` what parts need."""
-    n, K = model.config.num_hidden_layers, model.config.conv_kernel
+    n, K = config_of(model).num_hidden_layers, config_of(model).conv_kernel
     sources = source_hooks(n)
     sites = []
     if parts:
@@ -85,9 +85,9 @@ class Patch:
     """
 
     def __init__(self, model, corrupted: CorruptedRun, masks: Masks, *, detach: bool = False):
-        self.n_layers, self.conv_width = model.config.num_hidden_layers, model.config.conv_kernel
+        self.n_layers, self.conv_width = config_of(model).num_hidden_layers, config_of(model).conv_kernel
         self.corrupted, self.detach = corrupted, detach
-        self.masks = Masks(*(mask.to(model.device) for mask in masks))
+        self.masks = Masks(*(mask.to(device_of(model)) for mask in masks))
         self.outputs: list[Tensor] = []
         self.sinks: dict[int, Tensor] = {}
         self._now: dict[str, Tensor] = {}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .interventions import forward
-from .jobs import call
+from .jobs import call, config_of, device_of
 from .metrics import effect
 from .mixer import MixerPass
 from .portable import portable
@@ -137,7 +137,7 @@ def _totals(
     model, prompts: Tensor, read_at: Tensor, cell: Tensor, weight: Tensor, n_cells: int, layer: int, *, progress=None
 ) -> Tensor:
     """Float64[cell, E]: the sum of `ssm_input` at `read_at` [prompt, slot], times `weight`, by `cell`."""
-    total = torch.zeros(n_cells, model.config.intermediate_size, dtype=torch.float64)
+    total = torch.zeros(n_cells, config_of(model).intermediate_size, dtype=torch.float64)
     done = 0
     with torch.no_grad():
         for rows in torch.arange(len(prompts)).split(rows_per_pass(model, prompts.shape[1])):
@@ -276,7 +276,7 @@ def find_offset(model, layer: int) -> int:
 
     As far as the convolution reaches, 0 to K-1; |1 - normalized logit diff|, mean over the corruptions.
     """
-    pairs, reach = _sample(model), model.config.conv_kernel
+    pairs, reach = _sample(model), config_of(model).conv_kernel
     names = {c: int(part.first_difference[0]) for c, part in pairs.by("corruption").items()}
     positions = list(range(min(names.values()), max(names.values()) + reach))
     effects = _effects(model, pairs, "ssm_input", [layer], positions)
@@ -301,13 +301,12 @@ def _effects(model, pairs: Pairs, site: str, layers: list[int], positions: list[
 
 def read_up_to(model, tokens: Tensor, layer: int, site: str) -> Tensor:
     """The value of a site of `layer`, from a pass that ends there. tokens: Int64[row, pos]."""
-    blocks = model.backbone.layers
-    with model.trace(tokens.to(model.device), use_cache=False) as tracer:
+    with model.trace(tokens.to(device_of(model)), use_cache=False) as tracer:
         for i in range(layer):
-            below = MixerPass(blocks[i], i)
+            below = MixerPass(model, i)
             below.own_scan()
             below.finish()
-        value = nnsight.save(MixerPass(blocks[layer], layer).get(site))
+        value = nnsight.save(MixerPass(model, layer).get(site))
         tracer.stop()
     return value
 

@@ -32,6 +32,7 @@ import analyses
 from . import doctor, report
 from .errors import InputError
 from .files import written_whole
+from .jobs import config_of, device_of
 from .models import MINI
 from .tasks.base import Pairs
 
@@ -117,7 +118,7 @@ def _plan(model, names, pairs: Pairs | None, n_pairs: int | None, seed: int, opt
     for name in sorted(modules, key=analyses.ORDER.index):
         module = modules[name]
         chosen = pairs if pairs is not None else module.default_pairs(model.tokenizer, n_pairs, seed)
-        chosen.check_vocab(model.config.vocab_size)
+        chosen.check_vocab(config_of(model).vocab_size)
         held_out = None
         if pairs is None and "held_out" in inspect.signature(module.run).parameters:
             held_out = module.default_pairs(model.tokenizer, n_pairs, seed + 1)
@@ -155,7 +156,7 @@ def _run_one(model, plan: _Plan, out: Path, about: dict[str, Any], seed: int, re
         arguments["held_out"] = plan.held_out
     if "seed" in parameters:
         arguments["seed"] = seed
-    if torch.device(model.device).type == "cuda":
+    if torch.device(device_of(model)).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     with _progress_bar(module.NAME, progress) as advance:
@@ -166,9 +167,9 @@ def _run_one(model, plan: _Plan, out: Path, about: dict[str, Any], seed: int, re
         raise RuntimeError(f"{module.NAME} made a table without the column {missing[0]!r}.")
     manifest = identity | {
         "paper": module.PAPER,
-        "device": doctor.device_name(torch.device(model.device)),
+        "device": doctor.device_name(torch.device(device_of(model))),
         "dtype": str(next(model._module.parameters()).dtype).removeprefix("torch."),
-        "kernels": doctor.kernels(model.device),
+        "kernels": doctor.kernels(device_of(model)),
         "versions": doctor.versions(),
         "platform": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
@@ -178,7 +179,7 @@ def _run_one(model, plan: _Plan, out: Path, about: dict[str, Any], seed: int, re
         "peak_memory_mib": round(_peak_memory_mib(), 1),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    if torch.device(model.device).type == "cuda":
+    if torch.device(device_of(model)).type == "cuda":
         manifest["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
     out.mkdir(parents=True, exist_ok=True)
     # The manifest vouches for the table by its hash: a table without its manifest counts as unfinished.
@@ -232,7 +233,7 @@ def _refuse_other_model(out: Path, weights: str) -> None:
 
 def describe_model(model, model_id: str | None = None) -> dict[str, Any]:
     """The model's id as given and the sizes in its config; the embedded model is called "mini"."""
-    config = model.config
+    config = config_of(model)
     if model_id is None:
         path = str(getattr(config, "_name_or_path", "") or "unnamed")
         model_id = "mini" if path == str(MINI) else path

@@ -15,15 +15,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import nnsight
 import torch
 from torch import Tensor
 
 from .errors import InputError
 from .interventions import Start, forward
-from .jobs import call
+from .jobs import call, config_of, device_of
 from .metrics import answer_logits, logit_diff
 from .portable import portable
-from .sites import parse
+from .sites import CONV_OP, parse
 from .tasks.base import Pairs
 
 Progress = Callable[[int, int], None]
@@ -31,7 +32,7 @@ STATE_AND_CONV = "h_and_conv"  # a layer's whole memory: its state and the conv 
 
 
 def layer_count(model) -> int:
-    return model.config.num_hidden_layers
+    return config_of(model).num_hidden_layers
 
 
 def block_sites(site: str, layers: Sequence[int]) -> list[str]:
@@ -56,7 +57,7 @@ class Roll:
     @classmethod
     def begin(cls, model, tokens: Tensor) -> Roll:
         """Before the first token: all zeros."""
-        config, layers = model.config, range(layer_count(model))
+        config, layers = config_of(model), range(layer_count(model))
         conv = tokens.new_zeros(len(tokens), config.conv_kernel - 1, config.intermediate_size, dtype=torch.float32)
         state = tokens.new_zeros(len(tokens), config.intermediate_size, config.state_size, dtype=torch.float32)
         return cls(model, tokens, 0, dict.fromkeys(layers, conv), dict.fromkeys(layers, state))
@@ -99,7 +100,7 @@ def last_logits(model, tokens: Tensor, last: Tensor) -> Tensor:
 
 def rows_per_pass(model, n_positions: int, budget_mib: int = 256) -> int:
     """How many rows keep one layer's largest activations within `budget_mib` MiB."""
-    config = model.config
+    config = config_of(model)
     widest = n_positions * (4 * config.intermediate_size + 2 * config.hidden_size)
     states = 3 * layer_count(model) * config.intermediate_size * config.state_size
     streams = layer_count(model) * n_positions * config.hidden_size
@@ -137,7 +138,7 @@ def _checked(model, pairs: Pairs, site: str, layers, positions) -> tuple[list[in
     layers = list(range(layer_count(model)) if layers is None else layers)
     positions = list(range(n_pos) if positions is None else positions)
     for name in block_sites("h" if site == STATE_AND_CONV else site, layers):
-        parse(name, layer_count(model), n_pos, model.config.conv_kernel)
+        parse(name, layer_count(model), n_pos, config_of(model).conv_kernel)
     if site in ("A", "h_start", "conv_start") or site.startswith("h."):
         raise InputError(f"{site!r} has no value of its own at every position: sweep another site.")
     if not positions or not all(0 <= p < n_pos for p in positions):
@@ -198,15 +199,16 @@ def _sweep(
 
 
 def _sweep_chunk(model, pairs: Pairs, site: str, layers, positions, resume: bool, report) -> Tensor:
-    clean, corrupted = pairs.clean.to(model.device), pairs.corrupted.to(model.device)
+    clean, corrupted = pairs.clean.to(device_of(model)), pairs.corrupted.to(device_of(model))
     n = len(pairs)
-    last = pairs.last.to(model.device)
+    last = pairs.last.to(device_of(model))
     streams = block_sites("resid_pre", layers)
     run = forward(model, clean, reads=streams, logits_at=last, own_scan=True)
-    out = torch.empty(len(layers), len(positions), n, 2, device=model.device)
+    out = torch.empty(len(layers), len(positions), n, 2, device=device_of(model))
     out[:] = answer_logits(run["hook_logits"][:, 0], pairs.answer, pairs.wrong)
-    begins = pairs.first_difference.to(model.device)
+    begins = pairs.first_difference.to(device_of(model))
     roll = Roll.begin(model, torch.cat((clean, corrupted)))
+    weights = _conv_weights(model, layers) if site == STATE_AND_CONV else {}
     sources = block_sites("h.0" if site in ("h", STATE_AND_CONV) else site, layers)
     done = 0
     for p in range(max(positions) + 1):
@@ -218,7 +220,7 @@ def _sweep_chunk(model, pairs: Pairs, site: str, layers, positions, resume: bool
                 value = at[sources[k]][n + alive]
                 start = here.start(layer, run[streams[k]][alive, p:], alive) if resume else None
                 taps = roll.conv_start[layer]
-                taps = (taps[alive], taps[n + alive]) if site == STATE_AND_CONV else None
+                taps = (weights[layer], taps[alive], taps[n + alive]) if site == STATE_AND_CONV else None
                 logits = _patched(model, clean[alive], last[alive], site, layer, p, value, start, taps)
                 rows = alive.cpu()
                 out[k, positions.index(p), alive] = answer_logits(logits[:, 0], pairs.answer[rows], pairs.wrong[rows])
@@ -228,10 +230,20 @@ def _sweep_chunk(model, pairs: Pairs, site: str, layers, positions, resume: bool
     return out
 
 
+def _conv_weights(model, layers) -> dict[int, Tensor]:
+    """The weights of each layer's convolution, [E, K], as a pass hands them over: a server may show no parameters."""
+    with model.trace(torch.zeros(1, 1, dtype=torch.int64, device=device_of(model)), use_cache=False):
+        weights = nnsight.save(
+            {i: getattr(model.backbone.layers[i].mixer.source, CONV_OP).inputs[0][1] for i in layers}
+        )
+    return weights
+
+
 def _patched(model, tokens, last, site: str, layer: int, p: int, value: Tensor, start: Start | None, taps) -> Tensor:
     """Logits [row, 1, vocab] with `value` (position axis of length 1) written at (layer, p).
 
-    taps: (clean, corrupted) conv inputs [row, K-1, E] up to p, to be exchanged for the positions after p, or None.
+    taps: (weights [E, K], clean, corrupted conv inputs [row, K-1, E] up to p), to be exchanged for the positions after
+    p, or None.
     """
     at = 0 if start else p
 
@@ -244,21 +256,21 @@ def _patched(model, tokens, last, site: str, layer: int, p: int, value: Tensor, 
     else:
         edits = {f"blocks.{layer}.hook_{site}": write}
     if taps is not None:
-        edits |= _exchange_taps(model, layer, at, *taps)
+        weight, *inputs = taps
+        edits |= _exchange_taps(weight, layer, at, *inputs)
     tokens, last = (tokens[:, p:], last - p) if start else (tokens, last)
     return forward(model, tokens, edits, logits_at=last, start=start)["hook_logits"]
 
 
-def _exchange_taps(model, layer: int, at: int, clean: Tensor, corrupted: Tensor) -> dict:
+def _exchange_taps(weight: Tensor, layer: int, at: int, clean: Tensor, corrupted: Tensor) -> dict:
     """Edits of the conv output after position `at` that make it see the corrupted run's inputs up to `at`."""
-    conv = model.backbone.layers[layer].mixer.conv1d._module
-    width = conv.weight.shape[-1]
+    width = weight.shape[-1]
 
     def exchange(x: Tensor) -> Tensor:
         for ahead in range(1, min(width, x.shape[1] - at)):
             # The output `ahead` positions after `at` reads inputs up to `at` through its oldest width - ahead taps.
-            weight = conv.weight[:, 0, : width - ahead].T
-            x[:, at + ahead] += (weight * (corrupted - clean)[:, ahead - 1 :]).sum(1)
+            taps = weight[:, : width - ahead].T
+            x[:, at + ahead] += (taps * (corrupted - clean)[:, ahead - 1 :]).sum(1)
         return x
 
     return {f"blocks.{layer}.hook_conv": exchange}

@@ -1,0 +1,77 @@
+"""What a model runs in: weights, device, dtype, versions, and whether gradients are to be had. Asked by one job."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import platform
+from typing import Any
+
+import torch
+
+from .interventions import forward
+from .jobs import call
+
+KERNELS = ("mamba_ssm", "causal_conv1d")
+
+
+def probe(model) -> dict[str, Any]:
+    """Where the model is, here or on a server; every value is text, a truth value or a list or dict of these.
+
+    weights_sha256: of parameters and buffers as loaded, in hex; None where a server does not show them. device, dtype: of the weights. kernels: the compiled
+    ones in use. versions: python, torch, nnsight, transformers. gradients: whether a backward pass works; without,
+    methods that need one are not to be had. Raises ServerError where a server does not answer.
+    """
+    return call(model, _probe)
+
+
+def _probe(model, *, progress=None) -> dict[str, Any]:
+    stream = forward(model, torch.zeros(1, 1, dtype=torch.int64), reads=["hook_embed"])["hook_embed"]
+    on_gpu = stream.device.type == "cuda"
+    # In a server's sandbox there are traces, but no modules to look at.
+    tensors = None if model._module is None else model._module.state_dict()
+    return {
+        "weights_sha256": None if tensors is None else _digest(tensors),
+        "device": f"{stream.device} ({torch.cuda.get_device_name(stream.device)})" if on_gpu else str(stream.device),
+        "dtype": str(stream.dtype).removeprefix("torch."),
+        "kernels": [name for name in KERNELS if on_gpu and importlib.util.find_spec(name) is not None],
+        "versions": {
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in ("torch", "nnsight", "transformers")},
+        },
+        "gradients": _gradients(model),
+    }
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().reshape(-1)
+        # A piece at a time, so that a model on a GPU is not copied to memory whole.
+        for piece in flat.split(1 << 24):
+            digest.update(memoryview(piece.cpu().contiguous().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _gradients(model) -> bool:
+    leaf: list[torch.Tensor] = []
+    got: list[bool] = []
+
+    def edit(x: torch.Tensor) -> torch.Tensor:
+        leaf.append(x.requires_grad_())
+        return leaf[0]
+
+    def differentiate(saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        logits = saved["hook_logits"][:, -1]
+        (gradient,) = torch.autograd.grad(logits.float().sum(), leaf)
+        got.append(bool(torch.isfinite(gradient).all()))
+        return {}
+
+    try:
+        with torch.enable_grad():
+            forward(model, torch.tensor([[0, 1, 2]]), {"hook_embed": edit}, reduce=differentiate)
+    except Exception:  # a sandbox refuses in several ways, all of which mean no
+        return False
+    return got == [True]
