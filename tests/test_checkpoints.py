@@ -399,7 +399,7 @@ def test_a_checkpoint_of_full_size_runs_an_experiment_within_six_gibibytes(tmp_p
             "incorrect_for_uncorrupted": [" Aaron", " Adam"],
             "incorrect_for_corrupted": [" Aaron", " Adam"],
         }
-        lines = [json.dumps(line).replace("Alan", name) for name in ("Alan", "Amber", "Ana", "Andrew")]
+        lines = [json.dumps(line).replace("Alan", name) for name in ("Alan", "Amber", "Ana", "Allison")]
         (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
         command = [sys.executable, "-m", "ioi_mamba", "run", "layer-ablation", "--model", str(model), "--device", "cpu"]
         command += ["--pairs", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "out")]
