@@ -94,9 +94,9 @@ def open_model(
     """An nnsight `TransformersModel` ready for `read`, `run`, `mixer` and every experiment. Parameters are frozen.
 
     name: "mini", a hub id such as "state-spaces/mamba-370m-hf", or a directory, in the layout of transformers or of
-    mamba_ssm (`checkpoints.py`); without a tokenizer, prompts are token ids. device: "cpu", "cuda", ...; default a GPU if there is one. dtype: float32,
-    float64, bfloat16 or float16; the scan itself never runs below float32. any_architecture: accept any causal
-    language model (for `layer-removal`, which needs no Mamba).
+    mamba_ssm (`checkpoints.py`); without a tokenizer, prompts are token ids. device: "cpu", "cuda", ...; default a GPU
+    if there is one. dtype: float32, float64, bfloat16 or float16; the scan itself never runs below float32.
+    any_architecture: accept any causal language model (for `layer-removal`, which needs no Mamba).
     backend: "local"; "ndif", the model stays on an NDIF server (`host`, default nnsight's setting; dtype and device
     are the server's, and a directory must be there under the same path); "local-serialized", everything a server
     would be sent is serialised and run here.
@@ -120,12 +120,13 @@ def open_model(
     _refuse(config, name, any_architecture)
     if backend == "ndif":
         if original is not None:
-            raise InputError(f"{name!r} is in the layout of mamba_ssm, which a server cannot open: use its -hf version.")
+            raise InputError(
+                f"{name!r} is in the layout of mamba_ssm, which a server cannot open: use its -hf version."
+            )
         model = _on_a_server(path, local, name, config, host)
     else:
         weights = _weights(path, name, original, device, dtype)
-        home = path if original is None else checkpoints.tokenizer_home(path, original)
-        tokenizer = _tokenizer(home, name, original, weights.config.vocab_size)
+        tokenizer = _tokenizer(path, name, original, weights.config.vocab_size)
         model = TransformersModel(weights, task="text-generation", tokenizer=tokenizer)
         if backend == "local-serialized":
             from .remote import SerializedJobs
@@ -152,10 +153,10 @@ def _weights(path: str, name: str, original, device: str | None, dtype: str):
     return weights.requires_grad_(False).eval()
 
 
-def _tokenizer(home: str | None, name: str, original, vocab_size: int):
-    """The tokenizer at `home`, a directory or a hub id; that of token ids if there is none."""
+def _tokenizer(path: str, name: str, original, vocab_size: int):
     from transformers import AutoTokenizer
 
+    home = path if original is None else checkpoints.tokenizer_home(path, original)
     if home is None or (Path(home).is_dir() and not any((Path(home) / file).is_file() for file in _TOKENIZER_FILES)):
         return _token_ids_tokenizer(vocab_size)
     try:

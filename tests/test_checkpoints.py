@@ -166,8 +166,10 @@ def test_the_padding_of_the_vocabulary_has_logits_and_tokens_end_behind_it(model
 
 @pytest.mark.parametrize(("stated", "multiple", "rows"), [(40, 8, 40), (33, 8, 40), (39, 1, 39), (39, None, 40)])
 def test_a_vocabulary_is_padded_to_the_multiple_that_the_config_states(tmp_path, stated, multiple, rows):
-    config = {"vocab_size": stated} | ({} if multiple is None else {"pad_vocab_size_multiple": multiple})
-    model = opened(files.write_original(tmp_path, files.random_tensors(D, 1, rows), **config))
+    files.write_original(tmp_path, files.random_tensors(D, 1, rows), vocab_size=stated)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"pad_vocab_size_multiple": multiple}
+    (tmp_path / "config.json").write_text(json.dumps({key: v for key, v in config.items() if v is not None}))
+    model = opened(tmp_path)
     assert model.config.vocab_size == model._module.lm_head.weight.shape[0] == rows
 
 
@@ -295,6 +297,11 @@ def test_a_config_that_is_no_mamba_1_is_refused_with_the_reason(directories, tmp
         opened(tmp_path)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_server_is_not_asked_for_the_layout_that_it_cannot_open(directories):
+    with pytest.raises(InputError, match="is in the layout of mamba_ssm, which a server cannot open: use its -hf"):
+        opened(directories["original"], backend="ndif", host="nowhere.invalid")
 
 
 class Bomb:
