@@ -1,4 +1,4 @@
-"""Open a model: the embedded `mini`, a hub id, or a directory in Hugging Face layout."""
+"""Open a model: the embedded `mini`, a hub id, or a directory, in either layout of a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from . import checkpoints
 from .errors import InputError
 from .sites import check_labels
 
@@ -45,7 +46,7 @@ def _token_ids_tokenizer(vocab_size: int):
 
 
 def _read_config(name: str, local: bool) -> dict:
-    from transformers import AutoConfig
+    from transformers import PreTrainedConfig
 
     if local:
         path = Path(name) / "config.json"
@@ -59,7 +60,7 @@ def _read_config(name: str, local: bool) -> dict:
             raise InputError(f"{path} holds no JSON object: restore config.json.")
         return config
     try:
-        return AutoConfig.from_pretrained(name).to_dict()
+        return PreTrainedConfig.get_config_dict(name)[0]
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
@@ -92,10 +93,10 @@ def open_model(
 ):
     """An nnsight `TransformersModel` ready for `read`, `run`, `mixer` and every experiment. Parameters are frozen.
 
-    name: "mini", a hub id such as "state-spaces/mamba-370m-hf", or a directory in Hugging Face layout (without a
-    tokenizer, prompts are token ids). device: "cpu", "cuda", ...; default a GPU if there is one. dtype: float32,
-    float64, bfloat16 or float16; the scan itself never runs below float32. any_architecture: accept any causal
-    language model (for `layer-removal`, which needs no Mamba).
+    name: "mini", a hub id such as "state-spaces/mamba-370m-hf", or a directory, in the layout of transformers or of
+    mamba_ssm (`checkpoints.py`); without a tokenizer, prompts are token ids. device: "cpu", "cuda", ...; default a GPU
+    if there is one. dtype: float32, float64, bfloat16 or float16; the scan itself never runs below float32.
+    any_architecture: accept any causal language model (for `layer-removal`, which needs no Mamba).
     backend: "local"; "ndif", the model stays on an NDIF server (`host`, default nnsight's setting; dtype and device
     are the server's, and a directory must be there under the same path); "local-serialized", everything a server
     would be sent is serialised and run here.
@@ -114,12 +115,18 @@ def open_model(
     path = str(MINI) if name == "mini" else name
     local = bool(path) and Path(path).is_dir()
     config = _read_config(path, local)
+    original = checkpoints.translated(config, name)
+    config = config if original is None else original.to_dict()
     _refuse(config, name, any_architecture)
     if backend == "ndif":
+        if original is not None:
+            raise InputError(
+                f"{name!r} is in the layout of mamba_ssm, which a server cannot open: use its -hf version."
+            )
         model = _on_a_server(path, local, name, config, host)
     else:
-        weights = _weights(path, name, device, dtype)
-        tokenizer = _tokenizer(path, local, name, weights.config.vocab_size)
+        weights = _weights(path, name, original, device, dtype)
+        tokenizer = _tokenizer(path, name, original, weights.config.vocab_size)
         model = TransformersModel(weights, task="text-generation", tokenizer=tokenizer)
         if backend == "local-serialized":
             from .remote import SerializedJobs
@@ -130,13 +137,12 @@ def open_model(
     return model
 
 
-def _weights(path: str, name: str, device: str | None, dtype: str):
+def _weights(path: str, name: str, original, device: str | None, dtype: str):
     """The model itself, frozen, on its device."""
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     try:
-        weights = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        weights = checkpoints.load_weights(path, original, getattr(torch, dtype))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"The weights of {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
     try:
@@ -147,13 +153,15 @@ def _weights(path: str, name: str, device: str | None, dtype: str):
     return weights.requires_grad_(False).eval()
 
 
-def _tokenizer(path: str, local: bool, name: str, vocab_size: int):
+def _tokenizer(path: str, name: str, original, vocab_size: int):
     from transformers import AutoTokenizer
 
-    if local and not any((Path(path) / file).is_file() for file in _TOKENIZER_FILES):
+    home = path if original is None else checkpoints.tokenizer_home(path, original)
+    if home is None or (Path(home).is_dir() and not any((Path(home) / file).is_file() for file in _TOKENIZER_FILES)):
         return _token_ids_tokenizer(vocab_size)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        # With a translated config at hand, a lone tokenizer.json gets GPT-NeoX's special tokens.
+        return AutoTokenizer.from_pretrained(home, config=original)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"The tokenizer of {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
 
@@ -172,7 +180,7 @@ def _on_a_server(path: str, local: bool, name: str, config: dict, host: str | No
     if local:
         # nnsight looks every id up on the hub, unless it knows it.
         huggingface._ID_CACHE[path] = path
-    tokenizer = _tokenizer(path, local, name, config["vocab_size"])
+    tokenizer = _tokenizer(path, name, None, config["vocab_size"])
     model = TransformersModel(path, task="text-generation", tokenizer=tokenizer)
     model.jobs = Jobs(model.to_model_key(), host)
     model.sent_config = model.config
