@@ -96,8 +96,9 @@ def read_results(directory: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Ma
 def evaluate(tables: Mapping[str, pd.DataFrame], manifests: Mapping[str, Manifest]) -> pd.DataFrame:
     """Every claim of the paper, in its order, one row each; columns COLUMNS.
 
-    statement: what the paper says of mamba-370m; asked: the same of this run's layer. published: the paper's number,
-    NaN without one; value, low, high: this model's with a 95 % interval, NaN where there is none. verdict: of VERDICTS; why: what kept a claim from being
+    statement: what the paper says of mamba-370m; asked: the same of this run's layer, empty if not asked.
+    published: the paper's number, NaN without one; value, low, high: this model's with a 95 % interval, NaN where
+    there is none. verdict: of VERDICTS; why: what kept a claim from being
     judged. note: what is known to be wrong with the published number. layer: the one that was looked at in place of
     39. model: whose values they are. Raises InputError for a table that lacks a column.
     """
@@ -124,13 +125,13 @@ def evaluate(tables: Mapping[str, pd.DataFrame], manifests: Mapping[str, Manifes
             value = _measured(claim, usable[claim.analysis], layer)
             verdict = HOLDS if claims.within(value[0], claim.at_least, claim.at_most) else FAILS
             if pd.isna(value[0]):
-                verdict, why = NOT_COMPARABLE, f"the table of {claim.analysis} is of other prompts or layers"
+                verdict, why = NOT_COMPARABLE, f"the table of {claim.analysis} has other prompts, layers or steps"
         rows.append(
             (
                 claim.id,
                 claim.section,
                 claim.statement.format(layer=PUBLISHED_LAYER),
-                "" if why else claim.statement.format(layer=layer),
+                "" if why == OTHER_MODEL else claim.statement.format(layer=PUBLISHED_LAYER if layer is None else layer),
                 claim.published,
                 *value,
                 claims.tolerance(claim.at_least, claim.at_most),
@@ -175,8 +176,7 @@ def text_rows(table: pd.DataFrame) -> list[tuple[str, ...]]:
     for row in shown.itertuples(index=False):
         interval = "" if pd.isna(row.low) else f"{number(row.low)} to {number(row.high)}"
         value = number(row.value) or row.why
-        said = row.asked or row.statement
-        rows.append((row.verdict, row.claim, said, number(row.published), value, interval, row.tolerance))
+        rows.append((row.verdict, row.claim, row.asked, number(row.published), value, interval, row.tolerance))
     return rows
 
 

@@ -29,7 +29,8 @@ def share(hits: int, n: int) -> Value:
 
 
 def accuracy(row: pd.Series, column: str = "accuracy") -> Value:
-    return share(round(float(row[column] * row["n"])), int(row["n"]))
+    _, low, high = share(round(float(row[column] * row["n"])), int(row["n"]))
+    return float(row[column]), low, high
 
 
 def spread(values: pd.Series) -> Value:
