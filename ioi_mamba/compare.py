@@ -49,7 +49,6 @@ OTHER_MODEL = f"a number of {PUBLISHED_MODEL} alone"
 QUESTION: dict[str, dict[str, Any]] = {
     "layer-ablation": {"site": "layer_input"},
     "cross-talk": {"threshold": 0.9},
-    "name-steering": {"offset": 1},
     "state-ablation": {"with_conv": False},
     "edge-attribution": {"target": 0.85, "steps": 5, "variant": "paper", "ranking": "signed"},
     "circuit-search": {"target": 0.85, "threshold": 1e-4},
@@ -64,12 +63,16 @@ def compare(directory: str | Path) -> pd.DataFrame:
     """Judge the finished tables of a run; also written to `directory`/compare.parquet, whole or not at all.
 
     The table is that of `evaluate`. Raises InputError for a directory without a finished table, one with tables of
-    two models, and a table that cannot be read or is not the one its manifest vouches for.
+    two models, one that cannot be written, and a table that cannot be read or is not the one its manifest vouches for.
     """
     tables, manifests = read_results(Path(directory))
     table = evaluate(tables, manifests)
-    with written_whole(Path(directory) / "compare.parquet") as path:
-        table.to_parquet(path, index=False)
+    target = Path(directory) / "compare.parquet"
+    try:
+        with written_whole(target) as path:
+            table.to_parquet(path, index=False)
+    except OSError as error:
+        raise InputError(f"{target} cannot be written ({error.strerror}): compare a copy that may be.") from None
     return table
 
 

@@ -218,6 +218,12 @@ def test_an_experiment_that_asked_something_else_is_not_judged(published):
     assert same.loc["ra_effect", "verdict"] == compare.HOLDS
 
 
+def test_the_papers_options_are_the_defaults_of_the_experiments():
+    for name, options in compare.QUESTION.items():
+        defaults = analyses.load(name).run.__kwdefaults__
+        assert {key: defaults[key] for key in options} == options
+
+
 def test_a_search_cut_off_before_accuracy_falls_decides_nothing(published):
     removal = published["layer-removal"]
     cut = removal[(removal["mode"] != "greedy") | (removal["step"] <= 5)]
@@ -345,3 +351,12 @@ def test_a_bad_directory_is_refused_in_a_sentence(published, tmp_path, capsys, m
     assert printed.out == ""
     assert len(printed.err.splitlines()) == 1
     assert not (directory / "compare.parquet").exists()
+
+
+def test_a_directory_that_cannot_be_written_is_refused_and_left_as_it_is(published, tmp_path):
+    paper_run.write(tmp_path / "out", {"conv-shift": published["conv-shift"]})
+    (tmp_path / "out" / "compare.parquet").mkdir()
+    before = sorted((tmp_path / "out").rglob("*"))
+    with pytest.raises(InputError, match=r"compare\.parquet cannot be written"):
+        compare.compare(tmp_path / "out")
+    assert sorted((tmp_path / "out").rglob("*")) == before

@@ -221,7 +221,7 @@ def _steering(table: pd.DataFrame, layer: int, method: str, near: bool) -> Value
 def _steering_cells(table: pd.DataFrame, layer: int, method: str) -> Value:
     published = paper.table("name-steering").query("method == @method")
     published = published.assign(share=published["successes"] / published["n"])
-    own = table[(table["layer"] == layer) & (table["n"] > 0)]
+    own = table[(table["layer"] == layer) & (table["offset"] == 1) & (table["n"] > 0)]
     return largest_difference(own, published, ["method", "slot", "source_slot"], ("share", "success"))
 
 
