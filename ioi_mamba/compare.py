@@ -166,8 +166,8 @@ def about(table: pd.DataFrame) -> list[str]:
     if others:
         place = "is not known here" if pd.isna(layer) else f"is its bottleneck, layer {layer}"
         found.append(
-            f"{model} is not {PUBLISHED_MODEL}: published values are those of {PUBLISHED_MODEL}, {others} claims on its "
-            f"absolute numbers are left out, and what takes the place of layer {PUBLISHED_LAYER} {place}."
+            f"{model} is not {PUBLISHED_MODEL}: published values are those of {PUBLISHED_MODEL}, {others} claims on "
+            f"its absolute numbers are left out, and what takes the place of layer {PUBLISHED_LAYER} {place}."
         )
     return found
 
