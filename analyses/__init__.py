@@ -29,6 +29,9 @@ ORDER = (
 )
 """Every experiment of the paper, in the paper's order."""
 
+SUMMARIES = ("names-summary",)
+"""Over the tables of several experiments: `summarize(tables)` in place of `run`, else like an experiment."""
+
 
 def _module_name(name: str) -> str:
     return f"{__name__}.{name.replace('-', '_')}"
@@ -48,3 +51,8 @@ def load(name: str) -> ModuleType:
             f"Unknown analysis {name!r}: did you mean {nearest!r}? There are {', '.join(names)}, or 'all'."
         )
     return import_module(_module_name(name))
+
+
+def summaries() -> list[ModuleType]:
+    """The modules of SUMMARIES."""
+    return [import_module(_module_name(name)) for name in SUMMARIES]

@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write the report of finished tables again")
     report.add_argument("directory", type=Path, metavar="DIR")
     report.set_defaults(call=_report)
+    compare = commands.add_parser("compare", help="hold finished tables against the published numbers")
+    compare.add_argument("directory", type=Path, metavar="DIR")
+    compare.set_defaults(call=_compare)
     sites = commands.add_parser("sites", help="list the hook names: every value that can be read and written")
     sites.set_defaults(call=_sites)
     doctor = commands.add_parser("doctor", help="say what is installed and whether it works")
@@ -201,6 +204,15 @@ def _report(arguments: argparse.Namespace) -> int:
     from .report import write_report
 
     print(f"Report: {write_report(arguments.directory)}")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from . import compare
+
+    table = compare.compare(arguments.directory)
+    print(_columns(compare.text_rows(table)))
+    print("\n" + "\n".join(compare.about(table)))
     return 0
 
 

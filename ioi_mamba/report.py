@@ -24,9 +24,10 @@ from markupsafe import Markup
 
 import analyses
 
-from . import charts
+from . import charts, compare
 from .errors import InputError
 from .files import written_whole
+from .results import read_result
 
 PREVIEW_ROWS = 12
 MAX_BYTES = 8 * 2**20
@@ -36,10 +37,14 @@ _VEGALITE = re.sub(r"^v(\d+\.\d+).*", r"\1", alt.SCHEMA_VERSION)
 
 @dataclass(frozen=True)
 class Section:
-    """What the page shows of one experiment. `spec` None: there is no chart, and `trouble` says why."""
+    """What the page shows of one experiment, or of a summary of several, whose manifest is empty.
+
+    `spec` None: there is no chart, and `trouble` says why.
+    """
 
     module: ModuleType
     manifest: dict[str, Any]
+    table: pd.DataFrame
     spec: Markup | None
     findings: list[str]
     trouble: str | None
@@ -47,15 +52,6 @@ class Section:
     preview: list[list[str]]
     n_rows: int
     code: str
-
-
-def read_manifest(path: Path) -> dict[str, Any] | None:
-    """A run's manifest, or None if there is none there that can be read."""
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        return manifest if {"analysis", "model", "table_sha256"} <= manifest.keys() else None
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 def write_report(directory: str | Path) -> Path:
@@ -72,6 +68,8 @@ def write_report(directory: str | Path) -> Path:
     if not sections:
         raise InputError(f"{str(directory)!r} holds no finished table: run an analysis with --out {directory} first.")
     page = _template().render(
+        claims=_claims(sections),
+        summaries=_summaries(sections),
         sections=sections,
         provenance=_provenance([section.manifest for section in sections]),
         is_mini=any(section.manifest["model"]["id"] == "mini" for section in sections),
@@ -88,35 +86,64 @@ def write_report(directory: str | Path) -> Path:
 
 
 def _section(directory: Path, name: str) -> Section | None:
-    manifest = read_manifest(directory / f"{name}.json")
-    path = directory / f"{name}.parquet"
-    if manifest is None or not path.is_file():
+    found = read_result(directory, name)
+    if found is None:
         return None
-    try:
-        table = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} cannot be read as parquet ({str(error).splitlines()[0]}): run {name} again."
-        ) from None
-    module = analyses.load(name)
+    manifest, table = found
+    return _drawn(analyses.load(name), manifest, table, notebook_code(name), PREVIEW_ROWS)
+
+
+def _drawn(module: ModuleType, manifest: dict[str, Any], table: pd.DataFrame, code: str, n_preview: int) -> Section:
     spec, findings, trouble = None, [], None
     try:
         findings = list(module.findings(table))
         spec = script_json(chart_spec(module.chart(table)))
     except Exception as error:  # one experiment's table must not cost the page
         trouble = f"{type(error).__name__}: {error}"
-    head = table.head(PREVIEW_ROWS)
+    head = table.head(n_preview)
     return Section(
         module=module,
         manifest=manifest,
+        table=table,
         spec=spec,
         findings=findings,
         trouble=trouble,
         header=[str(column) for column in head.columns],
         preview=[[_cell(value) for value in row] for row in head.itertuples(index=False)],
         n_rows=len(table),
-        code=notebook_code(directory, name),
+        code=code,
     )
+
+
+def _claims(sections: list[Section]) -> dict[str, Any]:
+    """The claims of the paper on this run: sentences and two tables, or the trouble there was."""
+    tables = {section.module.NAME: section.table for section in sections}
+    manifests = {section.module.NAME: section.manifest for section in sections}
+    try:
+        table = compare.evaluate(tables, manifests)
+    except Exception as error:  # as for a section: what cannot be judged must not cost the page
+        return {"trouble": f"{type(error).__name__}: {error}"}
+    judged = table["verdict"].isin([compare.HOLDS, compare.FAILS])
+    return {
+        "trouble": None,
+        "about": compare.about(table),
+        "judged": list(table[judged].itertuples()),
+        "others": list(table[~judged].itertuples()),
+    }
+
+
+def _summaries(sections: list[Section]) -> list[Section]:
+    """A section of each summary of which at least one line could be read off the tables."""
+    tables = {section.module.NAME: section.table for section in sections}
+    drawn = []
+    for module in analyses.summaries():
+        try:
+            table = module.summarize(tables)
+        except Exception:  # the tables it reads have their own sections, which say what is wrong with them
+            continue
+        if (table["holds"] != "not run").any():
+            drawn.append(_drawn(module, {}, table, summary_code(module.NAME), len(table)))
+    return drawn
 
 
 def chart_spec(chart: Any) -> dict[str, Any]:
@@ -139,13 +166,26 @@ def script_json(value: Any) -> Markup:
     return Markup(text)
 
 
-def notebook_code(directory: Path, name: str) -> str:
+def notebook_code(name: str) -> str:
     """Python that draws the section's chart again."""
     module = name.replace("-", "_")
     return (
         "import pandas as pd\n"
         f"from analyses import {module}\n\n"
         f"table = pd.read_parquet({f'{name}.parquet'!r})  # beside this page\n"
+        f"{module}.chart(table)"
+    )
+
+
+def summary_code(name: str) -> str:
+    """Python that makes a summary's table and chart again."""
+    module = name.replace("-", "_")
+    return (
+        "from pathlib import Path\n\n"
+        "import pandas as pd\n"
+        f"from analyses import {module}\n\n"
+        'tables = {path.stem: pd.read_parquet(path) for path in Path(".").glob("*.parquet")}  # beside this page\n'
+        f"table = {module}.summarize(tables)\n"
         f"{module}.chart(table)"
     )
 
@@ -208,5 +248,5 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["day"] = _day
+    environment.filters |= {"day": _day, "number": compare.number}
     return environment.get_template("report.html.j2")

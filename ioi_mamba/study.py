@@ -34,6 +34,7 @@ from .errors import InputError
 from .files import written_whole
 from .jobs import config_of, device_of
 from .models import MINI
+from .results import read_manifest
 from .tasks.base import Pairs
 
 # Arguments of an experiment's `run` that a study gives it and that are not the user's to set.
@@ -207,7 +208,7 @@ def _is_plain(value: Any) -> bool:
 
 def _is_finished(out: Path, identity: Mapping[str, Any]) -> bool:
     """Whether the table of this experiment is there, whole, and made from the same things."""
-    manifest = report.read_manifest(out / f"{identity['analysis']}.json")
+    manifest = read_manifest(out / f"{identity['analysis']}.json")
     table = out / f"{identity['analysis']}.parquet"
     if manifest is None or not table.is_file() or manifest.get("table_sha256") != _file_hash(table):
         return False
@@ -223,7 +224,7 @@ def _without_name(identity: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_other_model(out: Path, weights: str) -> None:
     for path in sorted(out.glob("*.json")):
-        manifest = report.read_manifest(path)
+        manifest = read_manifest(path)
         if manifest is not None and manifest["model"]["weights_sha256"] != weights:
             raise InputError(
                 f"{str(out)!r} holds {path.name} of another model ({manifest['model']['id']}, or other "

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from analyses import names_summary as summary
+from ioi_mamba.claims import changed_slot
 from ioi_mamba.metrics import wilson_interval
 
 CORRUPTIONS = {"CAB AB C -> DAB AB D": "n1", "ABC AB C -> ABD AB D": "n3", "ABC AB C -> ABC AC B": "n5"}
@@ -175,9 +176,9 @@ def test_prompts_without_known_names_give_no_number():
 
 
 def test_the_changed_slot_is_read_off_the_corruption():
-    assert [summary.changed_slot(corruption) for corruption in CORRUPTIONS] == list(CORRUPTIONS.values())
-    assert summary.changed_slot("ABC AC B -> ABC BC A") == "n4"
-    assert summary.changed_slot("all") is None
+    assert [changed_slot(corruption) for corruption in CORRUPTIONS] == list(CORRUPTIONS.values())
+    assert changed_slot("ABC AC B -> ABC BC A") == "n4"
+    assert changed_slot("all") is None
 
 
 def test_the_chart_ends_its_axis_where_ratios_do_not():

@@ -105,7 +105,7 @@ def own_part(page):
 
 def test_sections_stand_in_the_papers_order_with_all_their_parts(directory):
     page = own_part(report.write_report(directory).read_text())
-    assert re.findall(r'<section id="([^"]+)"', page) == ["layer-removal", "state-ablation"]
+    assert re.findall(r'<section id="([^"]+)"', page) == ["claims", "layer-removal", "state-ablation"]
     for part in (
         layer_removal.TITLE,
         layer_removal.QUESTION,
@@ -201,7 +201,7 @@ def test_a_chart_of_too_many_rows_is_refused():
 def test_the_notebook_code_draws_the_chart(tmp_path, monkeypatch):
     put(tmp_path, "layer-removal", LAYER_REMOVAL)
     monkeypatch.chdir(tmp_path)
-    *statements, expression = report.notebook_code(tmp_path, "layer-removal").splitlines()
+    *statements, expression = report.notebook_code("layer-removal").splitlines()
     names = {}
     exec("\n".join(statements), names)
     spec = eval(expression, names).to_dict()

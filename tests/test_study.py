@@ -9,8 +9,9 @@ from conftest import VOCAB
 
 import ioi_mamba as im
 from analyses import layer_removal
-from ioi_mamba import files, report, study
+from ioi_mamba import files, study
 from ioi_mamba.errors import InputError
+from ioi_mamba.results import read_manifest
 from ioi_mamba.tasks.base import Pairs
 
 
@@ -100,7 +101,7 @@ def test_resume_runs_again_what_is_not_the_same_or_not_whole(tiny_mamba, tmp_pat
     before(tmp_path)
     run(tiny_mamba, tmp_path, resume=True, **changes)
     assert len(counted) == 2
-    assert report.read_manifest(tmp_path / "layer-removal.json") is not None
+    assert read_manifest(tmp_path / "layer-removal.json") is not None
 
 
 def test_a_directory_of_another_model_is_refused(tiny_mamba, tiny_gpt2_dir, tmp_path):

@@ -1,0 +1,228 @@
+"""A run held against the paper: every claim with its published value, what this model shows, and a verdict.
+
+A model of mamba-370m's sizes is compared with each published number. Of another model only the relative claims are
+asked, which say how parts of a model stand to each other: its own bottleneck layer takes the place of layer 39, and
+the published value stands beside as mamba-370m's. The claims are data (`paper.table("claims")`), each measured by one
+function of `claims`; there is one path for all models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import analyses
+
+from . import claims, paper
+from .errors import InputError
+from .files import written_whole
+from .results import read_result
+
+HOLDS, FAILS, NOT_COMPARABLE, NOT_RUN = "holds", "does not hold", "not comparable", "not run"
+VERDICTS = (HOLDS, FAILS, NOT_COMPARABLE, NOT_RUN)
+COLUMNS = (
+    "claim",
+    "section",
+    "statement",
+    "asked",
+    "published",
+    "value",
+    "low",
+    "high",
+    "tolerance",
+    "verdict",
+    "why",
+    "note",
+    "layer",
+    "model",
+)
+
+PUBLISHED_MODEL = "mamba-370m"
+PUBLISHED_SIZES = {"num_hidden_layers": 48, "hidden_size": 1024}
+PUBLISHED_LAYER = 39
+OTHER_MODEL = f"a number of {PUBLISHED_MODEL} alone"
+
+QUESTION: dict[str, dict[str, Any]] = {
+    "layer-ablation": {"site": "layer_input"},
+    "cross-talk": {"threshold": 0.9},
+    "state-ablation": {"with_conv": False},
+    "edge-attribution": {"target": 0.85, "steps": 5, "variant": "paper", "ranking": "signed"},
+    "circuit-search": {"target": 0.85, "threshold": 1e-4},
+    "positional-attribution": {"target": 0.85, "steps": 5, "variant": "paper", "ranking": "signed"},
+}
+"""Options, with the paper's values, that make an experiment ask something else: then its claims are not judged."""
+
+Manifest = Mapping[str, Any]
+
+
+def compare(directory: str | Path) -> pd.DataFrame:
+    """Judge the finished tables of a run; also written to `directory`/compare.parquet, whole or not at all.
+
+    The table is that of `evaluate`. Raises InputError for a directory without a finished table, one with tables of
+    two models, one that cannot be written, and a table that cannot be read or is not the one its manifest vouches for.
+    """
+    tables, manifests = read_results(Path(directory))
+    table = evaluate(tables, manifests)
+    target = Path(directory) / "compare.parquet"
+    try:
+        with written_whole(target) as path:
+            table.to_parquet(path, index=False)
+    except OSError as error:
+        raise InputError(f"{target} cannot be written ({error.strerror}): compare a copy that may be.") from None
+    return table
+
+
+def read_results(directory: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Manifest]]:
+    """(tables, manifests) of the finished experiments of a run, by name. Raises InputError as `compare`."""
+    if not directory.is_dir():
+        raise InputError(f"{str(directory)!r} is not a directory: give the --out directory of a run.")
+    tables, manifests = {}, {}
+    for name in analyses.available():
+        found = read_result(directory, name)
+        if found is None:
+            continue
+        manifests[name], tables[name] = found
+        path = directory / f"{name}.parquet"
+        if hashlib.sha256(path.read_bytes()).hexdigest() != manifests[name]["table_sha256"]:
+            raise InputError(f"{path} is not the table that {name}.json is of: run {name} again.")
+    if not tables:
+        raise InputError(f"{str(directory)!r} holds no finished table: run an analysis with --out {directory} first.")
+    if len({manifest["model"].get("weights_sha256") for manifest in manifests.values()}) > 1:
+        raise InputError(f"{str(directory)!r} holds tables of two models: compare the runs of one model.")
+    return tables, manifests
+
+
+def evaluate(tables: Mapping[str, pd.DataFrame], manifests: Mapping[str, Manifest]) -> pd.DataFrame:
+    """Every claim of the paper, in its order, one row each; columns COLUMNS.
+
+    statement: what the paper says of mamba-370m; asked: the same of this run's layer, empty if not asked.
+    published: the paper's number, NaN without one; value, low, high: this model's with a 95 % interval, NaN where
+    there is none. verdict: of VERDICTS; why: what kept a claim from being
+    judged. note: what is known to be wrong with the published number. layer: the one that was looked at in place of
+    39. model: whose values they are. Raises InputError for a table that lacks a column.
+    """
+    model = next(iter(manifests.values()))["model"]
+    asked_differently = {name: found for name in tables if (found := _other_question(name, manifests[name]))}
+    usable = {name: table for name, table in tables.items() if name not in asked_differently}
+    is_published = is_mamba_370m(model)
+    layer = PUBLISHED_LAYER if is_published else _layer(usable)
+    rows = []
+    for claim in paper.table("claims").itertuples(index=False):
+        value = claims.NONE
+        why = _not_asked(claim, is_published)
+        if why:
+            verdict = NOT_COMPARABLE
+        elif claim.analysis not in tables:
+            verdict, why = NOT_RUN, f"run {claim.analysis}"
+        elif claim.analysis in asked_differently:
+            verdict, why = NOT_COMPARABLE, f"{claim.analysis} was run with {asked_differently[claim.analysis]}"
+        elif why := _other_prompts(claim, manifests[claim.analysis]):
+            verdict = NOT_COMPARABLE
+        elif layer is None and "{layer}" in claim.statement:
+            verdict, why = NOT_RUN, "run layer-ablation, which finds the bottleneck layer"
+        else:
+            value = _measured(claim, usable[claim.analysis], layer)
+            verdict = HOLDS if claims.within(value[0], claim.at_least, claim.at_most) else FAILS
+            if pd.isna(value[0]):
+                verdict, why = NOT_COMPARABLE, f"the table of {claim.analysis} has other prompts, layers or steps"
+        rows.append(
+            (
+                claim.id,
+                claim.section,
+                claim.statement.format(layer=PUBLISHED_LAYER),
+                "" if why == OTHER_MODEL else claim.statement.format(layer=PUBLISHED_LAYER if layer is None else layer),
+                claim.published,
+                *value,
+                claims.tolerance(claim.at_least, claim.at_most),
+                verdict,
+                why,
+                claim.note,
+                layer,
+                str(model["id"]),
+            )
+        )
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"layer": "Int64"})
+
+
+def is_mamba_370m(model: Mapping[str, Any]) -> bool:
+    """Whether a manifest's model has the sizes of the paper's; other weights of these sizes are not told apart."""
+    sizes = model.get("config", {})
+    return model.get("architecture") == "mamba" and all(sizes.get(key) == n for key, n in PUBLISHED_SIZES.items())
+
+
+def about(table: pd.DataFrame) -> list[str]:
+    """What the table of `evaluate` is of and how it came out, in sentences."""
+    counts = {verdict: int((table["verdict"] == verdict).sum()) for verdict in VERDICTS}
+    layer, model = table["layer"].iloc[0], table["model"].iloc[0]
+    found = [
+        f"Of {counts[HOLDS] + counts[FAILS]} claims that could be judged {counts[HOLDS]} hold on {model}; "
+        f"{counts[NOT_RUN]} were not run and {counts[NOT_COMPARABLE]} cannot be compared."
+    ]
+    others = int((table["why"] == OTHER_MODEL).sum())
+    if others:
+        place = "is not known here" if pd.isna(layer) else f"is its bottleneck, layer {layer}"
+        found.append(
+            f"{model} is not {PUBLISHED_MODEL}: published values are those of {PUBLISHED_MODEL}, {others} claims on "
+            f"its absolute numbers are left out, and what takes the place of layer {PUBLISHED_LAYER} {place}."
+        )
+    return found
+
+
+def text_rows(table: pd.DataFrame) -> list[tuple[str, ...]]:
+    """The claims that this model can be asked, as cells of text for a terminal; a header first."""
+    shown = table[table["why"] != OTHER_MODEL]
+    rows = [("verdict", "claim", "what is said", PUBLISHED_MODEL, str(table["model"].iloc[0]), "95 %", "tolerance")]
+    for row in shown.itertuples(index=False):
+        interval = "" if pd.isna(row.low) else f"{number(row.low)} to {number(row.high)}"
+        value = number(row.value) or row.why
+        rows.append((row.verdict, row.claim, row.asked, number(row.published), value, interval, row.tolerance))
+    return rows
+
+
+def number(value: float) -> str:
+    """Three digits, or two decimals from 1 on; empty for NaN."""
+    if pd.isna(value):
+        return ""
+    return f"{value:.3g}" if abs(value) < 1 else f"{round(value, 2):g}"
+
+
+def _layer(tables: Mapping[str, pd.DataFrame]) -> int | None:
+    """The bottleneck of the run, as far as it is known."""
+    found = claims.bottleneck(tables)
+    return claims.common_layer(tables) if found is None else found
+
+
+def _not_asked(claim: Any, is_published: bool) -> str:
+    if not claim.analysis:
+        return "no experiment's table holds it"
+    return "" if is_published or claim.relative else OTHER_MODEL
+
+
+def _other_question(name: str, manifest: Manifest) -> str:
+    """The first option that makes the experiment another one than the paper's, as KEY=VALUE."""
+    options = manifest.get("options", {})
+    for key, value in QUESTION.get(name, {}).items():
+        if options.get(key, value) != value:
+            return f"{key}={options[key]}"
+    return ""
+
+
+def _other_prompts(claim: Any, manifest: Manifest) -> str:
+    """What of the seed and number of prompts a claim on exact values asks for is not so."""
+    wanted = {"seed": claim.seed, "n_pairs": claim.n_pairs}
+    other = [f"{key} {n}, not {manifest[key]}" for key, n in wanted.items() if pd.notna(n) and manifest[key] != n]
+    return f"needs {' and '.join(other)}" if other else ""
+
+
+def _measured(claim: Any, table: pd.DataFrame, layer: int | None) -> claims.Value:
+    try:
+        # A claim that names no layer is measured without one.
+        return claims.measure(claim.id, table, -1 if layer is None else layer)
+    except KeyError as missing:
+        raise InputError(
+            f"{claim.analysis}.parquet has no {missing}, which the claim {claim.id} reads: run {claim.analysis} again."
+        ) from None

@@ -1,0 +1,63 @@
+"""What the paper published about mamba-370m, as small tables: `names()`, `table(name)`, `about(name)`.
+
+The numbers are those of arXiv 2407.14008 and of the notebooks, logs and circuit files published with it; nothing here
+was measured by this package. `about` tells exact tables from those read off figures, and what is known to be wrong
+with each. `claims` lists what the paper says, one number a row, with the tolerance a correct rerun should keep;
+`ioi_mamba.compare` holds a run against it.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.resources import files
+from typing import NamedTuple
+
+import pandas as pd
+
+from ioi_mamba.errors import InputError
+
+_DATA = files(__name__) / "data"
+
+
+class About(NamedTuple):
+    """kind: exact, digitised (read off a figure) or mixed; source: where from; faults: what not to trust it for."""
+
+    figure: str
+    kind: str
+    source: str
+    columns: str
+    faults: str
+
+
+@cache
+def _index() -> dict[str, About]:
+    entries = json.loads((_DATA / "index.json").read_text(encoding="utf-8"))
+    return {name: About(**entry) for name, entry in entries.items()}
+
+
+def names() -> tuple[str, ...]:
+    """The names of the tables."""
+    return tuple(_index())
+
+
+def about(name: str) -> About:
+    """Where a table comes from, what its columns mean and what is wrong with it. Raises InputError as `table`."""
+    if name not in _index():
+        raise InputError(f"There is no table {name!r} of the paper: the names are {', '.join(names())}.")
+    return _index()[name]
+
+
+def table(name: str) -> pd.DataFrame:
+    """A table of the paper, read anew; its `attrs` hold `about(name)`. Raises InputError for an unknown name."""
+    entry = about(name)
+    if name == "claims":
+        rows = json.loads((_DATA / "claims.json").read_text(encoding="utf-8"))
+        read = pd.DataFrame(rows).astype({"published": float, "at_least": float, "at_most": float})
+        read = read.astype({"seed": "Int64", "n_pairs": "Int64"})
+    else:
+        # Nodes are names, also those that look like numbers.
+        with (_DATA / f"{name}.csv").open("rb") as file:
+            read = pd.read_csv(file, dtype={"source": "str", "target": "str"})
+    read.attrs = entry._asdict()
+    return read

@@ -1,0 +1,362 @@
+"""Comparing with the paper: published values hold, each spoilt one breaks its own claim, mini is never mamba-370m."""
+
+import json
+
+import pandas as pd
+import paper_run
+import pytest
+
+import analyses
+from ioi_mamba import claims, compare, paper, report
+from ioi_mamba.cli import main
+from ioi_mamba.errors import InputError
+
+UNMEASURED = {"gpt2_small_removal", "steer_counts", "prune_39_nonlast"}
+CIRCUIT = ["template", "corruption"]
+EARLY, LATE = range(1, 4), range(4, 6)
+
+
+@pytest.fixture(scope="module")
+def published():
+    return paper_run.tables()
+
+
+def judge(tables, **entries):
+    table = compare.evaluate(tables, {name: paper_run.manifest(name, **entries) for name in tables})
+    return table.set_index("claim")
+
+
+def where(table, name, value, **conditions):
+    """The table with the column `name` set to a value, or a function of the old, in the rows that meet all conditions."""
+    rows = pd.Series(True, index=table.index)
+    for key, wanted in conditions.items():
+        rows &= table[key].isin(list(wanted)) if isinstance(wanted, range | list) else table[key] == wanted
+    assert rows.any()
+    new = table[name].map(value) if callable(value) else value
+    return table.assign(**{name: table[name].mask(rows, new)})
+
+
+def given_back(table, layers, n):
+    """The cross-talk circuits with each of the layers added to the first n circuits that lack it."""
+    members = table[table["chosen"] & table["in_circuit"]]
+    rows = [table]
+    for layer in layers:
+        having = members[members["layer"] == layer][CIRCUIT].apply(tuple, axis=1).tolist()
+        lacking = [key for key in members[CIRCUIT].drop_duplicates().itertuples(index=False) if key not in having]
+        for template, corruption in lacking[-n:]:
+            rows.append(members.head(1).assign(template=template, corruption=corruption, layer=layer, step=99))
+    return pd.concat(rows, ignore_index=True)
+
+
+def first_swapped(table):
+    """One circuit, not the notebook's, that begins with its second layer."""
+    own = (table["template"] == "When") & (table["corruption"] == paper_run.CORRUPTIONS[1]) & table["chosen"]
+    return table.assign(step=table["step"].mask(own & table["step"].isin([1, 2]), 3 - table["step"]))
+
+
+def ranks_swapped(first, second):
+    return lambda t: t.assign(rank=t["rank"].replace({first: second, second: first}))
+
+
+def without(table, layer, n):
+    """Taken out of n circuits."""
+    rows = table.index[table["chosen"] & (table["layer"] == layer)][-n:]
+    return table.assign(in_circuit=table["in_circuit"] & ~table.index.isin(rows))
+
+
+CAB, ACB, ABD = paper_run.CORRUPTIONS[:3]
+OTHER_LAYERS = [str(layer) for layer in range(39)]
+SPOILT = {
+    "model_accuracy": ("layer-removal", lambda t: where(t, "accuracy", 0.5, mode="none")),
+    "ra_effect": ("layer-ablation", lambda t: t.assign(effect=t["effect"] * 0.8)),
+    "ra_two_strongest": ("layer-ablation", lambda t: where(t, "effect", -1.0, layer=47, position=19, corruption=CAB)),
+    "ra_ratio_cab": ("layer-ablation", lambda t: where(t, "effect", 0.4, layer=0, position=3, corruption=CAB)),
+    "ra_ratio_acb": ("layer-ablation", lambda t: where(t, "effect", 0.4, layer=0, position=5, corruption=ACB)),
+    "ra_ratio_abd": ("layer-ablation", lambda t: where(t, "effect", 0.4, layer=0, position=7, corruption=ABD)),
+    "zero_ablation_baseline": ("layer-removal", lambda t: where(t, "probability", 0.5, mode="none")),
+    "zero_ablation_notebook": (
+        "layer-removal",
+        lambda t: where(t, "probability", lambda p: p + 0.01, mode="single", layer=20),
+    ),
+    "zero_ablation_accuracy": ("layer-removal", lambda t: where(t, "accuracy", 0.9, mode="single", layer=20)),
+    "half_layers_removable": ("layer-removal", lambda t: where(t, "accuracy", 0.5, mode="greedy", step=range(6, 48))),
+    "ct_15_always": ("cross-talk", lambda t: without(t, 15, 4)),
+    "ct_39_first": ("cross-talk", first_swapped),
+    "ct_39_gain": ("cross-talk", lambda t: where(t, "accuracy", 0.9, layer=39, step=1, template=["When", "Friends"])),
+    "ct_layer0": ("cross-talk", lambda t: given_back(t, [0], 4)),
+    "ct_proportions": ("cross-talk", lambda t: given_back(t, [2], 6)),
+    "ct_spearman": ("cross-talk", lambda t: given_back(t, [2, 3, 4, 5, 6, 7, 8, 9, 10], 4)),
+    "ct_size": ("cross-talk", lambda t: given_back(t, [33, 36, 11, 24, 27, 32, 18, 21, 12, 29, 34], 4)),
+    "ct_stop": ("cross-talk", lambda t: where(t, "reached", False, template="When", corruption=ACB)),
+    "ct_notebook": (
+        "cross-talk",
+        lambda t: where(t, "accuracy", 0.1, template="Then", corruption=CAB, step=1, layer=10),
+    ),
+    "cos_lines": ("state-similarity", lambda t: t.assign(after_name=t["row"].isin(range(1, 6)))),
+    "cos_cells": ("state-similarity", lambda t: where(t, "similarity", lambda x: x - 0.1, row=0, column=19)),
+    "conv_effect": ("conv-shift", lambda t: t.assign(effect=t["effect"] * 1.3)),
+    "conv_others": ("conv-shift", lambda t: where(t, "effect", 0.3, corruption=CAB, slice=0, position=4)),
+    "conv_minus3_zero": ("conv-shift", lambda t: where(t, "effect", 0.01, corruption=CAB, slice=-3, position=4)),
+    "h_before": ("state-ablation", lambda t: where(t, "effect", 0.1, corruption=CAB, layer=39, position=2)),
+    "h_after": ("state-ablation", lambda t: where(t, "effect", 0.1, corruption=CAB, layer=39, position=10)),
+    "outproj_last_only": ("output-ablation", lambda t: where(t, "effect", -0.1, corruption=CAB, layer=39, position=3)),
+    "eap_size": ("edge-attribution", lambda t: t.assign(size=500)),
+    "eap_jaccard": ("edge-attribution", lambda t: t.assign(kept=(t["rank"] <= 120).fillna(False).astype(bool))),
+    "eap_train_accuracy": ("edge-attribution", lambda t: t.assign(train_accuracy=0.9)),
+    "eap_accuracy": ("edge-attribution", lambda t: t.assign(accuracy=0.8)),
+    "eap_nld": ("edge-attribution", lambda t: t.assign(normalized_logit_diff=0.9)),
+    "eap_top": ("edge-attribution", ranks_swapped(2, 3)),
+    "eap_spearman": (
+        "edge-attribution",
+        lambda t: t.assign(rank=t["rank"].mask(t["rank"].between(8, 188), 196 - t["rank"])),
+    ),
+    "acdc_edges": (
+        "circuit-search",
+        lambda t: t.assign(kept=t["kept"] & (t["part"].notna() | (t["drop"].rank(ascending=False) <= 100))),
+    ),
+    "acdc_conv": ("circuit-search", lambda t: where(t, "kept", False, part="conv0")),
+    "acdc_ssm": ("circuit-search", lambda t: where(t, "kept", False, part="ssm")),
+    "acdc_skip": ("circuit-search", lambda t: where(t, "kept", False, part="skip")),
+    "acdc_39_now": ("circuit-search", lambda t: where(t, "drop", 0.03, part="conv0", source="39")),
+    "acdc_minus3": ("circuit-search", lambda t: where(t, "kept", True, part="conv-3", source="39")),
+    "acdc_drops": ("circuit-search", lambda t: where(t, "drop", 0.4, part="skip", source="0")),
+    "acdc_accuracy": ("circuit-search", lambda t: t.assign(accuracy=0.8)),
+    "acdc_nld": ("circuit-search", lambda t: t.assign(normalized_logit_diff=0.9)),
+    "pos_jaccard": ("positional-attribution", lambda t: where(t, "kept", False, source=OTHER_LAYERS)),
+    "pos_embed": ("positional-attribution", lambda t: where(t, "kept", True, source="embed", target="45", position=3)),
+    "pos_39_out": (
+        "positional-attribution",
+        lambda t: where(t, "kept", True, source="39", target=["40", "41"], position=19),
+    ),
+}
+"""One claim each, broken in the table of its experiment."""
+
+TOGETHER = {
+    # What makes the first claim of each fail is, by what they say, more than the other can bear.
+    ("zero_ablation_worst", "zero_ablation_39", "zero_ablation_notebook"): (
+        "layer-removal",
+        lambda t: where(t, "probability", 0.1, mode="single", layer=39),
+    ),
+    ("zero_ablation_0", "zero_ablation_notebook"): (
+        "layer-removal",
+        lambda t: where(t, "probability", 0.3, mode="single", layer=0),
+    ),
+    ("zero_ablation_others", "zero_ablation_notebook"): (
+        "layer-removal",
+        lambda t: where(t, "probability", 0.6, mode="single", layer=20),
+    ),
+    ("ct_39_always", "ct_39_first"): ("cross-talk", lambda t: without(t, 39, 1)),
+    ("conv_peak_cell", "conv_others"): (
+        "conv-shift",
+        lambda t: where(t, "effect", 1.0, corruption=CAB, slice=0, position=4),
+    ),
+    ("eap_first", "eap_top"): ("edge-attribution", ranks_swapped(1, 2)),
+    ("acdc_39_shift", "acdc_drops"): ("circuit-search", lambda t: where(t, "drop", 0.5, part="conv-1", source="39")),
+} | {
+    (f"steer_{name}{suffix}", f"steer_{name}_cells"): (
+        "name-steering",
+        lambda t, method=method, sources=sources, value=value: where(
+            t, "success", value, method=method, slot=EARLY, source_slot=sources
+        ),
+    )
+    for name, method in (("sub_add", "subtract-add"), ("replace", "replace"))
+    for suffix, sources, value in (("", EARLY, 0.9), ("_cross", LATE, 1.0))
+}
+CASES = [((claim,), *case) for claim, case in SPOILT.items()] + [(key, *case) for key, case in TOGETHER.items()]
+
+
+def test_the_made_up_run_has_the_columns_of_every_experiment(published):
+    assert set(published) == set(analyses.available())
+    for name, table in published.items():
+        assert set(analyses.load(name).COLUMNS) <= set(table.columns)
+
+
+def test_of_the_published_values_every_claim_holds(published):
+    table = judge(published)
+    assert set(table.index[table["verdict"] != compare.HOLDS]) == UNMEASURED
+    assert (table.loc[list(UNMEASURED), "verdict"] == compare.NOT_COMPARABLE).all()
+    assert (table["layer"] == 39).all()
+    assert table.loc["steer_sub_add", "value"] == pytest.approx(0.991, abs=5e-4)
+    assert table.loc["ct_size", "value"] == pytest.approx(8.65, abs=0.06)
+    assert table.loc["acdc_edges", "value"] == 171
+
+
+def test_every_measured_claim_is_spoilt_below():
+    everything = paper.table("claims")
+    assert {claim for names, _, _ in CASES for claim in names} == set(claims.MEASURES)
+    assert set(everything["id"]) - set(claims.MEASURES) == UNMEASURED
+
+
+@pytest.mark.parametrize(
+    ("names", "experiment", "spoil"), CASES, ids=lambda case: "-".join(case) if isinstance(case, tuple) else None
+)
+def test_a_spoilt_value_breaks_exactly_its_claim(published, names, experiment, spoil):
+    table = judge(published | {experiment: spoil(published[experiment])})
+    assert set(table.index[table["verdict"] == compare.FAILS]) == set(names)
+
+
+def test_what_was_not_run_is_said(published):
+    table = judge({name: published[name] for name in ("layer-removal", "conv-shift")})
+    assert table.loc["zero_ablation_0", "verdict"] == compare.HOLDS
+    assert table.loc["eap_size", ["verdict", "why"]].tolist() == [compare.NOT_RUN, "run edge-attribution"]
+
+
+def test_exact_values_are_compared_only_on_their_own_prompts(published):
+    table = judge(published, seed=28)
+    assert table.loc["zero_ablation_notebook", "verdict"] == compare.NOT_COMPARABLE
+    assert table.loc["zero_ablation_notebook", "why"] == "needs seed 27, not 28"
+    assert table.loc["zero_ablation_0", "verdict"] == compare.HOLDS
+    other = published["state-similarity"].assign(prompt="Ana gave it to")
+    assert judge({"state-similarity": other}).loc["cos_cells", "verdict"] == compare.NOT_COMPARABLE
+
+
+def test_an_experiment_that_asked_something_else_is_not_judged(published):
+    table = judge({"layer-ablation": published["layer-ablation"]}, options={"site": "out_proj"})
+    assert table.loc["ra_effect", "verdict"] == compare.NOT_COMPARABLE
+    assert table.loc["ra_effect", "why"] == "layer-ablation was run with site=out_proj"
+    same = judge({"layer-ablation": published["layer-ablation"]}, options={"site": "layer_input"})
+    assert same.loc["ra_effect", "verdict"] == compare.HOLDS
+
+
+def test_the_papers_options_are_the_defaults_of_the_experiments():
+    for name, options in compare.QUESTION.items():
+        defaults = analyses.load(name).run.__kwdefaults__
+        assert {key: defaults[key] for key in options} == options
+
+
+def test_a_search_cut_off_before_accuracy_falls_decides_nothing(published):
+    removal = published["layer-removal"]
+    cut = removal[(removal["mode"] != "greedy") | (removal["step"] <= 5)]
+    assert judge({"layer-removal": cut}).loc["half_layers_removable", "verdict"] == compare.NOT_COMPARABLE
+    enough = removal[(removal["mode"] != "greedy") | (removal["step"] <= 24)]
+    assert judge({"layer-removal": enough}).loc["half_layers_removable", "verdict"] == compare.HOLDS
+
+
+def test_another_model_is_asked_only_what_makes_sense_of_its_own_layer(published):
+    """The published tables, but of a smaller model whose layer 5 does what 39 does."""
+    moved = published["layer-ablation"].replace({"layer": {39: 5, 5: 39}})
+    sizes = {"id": "other", "architecture": "mamba", "config": {"num_hidden_layers": 48, "hidden_size": 768}}
+    table = judge({"layer-ablation": moved, "layer-removal": published["layer-removal"]}, model=sizes)
+    assert (table["layer"] == 5).all()
+    assert table.loc["ra_effect", ["verdict", "asked"]].tolist() == [
+        compare.HOLDS,
+        "Resampling layer 5's input at the changed name: mean effect",
+    ]
+    relative = paper.table("claims").set_index("id")["relative"]
+    absolute = table[~relative & ~table.index.isin(UNMEASURED)]
+    assert set(absolute["verdict"]) == {compare.NOT_COMPARABLE}
+    assert absolute["value"].isna().all()
+    assert "other is not mamba-370m" in " ".join(compare.about(table.reset_index()))
+    assert judge({"layer-removal": published["layer-removal"]}, model=sizes).loc["zero_ablation_worst", "verdict"] == (
+        compare.NOT_RUN
+    )
+
+
+def test_the_command_prints_the_table_and_writes_it_whole(published, tmp_path, capsys):
+    directory = tmp_path / "out"
+    spoilt = SPOILT["eap_size"][1](published["edge-attribution"])
+    paper_run.write(directory, published | {"edge-attribution": spoilt})
+    before = set(directory.iterdir())
+    assert main(["compare", str(directory)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["verdict", "claim"]
+    row = next(line for line in lines if " eap_size " in line)
+    assert row.startswith("does not hold")
+    assert "Of 60 claims that could be judged 59 hold" in lines[-1]
+    assert set(directory.iterdir()) - before == {directory / "compare.parquet"}
+    table = pd.read_parquet(directory / "compare.parquet")
+    assert tuple(table.columns) == compare.COLUMNS
+    assert set(table["verdict"]) <= set(compare.VERDICTS)
+
+
+def test_mini_is_asked_relative_claims_and_never_passed_off(mini, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["run", "layer-ablation", "--n-pairs", "2", "--device", "cpu", "--out", str(out)]
+    assert main(command) == 0
+    capsys.readouterr()
+    assert main(["compare", str(out)]) == 0
+    printed = capsys.readouterr().out
+    table = pd.read_parquet(out / "compare.parquet").set_index("claim")
+    judged = table[table["verdict"].isin([compare.HOLDS, compare.FAILS])]
+    assert set(judged.index) == {"ra_effect", "ra_two_strongest"}
+    layer = analyses.load("layer-ablation").bottleneck(pd.read_parquet(out / "layer-ablation.parquet"))
+    assert (judged["layer"] == layer).all()
+    assert (judged["model"] == "mini").all()
+    assert "mini is not mamba-370m" in printed
+    assert "ra_ratio_cab" not in printed
+    page = (out / "index.html").read_text()
+    assert '<section id="claims"' in page
+    assert "mini is not mamba-370m" in page
+
+
+def test_the_report_has_the_claims_first_and_what_carries_the_names_second(published, tmp_path):
+    directory = tmp_path / "out"
+    paper_run.write(directory, published)
+    page = report.write_report(directory).read_text()
+    order = [page.index(f'<section id="{name}"') for name in ("claims", "names-summary", *analyses.available())]
+    assert order == sorted(order)
+    section = page[order[0] : order[1]]
+    assert section.count('<td class="holds">holds</td>') == 60
+    assert section.count('<th scope="row">') == 63
+    assert "<caption>" in section
+    assert 'data-chart="names-summary-chart"' in page
+    few = tmp_path / "few"
+    paper_run.write(few, {"layer-removal": published["layer-removal"]})
+    assert 'id="names-summary"' not in report.write_report(few).read_text()
+
+
+def _empty(directory, tables):
+    directory.mkdir()
+
+
+def _altered(directory, tables):
+    paper_run.write(directory, tables)
+    tables["conv-shift"].assign(effect=0.9).to_parquet(directory / "conv-shift.parquet")
+
+
+def _broken(directory, tables):
+    paper_run.write(directory, tables)
+    (directory / "conv-shift.parquet").write_text("no table")
+
+
+def _two_models(directory, tables):
+    paper_run.write(directory, tables)
+    path = directory / "conv-shift.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"model": manifest["model"] | {"weights_sha256": "ee" * 32}}))
+
+
+def _no_column(directory, tables):
+    paper_run.write(directory, tables | {"conv-shift": tables["conv-shift"].drop(columns="slice")})
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda directory, tables: None, "is not a directory"),
+        (_empty, "holds no finished table"),
+        (_altered, r"is not the table that conv-shift\.json is of: run conv-shift again"),
+        (_broken, r"conv-shift\.parquet cannot be read"),
+        (_two_models, "holds tables of two models"),
+        (_no_column, r"conv-shift\.parquet has no 'slice'"),
+    ],
+)
+def test_a_bad_directory_is_refused_in_a_sentence(published, tmp_path, capsys, make, says):
+    directory = tmp_path / "out"
+    make(directory, {name: published[name] for name in ("conv-shift", "layer-ablation")})
+    with pytest.raises(InputError, match=says):
+        compare.compare(directory)
+    assert main(["compare", str(directory)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
+    assert not (directory / "compare.parquet").exists()
+
+
+def test_a_directory_that_cannot_be_written_is_refused_and_left_as_it_is(published, tmp_path):
+    paper_run.write(tmp_path / "out", {"conv-shift": published["conv-shift"]})
+    (tmp_path / "out" / "compare.parquet").mkdir()
+    before = sorted((tmp_path / "out").rglob("*"))
+    with pytest.raises(InputError, match=r"compare\.parquet cannot be written"):
+        compare.compare(tmp_path / "out")
+    assert sorted((tmp_path / "out").rglob("*")) == before
