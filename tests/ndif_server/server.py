@@ -198,7 +198,6 @@ class Server:
             "PATH": f"{self._bin}:{os.environ['PATH']}",
             "PYTHONPATH": str(_GLUE),  # this and the installed packages are all the server can import
             "PYTHONUNBUFFERED": "1",
-            "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",  # one thread on each side gives equal bits
             "HF_HOME": str(self.directory / "hf"),
             "HF_HUB_OFFLINE": "1",

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 
 import ray
 from ndif.services.ray.deployments.controller.cluster.evaluator import CacheEntry, ModelEvaluator
@@ -11,6 +12,9 @@ from ndif.services.ray.sandbox import host
 from ndif.services.ray.sandbox.model import SandboxModelDeployment
 from nnsight.modeling.huggingface import HuggingFaceModel
 from transformers import AutoConfig
+
+# A GPU that this machine may have stays unseen; here, because Ray refuses to start its pretended one without devices.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # What placement is told that a model needs; there is no GPU memory to run out of.
 NOMINAL_BYTES = 64 << 20
