@@ -16,6 +16,7 @@ import pytest
 import torch
 from ndif_server import Server, ServerFailed, Unavailable, install, processes
 from ndif_server.fixtures import started
+from ndif_server.processes import alive
 from nnsight import TransformersModel
 from nnsight.modeling import huggingface
 
@@ -41,9 +42,9 @@ def client(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def fragile(request, tmp_path_factory):
+def fragile(request):
     """A server to break, whose jobs may run for 5 s."""
-    with started(request, tmp_path_factory.mktemp("ndif-fragile"), execution_timeout=5.0) as server:
+    with started(request, execution_timeout=5.0) as server:
         yield server
 
 
@@ -84,13 +85,6 @@ def process(directory: Path | None = None) -> subprocess.Popen:
     assert sleeper.stdout is not None
     sleeper.stdout.readline()
     return sleeper
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def listening(pids) -> set[str]:

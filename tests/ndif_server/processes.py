@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 MARK = "IOI_MAMBA_NDIF_SERVER"
@@ -43,29 +43,46 @@ def found(directory: Path) -> dict[int, list[str]]:
     return processes
 
 
-def kill(pids: Iterable[int]) -> None:
-    """SIGKILL; a process that is gone already is no error."""
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+def alive(pid: int) -> bool:
+    """Whether a process exists and has not ended (one that ended stays in /proc until its parent asks for it)."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
 
 
-def stop_all(directory: Path, patience: float = 20.0) -> None:
-    """Kill every process of the server of `directory` and remove what they left outside it.
+def end(chosen: Callable[[], Collection[int]], patience: float = 20.0) -> None:
+    """SIGKILL the chosen processes until none is left: one may start another while it dies.
 
     Raises StillRunning if one is alive after `patience` seconds.
     """
-    end = time.monotonic() + patience
+    limit = time.monotonic() + patience
+    ours: set[int] = set()
+    # A dying process loses its environment, and with it the mark, some time before it closes its ports.
+    while pids := set(chosen()) | {pid for pid in ours if alive(pid)}:
+        if time.monotonic() > limit:
+            raise StillRunning(f"The processes {sorted(pids)} are still running after {patience:.0f} s.")
+        ours |= pids
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.05)
+
+
+def stop_all(directory: Path) -> None:
+    """Kill every process of the server of `directory` and remove what they left outside it. Raises StillRunning."""
     sockets: set[str] = set()
-    while living := found(directory):
-        if time.monotonic() > end:
-            raise StillRunning(f"Still running after {patience:.0f} s: {living}.")
+
+    def living() -> dict[int, list[str]]:
+        processes = found(directory)
         # A sandbox runner's socket lies in /tmp, and a killed runner cannot remove it.
-        sockets |= {words[words.index(_RUNNER) + 1] for words in living.values() if _RUNNER in words[:-1]}
-        kill(living)
-        time.sleep(0.1)
+        sockets.update(words[words.index(_RUNNER) + 1] for words in processes.values() if _RUNNER in words[:-1])
+        return processes
+
+    end(living)
     for path in sockets:
         Path(path).unlink(missing_ok=True)
     short_name(directory).unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -116,12 +117,10 @@ class Server:
             actors = self.model_actors()
             if not actors:
                 raise ServerFailed("No model is deployed: send a trace first.")
-            processes.kill(actors)
-            processes.wait_for(lambda: not actors & self.model_actors(), 10)
+            processes.end(lambda: actors & self.model_actors())
         else:
             daemon = self._daemons.pop(part)
-            group = [pid for pid in self.running() if _group(pid) == daemon.pid]
-            processes.kill(group)
+            processes.end(lambda: [pid for pid in self.running() if _group(pid) == daemon.pid])
             daemon.wait()
 
     def restart(self, part: Part) -> None:
@@ -136,8 +135,8 @@ class Server:
         elif part == "model":
             if self.model_actors():
                 self.kill("model")
-            if not processes.wait_for(lambda: bool(self.model_actors()), 60):
-                raise ServerFailed(f"Ray started no model actor within 60 s: see {self.directory / 'ray'}.")
+            if not processes.wait_for(lambda: bool(self.model_actors()), 120):
+                raise ServerFailed(f"Ray started no model actor within 120 s: see {self.directory / 'ray'}.")
         else:
             if part in self._daemons:
                 self.kill(part)
@@ -185,7 +184,7 @@ class Server:
         bind = ["--bind", f"127.0.0.1:{self._ports['api']}"]
         config = ["--config", "python:ndif.services.api.gunicorn_conf"]
         self._start_daemon("api", [str(self._bin / "gunicorn"), *config, *bind, "ndif.services.api.app:app"])
-        self._wait("api", lambda: _answers(f"{self.url}/connected"), seconds=180)
+        self._wait("api", lambda: _answers(f"{self.url}/connected"), seconds=300)
 
     def _environment(self) -> dict[str, str]:
         """Of the caller's environment only what any program needs: no API key, no proxy, no Python path."""
@@ -248,7 +247,7 @@ class Server:
         if ended.returncode:
             raise ServerFailed(f"The {part} did not start (exit code {ended.returncode}): see {self._log(part)}.")
 
-    def _wait(self, part: str, condition, seconds: float = 60) -> None:
+    def _wait(self, part: str, condition: Callable[[], bool], seconds: float = 120) -> None:
         daemon = self._daemons[part]
         processes.wait_for(lambda: condition() or daemon.poll() is not None, seconds)
         if daemon.poll() is not None or not condition():
