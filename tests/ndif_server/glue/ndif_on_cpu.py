@@ -1,4 +1,5 @@
 """ndif 0.1.2 without a GPU: the actor classes it is told to use in place of its own. Imported in Ray's workers only."""
+# pyright: reportMissingImports=false  (ray and ndif are installed beside the server, not beside the tests)
 
 import gc
 import json
