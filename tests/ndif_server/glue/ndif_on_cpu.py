@@ -1,5 +1,7 @@
 """ndif 0.1.2 without a GPU: the actor classes it is told to use in place of its own. Imported in Ray's workers only."""
-# pyright: reportMissingImports=false  (ray and ndif are installed beside the server, not beside the tests)
+
+# ray and ndif are installed beside the server, not beside the tests.
+# pyright: reportMissingImports=false
 
 import gc
 import json
