@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup report test lint clean
+.PHONY: setup report test test-remote lint clean
 
 setup: $(VENV)/.done
 
@@ -18,6 +18,10 @@ report: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Against real NDIF servers that the tests start on loopback; see docs/ndif-test-server.md for what that needs.
+test-remote: setup
+	$(BIN)/python -m pytest -m remote -rs
 
 lint: setup
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ os.environ["USE_HUB_KERNELS"] = "0"
 
 import pytest
 import torch
+from ndif_server.fixtures import ndif_server, sandboxed_ndif_server  # noqa: F401  fixtures of the remote tests
 from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig
 
 import ioi_mamba as im
