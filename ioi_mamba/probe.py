@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .errors import ServerError
 from .interventions import forward
 from .jobs import call
 
@@ -23,7 +24,13 @@ def probe(model) -> dict[str, Any]:
     ones in use. versions: python, torch, nnsight, transformers. gradients: whether a backward pass works; without,
     methods that need one are not to be had. Raises ServerError where a server does not answer.
     """
-    return call(model, _probe)
+    found = call(model, _probe)
+    try:
+        # A job of its own: after a failed one a server's sandbox is not in order.
+        found["gradients"] = call(model, _gradients)
+    except (ServerError, RuntimeError, AttributeError):
+        found["gradients"] = False
+    return found
 
 
 def _probe(model, *, progress=None) -> dict[str, Any]:
@@ -40,7 +47,6 @@ def _probe(model, *, progress=None) -> dict[str, Any]:
             "python": platform.python_version(),
             **{package: importlib.metadata.version(package) for package in ("torch", "nnsight", "transformers")},
         },
-        "gradients": _gradients(model),
     }
 
 
@@ -55,23 +61,17 @@ def _digest(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _gradients(model) -> bool:
+def _gradients(model, *, progress=None) -> bool:
     leaf: list[torch.Tensor] = []
-    got: list[bool] = []
 
     def edit(x: torch.Tensor) -> torch.Tensor:
         leaf.append(x.requires_grad_())
         return leaf[0]
 
     def differentiate(saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        logits = saved["hook_logits"][:, -1]
-        (gradient,) = torch.autograd.grad(logits.float().sum(), leaf)
-        got.append(bool(torch.isfinite(gradient).all()))
-        return {}
+        (gradient,) = torch.autograd.grad(saved["hook_logits"][:, -1].float().sum(), leaf)
+        return {"gradient": gradient}
 
-    try:
-        with torch.enable_grad():
-            forward(model, torch.tensor([[0, 1, 2]]), {"hook_embed": edit}, reduce=differentiate)
-    except Exception:  # a sandbox refuses in several ways, all of which mean no
-        return False
-    return got == [True]
+    with torch.enable_grad():
+        found = forward(model, torch.tensor([[0, 1, 2]]), {"hook_embed": edit}, reduce=differentiate)
+    return bool(torch.isfinite(found["gradient"]).all())

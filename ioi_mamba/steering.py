@@ -301,13 +301,21 @@ def _effects(model, pairs: Pairs, site: str, layers: list[int], positions: list[
 
 def read_up_to(model, tokens: Tensor, layer: int, site: str) -> Tensor:
     """The value of a site of `layer`, from a pass that ends there. tokens: Int64[row, pos]."""
-    with model.trace(tokens.to(device_of(model)), use_cache=False) as tracer:
+    blocks, n_layers = model.backbone.layers, layer_count(model)
+    with model.trace(tokens.to(device_of(model)), use_cache=False):
         for i in range(layer):
             below = MixerPass(model, i)
             below.own_scan()
             below.finish()
-        value = nnsight.save(MixerPass(model, layer).get(site))
-        tracer.stop()
+        here = MixerPass(model, layer)
+        value = nnsight.save(here.get(site))
+        here.own_scan()
+        here.finish()
+        # Nothing above is needed. (Stopping the pass here would be simpler, but in a server's sandbox it also stops the
+        # next one.)
+        for i in range(layer + 1, n_layers):
+            blocks[i].skip(blocks[layer].output)
+        model.lm_head.input = model.lm_head.input[:, :1]
     return value
 
 
