@@ -130,12 +130,13 @@ def jaccard_rows(per_pair: Tensor, k: int, ranking: str) -> list[dict]:
     return circuit_rows("kept", k, "train", {"jaccard": estimate}, per_pair.shape[-1], ("jaccard",))
 
 
-def table_of(items: pd.DataFrame, rows: list[dict]) -> pd.DataFrame:
-    """The two kinds of rows as one table."""
+def table_of(items: pd.DataFrame, rows: list[dict], columns: Sequence[str] = ()) -> pd.DataFrame:
+    """The two kinds of rows as one table; columns: those of circuits that are there even when no row has them."""
     circuits = pd.DataFrame(rows)
+    circuits = circuits.reindex(columns=[*circuits.columns, *(c for c in columns if c not in circuits)])
     table = pd.concat([items.assign(what="item"), circuits], ignore_index=True)
     table["kept"] = table["kept"].eq(True)
-    counts = [name for name in ("position", "rank", "size", "n", "n_exact", "draw") if name in table]
+    counts = [name for name in ("position", "rank", "size", "n", "n_exact") if name in table]
     texts = ("source", "target", "part", "label", "circuit", "sample", "measure")
     types = dict.fromkeys(counts, "Int64") | dict.fromkeys((name for name in texts if name in table), "str")
     first = ["what", "circuit", "size", "sample", "measure", "value"]

@@ -61,7 +61,6 @@ COLUMNS = (
 )
 SEARCH, ATTRIBUTION, DIFFERENCE = "search", "attribution", "attribution - search"
 """Circuits of the comparison, and the difference of the two."""
-RANDOM = "random, compared"
 
 
 default_pairs = _circuits.default_pairs
@@ -122,11 +121,11 @@ def run(
     if compare_prompts:
         rows += compare(model, _circuits.some_of(pairs, compare_prompts), held, stage(0.4, 1))
     out = table.drop(columns="position").assign(score=scores["score"], started=[i in start for i in items_of(table)])
-    return _circuits.table_of(out, rows)
+    return _circuits.table_of(out, rows, columns=("threshold",))
 
 
 def compare(model, pairs: Pairs, held: Evaluator, progress: Progress | None = None) -> list[dict]:
-    """Rows of SEARCH, ATTRIBUTION, their DIFFERENCE and RANDOM at the sizes that searches of the whole graph keep."""
+    """Rows of SEARCH, ATTRIBUTION, their DIFFERENCE and random circuits, at the sizes a search of the whole graph keeps."""
     universe = held.universe
     ranking = ranked(attribute(model, pairs, parts=True))
     rows = []
@@ -147,7 +146,7 @@ def compare(model, pairs: Pairs, held: Evaluator, progress: Progress | None = No
         here += _circuits.circuit_rows(DIFFERENCE, len(searched), "held out", difference, len(held.pairs))
         few = Evaluator(model, _circuits.some_of(held.pairs, _circuits.CURVE_PROMPTS), universe)
         drawn = few.estimates([c.patched() for c in random_circuits(searched, 3)])
-        here += _circuits.circuit_rows(RANDOM, len(searched), "held out", drawn, len(few.pairs))
+        here += _circuits.circuit_rows("random", len(searched), "held out", drawn, len(few.pairs))
         overlap = {"what": "circuit", "circuit": SEARCH, "size": len(searched), "sample": "train", "measure": "overlap"}
         here.append(overlap | {"value": searched.jaccard(chosen), "n": len(pairs)})
         rows += [row | {"threshold": threshold} for row in here]
@@ -177,9 +176,10 @@ def chart(table: pd.DataFrame):
     )
     edges = items[items["part"].isna()]
     charts = [heatmap, circuit_charts.searched_edges(edges)]
-    compared = table[table["circuit"].isin([SEARCH, ATTRIBUTION, RANDOM])]
+    compared = table[table["threshold"].notna()]
     if len(compared):
-        charts.append(circuit_charts.same_size(compared, table[table["circuit"] == DIFFERENCE]))
+        is_difference = compared["circuit"] == DIFFERENCE
+        charts.append(circuit_charts.same_size(compared[~is_difference], compared[is_difference]))
     return alt.vconcat(*charts, spacing=36).resolve_scale(color="independent", shape="independent")
 
 
@@ -198,7 +198,7 @@ def findings(table: pd.DataFrame) -> list[str]:
     out = [
         f"The search keeps {edges} edges and, inside layers, {listed} ({tests['value']:.0f} tests).",
         f"The largest drops are those of {names}.",
-        *_circuits.how_it_does(table, int(items["started"].sum()), "edges and parts it began with"),
+        *_circuits.how_it_does(table[table["threshold"].isna()], int(items["started"].sum()), "edges and parts it began with"),
     ]
     for threshold, rows in table[table["circuit"] == DIFFERENCE].groupby("threshold", sort=True):
         out.append(_comparison(table[table["threshold"] == threshold], rows))

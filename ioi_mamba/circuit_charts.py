@@ -323,7 +323,7 @@ def circuit_graph(items: pd.DataFrame) -> alt.VConcatChart:
     )
     horizontal = alt.Scale(domain=[-0.5, len(labels) + 0.3], nice=False)
     texts = "[" + ",".join(f"'{label}'" for label in (str(x).replace("'", "\\'") for x in labels)) + "][datum.value]"
-    axis = alt.Axis(values=list(range(len(labels))), labelExpr=texts, labelAngle=-90, labelOverlap=False, ticks=False)
+    axis = alt.Axis(values=list(range(len(labels))), labelExpr=texts, labelAngle=-90, labelOverlap=False, ticks=False, tickCount=len(labels))
     bows = (
         alt.Chart(check_size(_bows(kept, nodes, labels)))
         .transform_filter(visible)
@@ -488,7 +488,7 @@ def same_size(compared: pd.DataFrame, differences: pd.DataFrame) -> alt.HConcatC
             color=alt.Color("circuit:N", sort=circuits, legend=None),
             tooltip=["circuit:N", "size:Q", *numbers, "n:Q"],
         )
-        zero = alt.Chart().mark_rule(strokeDash=[4, 4], opacity=0.4, strokeWidth=1).encode(x=alt.datum(0))
+        zero = alt.Chart().mark_rule(strokeDash=[4, 4], opacity=0.2, strokeWidth=1).encode(x=alt.datum(0))
         marks = alt.layer(
             zero,
             base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title=title), x2="high:Q"),
