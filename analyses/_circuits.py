@@ -24,9 +24,9 @@ from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 
 MEASURES = ("accuracy", "normalized_logit_diff", "f", "kl")
-CURVE_PROMPTS = 100  # curves and random circuits are many evaluations: they use this many of the held-out prompts
+CURVE_PROMPTS = 60  # curves and random circuits are many evaluations: they use this many of the held-out prompts
 CURVE_SIZES = 12
-N_RANDOM = 10
+N_RANDOM = 5
 
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
@@ -36,7 +36,12 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
 
 def some_of(pairs: Pairs, n: int) -> Pairs:
     """At most n of the pairs, evenly spaced."""
-    return pairs[:: -(-len(pairs) // n)]
+    return pairs[every(len(pairs), n)]
+
+
+def every(n_pairs: int, n: int) -> slice:
+    """At most n of so many pairs, evenly spaced."""
+    return slice(None, None, -(-n_pairs // n))
 
 
 def share_of(progress: Progress | None, begin: float, end: float) -> Progress | None:
@@ -135,7 +140,8 @@ def table_of(items: pd.DataFrame, rows: list[dict], columns: Sequence[str] = ())
     circuits = pd.DataFrame(rows)
     circuits = circuits.reindex(columns=[*circuits.columns, *(c for c in columns if c not in circuits)])
     table = pd.concat([items.assign(what="item"), circuits], ignore_index=True)
-    table["kept"] = table["kept"].eq(True)
+    for name in {"kept", "started"} & set(table):
+        table[name] = table[name].eq(True)
     counts = [name for name in ("position", "rank", "size", "n", "n_exact") if name in table]
     texts = ("source", "target", "part", "label", "circuit", "sample", "measure")
     types = dict.fromkeys(counts, "Int64") | dict.fromkeys((name for name in texts if name in table), "str")
@@ -161,7 +167,11 @@ def interval_text(row: pd.Series, form: str = ".3f") -> str:
 def how_it_does(table: pd.DataFrame, n_items: int, items: str) -> list[str]:
     """Sentences about sufficiency, necessity, random circuits, the curve and the choice of items."""
     one = lambda circuit, measure, sample="held out": of_circuit(table, circuit, measure, sample).iloc[0]
-    train, accuracy, nld = one("kept", "accuracy", "train"), one("kept", "accuracy"), one("kept", "normalized_logit_diff")
+    train, accuracy, nld = (
+        one("kept", "accuracy", "train"),
+        one("kept", "accuracy"),
+        one("kept", "normalized_logit_diff"),
+    )
     rest, f = one("all but kept", "normalized_logit_diff"), one("kept", "f")
     random = of_circuit(table, "random", "normalized_logit_diff")["value"]
     out = [
@@ -184,5 +194,7 @@ def how_it_does(table: pd.DataFrame, n_items: int, items: str) -> list[str]:
         )
     jaccard = of_circuit(table, "kept", "jaccard", "train")
     if len(jaccard):
-        out.append(f"Other draws of the pairs choose circuits with a Jaccard of {interval_text(jaccard.iloc[0], '.2f')}.")
+        out.append(
+            f"Other draws of the pairs choose circuits with a Jaccard of {interval_text(jaccard.iloc[0], '.2f')}."
+        )
     return out

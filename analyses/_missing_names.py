@@ -98,7 +98,9 @@ def sentences(items: pd.DataFrame, layer: int) -> list[str]:
     if len(extra):
         out.append(f"Layer {layer} also receives {_by_label(extra, 'source')}.")
     leaving = kept[kept["source"] == str(layer)]
-    out.append(f"Layer {layer} sends {_by_label(leaving, 'target')}." if len(leaving) else f"Layer {layer} sends nothing.")
+    out.append(
+        f"Layer {layer} sends {_by_label(leaving, 'target')}." if len(leaving) else f"Layer {layer} sends nothing."
+    )
     return out
 
 

@@ -61,6 +61,8 @@ COLUMNS = (
 )
 SEARCH, ATTRIBUTION, DIFFERENCE = "search", "attribution", "attribution - search"
 """Circuits of the comparison, and the difference of the two."""
+THRESHOLDS = (1e-3, 1e-2, 1e-1)
+"""Thresholds of the searches that are compared: each keeps another number of items."""
 
 
 default_pairs = _circuits.default_pairs
@@ -103,8 +105,8 @@ def run(
 ) -> pd.DataFrame:
     """One row an item, with its `drop` and its attribution `score`; and rows of circuits as in `analyses._circuits`.
 
-    compare_prompts: about how many of the pairs search and attribution are compared on, at thresholds of 10, 100 and
-    1000 times 1e-4 (`threshold` of these rows; their sizes follow from them); 0 leaves the comparison out.
+    started: whether the search began with the item. compare_prompts: about how many of the pairs search and attribution
+    are compared on, at each of THRESHOLDS (`threshold` of these rows); 0 leaves the comparison out.
     """
     held_out = pairs if held_out is None else held_out
     stage = lambda begin, end: _circuits.share_of(progress, begin, end)
@@ -129,9 +131,8 @@ def compare(model, pairs: Pairs, held: Evaluator, progress: Progress | None = No
     universe = held.universe
     ranking = ranked(attribute(model, pairs, parts=True))
     rows = []
-    thresholds = (1e-3, 1e-2, 1e-1)
-    for k, threshold in enumerate(thresholds):
-        report = _circuits.share_of(progress, k / len(thresholds), (k + 1) / len(thresholds))
+    for k, threshold in enumerate(THRESHOLDS):
+        report = _circuits.share_of(progress, k / len(THRESHOLDS), (k + 1) / len(THRESHOLDS))
         found = acdc(model, pairs, threshold=threshold, progress=report)
         searched = Circuit(frozenset(items_of(found[found["kept"]])), universe)
         chosen = first_pruned(ranking, len(searched), universe)
@@ -198,7 +199,9 @@ def findings(table: pd.DataFrame) -> list[str]:
     out = [
         f"The search keeps {edges} edges and, inside layers, {listed} ({tests['value']:.0f} tests).",
         f"The largest drops are those of {names}.",
-        *_circuits.how_it_does(table[table["threshold"].isna()], int(items["started"].sum()), "edges and parts it began with"),
+        *_circuits.how_it_does(
+            table[table["threshold"].isna()], int(items["started"].sum()), "edges and parts it began with"
+        ),
     ]
     for threshold, rows in table[table["circuit"] == DIFFERENCE].groupby("threshold", sort=True):
         out.append(_comparison(table[table["threshold"] == threshold], rows))

@@ -35,7 +35,8 @@ LOOK_FOR = (
 METHOD = (
     "Score of i -> j: gradient at input_j times (corrupted output_i - output_i), summed (equation 12),\n"
     "averaged over 5 points of the path on which all edges are patched by alpha (equation 13, EAP-IG).\n"
-    "Exact effect: the change of the normalized logit diff when the edge or part alone is patched (equation 11).\n"
+    "Exact effect: the change of the normalized logit diff when the edge or part alone is patched (equation 11), on "
+    "fewer prompts; it is held against the attribution on the same prompts.\n"
     "Edges outside the circuit are patched; accuracy is among the names of the pair; intervals are 95 % over pairs."
 )
 NEEDS_MAMBA = True
@@ -52,6 +53,7 @@ COLUMNS = (
     "rank",
     "kept",
     "exact",
+    "estimate",
     "n_exact",
     "what",
     "circuit",
@@ -76,14 +78,14 @@ def run(
     steps: int = 5,
     variant: str = "paper",
     ranking: str = "signed",
-    exact_prompts: int = 40,
+    exact_prompts: int = 30,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Scores of all edges and parts; `kept` marks the smallest circuit of edges with train accuracy > target.
 
     Rows of items: edges by rank, then parts (no rank, never kept), each over all positions (position null) with
-    `exact`, its effect alone on n_exact prompts; then all of them at every position, with a score only. Rows of
-    circuits as in `analyses._circuits`, and the Spearman correlation of |score| and |exact|. exact_prompts: about how
+    `exact`, its effect alone on n_exact prompts, and `estimate`, its attribution on the same ones; then all of them at every position, with a score only. Rows of
+    circuits as in `analyses._circuits`, and the Spearman correlation of |estimate| and |exact|. exact_prompts: about how
     many of the pairs exact effects are measured on.
     """
     items, per_pair = _circuits.attributed(
@@ -96,7 +98,11 @@ def run(
         items_of(items),
         _circuits.share_of(progress, 0.5, 0.8),
     )
-    totals = _circuits.with_scores(items, everywhere).assign(exact=exact.mean(1).cpu().numpy(), n_exact=len(few))
+    totals = _circuits.with_scores(items, everywhere).assign(
+        exact=exact.mean(1).cpu().numpy(),
+        estimate=everywhere[:, _circuits.every(len(pairs), exact_prompts)].mean(1).numpy(),
+        n_exact=len(few),
+    )
     is_edge = items["part"].isna()
     edges = ranked(totals[is_edge], ranking)
     train = Evaluator(model, pairs, universe_of(model))
@@ -113,11 +119,11 @@ def run(
 
 
 def _spearman_row(name: str, totals: pd.DataFrame) -> dict:
-    """The rank correlation of |score| and |exact|.
+    """The rank correlation of |estimate| and |exact|.
 
     It has no interval: resampled pairs add noise to items whose effects hardly differ, and all resamples come out lower.
     """
-    score, exact = (torch.tensor(totals[column].abs().to_numpy()) for column in ("score", "exact"))
+    score, exact = (torch.tensor(totals[column].abs().to_numpy()) for column in ("estimate", "exact"))
     row = {"what": "circuit", "circuit": name, "size": len(totals), "sample": "train", "measure": "spearman"}
     return row | {"value": float(rank_correlation(score, exact)), "n": int(totals["n_exact"].iloc[0])}
 
@@ -149,14 +155,15 @@ def findings(table: pd.DataFrame) -> list[str]:
     totals = items[items["position"].isna()]
     edges = totals[totals["part"].isna()].sort_values("rank")
     names = ", ".join(
-        f"{r['source']} to {r['target']} ({r['score']:.3f}, exact {r['exact']:.3f})" for _, r in edges.head(5).iterrows()
+        f"{r['source']} to {r['target']} ({r['score']:.3f}, exact {r['exact']:.3f})"
+        for _, r in edges.head(5).iterrows()
     )
     out = [f"The strongest edges are {names}."]
     correlations = [
         f"{row['value']:.3f} over all {row['size']} {row['circuit']}"
         for _, row in table[table["measure"] == "spearman"].iterrows()
     ]
-    slope = float((edges["score"] * edges["exact"]).sum() / (edges["exact"] ** 2).sum())
+    slope = float((edges["estimate"] * edges["exact"]).sum() / (edges["exact"] ** 2).sum())
     out.append(
         f"The rank correlation of |attribution| with the exact effect of patching one item alone is "
         f"{', '.join(correlations)} ({edges['n_exact'].iloc[0]} prompts); edge scores are about {slope:.2f} of exact effects."

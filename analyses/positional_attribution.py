@@ -159,4 +159,3 @@ def findings(table: pd.DataFrame) -> list[str]:
     else:
         out.append(f"No kept edge leaves layer {layer}, the bottleneck, before the last position: none can be removed.")
     return out + _missing_names.sentences(items, layer)
-

@@ -91,7 +91,9 @@ def linked_matrices(items: pd.DataFrame) -> alt.VConcatChart:
     )
     base = alt.Chart(edges).encode(
         x=alt.X("target:N", sort=nodes[1:], title="to", scale=alt.Scale(domain=nodes[1:]), axis=_node_axis(cell)),
-        y=alt.Y("source:N", sort=nodes[:-1], title="from", scale=alt.Scale(domain=nodes[:-1]), axis=_node_axis(cell)),
+        y=alt.Y(
+            "source:N", sort=nodes[:-1], title="from", scale=alt.Scale(domain=nodes[:-1]), axis=_node_axis(cell, True)
+        ),
         opacity=alt.when("abs(datum.score) >= pow(10, smallest)").then(alt.value(1)).otherwise(alt.value(0.04)),
         stroke=alt.when(EDGE).then(alt.value(ORANGE)).otherwise(alt.value("gray")),
         strokeWidth=alt.when(EDGE).then(alt.value(2.5)).otherwise(alt.value(0.15)),
@@ -116,10 +118,10 @@ def linked_matrices(items: pd.DataFrame) -> alt.VConcatChart:
     return alt.vconcat(matrices, _edge_details(items, edges), spacing=16).resolve_scale(color="independent")
 
 
-def _node_axis(cell: int) -> alt.Axis:
+def _node_axis(cell: int, vertical: bool = False) -> alt.Axis:
     """An axis of nodes in cells of that many pixels: every name where there is room for it."""
     overlap = "greedy" if cell < 10 else False
-    return alt.Axis(ticks=False, domain=False, labelOverlap=overlap, labelAngle=0 if cell >= 18 else -90)
+    return alt.Axis(ticks=False, domain=False, labelOverlap=overlap, labelAngle=0 if vertical or cell >= 18 else -90)
 
 
 def _edge_details(items: pd.DataFrame, edges: pd.DataFrame) -> alt.VConcatChart:
@@ -156,7 +158,9 @@ def _edge_details(items: pd.DataFrame, edges: pd.DataFrame) -> alt.VConcatChart:
     parts = items[items["part"].notna() & items["position"].isna()]
     order = list(dict.fromkeys(parts["part"]))
     parts = parts[["source", "part", "score", "exact"]].rename(columns={"source": "layer"})
-    of_edge = "isArray(edge.source) && (indexof(edge.source, datum.layer) >= 0 || indexof(edge.target, datum.layer) >= 0)"
+    of_edge = (
+        "isArray(edge.source) && (indexof(edge.source, datum.layer) >= 0 || indexof(edge.target, datum.layer) >= 0)"
+    )
     shown = (
         alt.Chart(check_size(parts))
         .transform_filter(of_edge)
@@ -182,7 +186,7 @@ def _label_axis() -> alt.Axis:
 
 def _places(table: pd.DataFrame) -> pd.Series:
     """The text below each position: its label, with the position where a label stands at two."""
-    names, at = table["label"].astype(str), table["position"].astype(str)
+    names, at = table["label"].astype(str), table["position"].astype("Int64").astype(str)
     twice = table.groupby("label")["position"].nunique()
     return names.where(~names.isin(set(twice[twice > 1].index)), names + " @" + at)
 
@@ -192,31 +196,33 @@ def _labels(table: pd.DataFrame) -> list[str]:
     return list(table.assign(place=_places(table)).drop_duplicates("position").sort_values("position")["place"])
 
 
-def exact_scatter(totals: pd.DataFrame) -> alt.LayerChart:
+def exact_scatter(totals: pd.DataFrame) -> alt.HConcatChart:
     """|attribution| against |exact effect| of every edge and part, on logarithmic axes; the selected edge is ringed.
 
     Values below SMALLEST, which is rounding, are drawn there. To be used in `with_edge_selection`.
     """
-    points = totals.dropna(subset="exact")[["source", "target", "part", "score", "exact", "kept"]].copy()
+    points = totals.dropna(subset="exact")[["source", "target", "part", "estimate", "exact", "kept"]].copy()
     is_part = points["part"].notna()
     points["kind"] = is_part.map({True: "part of a layer", False: "edge"})
-    points["name"] = (points["source"] + " " + points["part"]).where(is_part, points["source"] + " to " + points["target"])
-    points["same sign"] = (points["score"] * points["exact"] >= 0).map({True: "same sign", False: "opposite signs"})
+    points["name"] = (points["source"] + " " + points["part"]).where(
+        is_part, points["source"] + " to " + points["target"]
+    )
+    points["same sign"] = (points["estimate"] * points["exact"] >= 0).map({True: "same sign", False: "opposite signs"})
     points["part"] = points["part"].fillna("")
-    for name in ("score", "exact"):
+    for name in ("estimate", "exact"):
         points[f"|{name}|"] = points[name].abs().clip(lower=SMALLEST)
-    low = float(points[["|score|", "|exact|"]].min().min())
-    high = float(points[["|score|", "|exact|"]].max().max())
+    low = float(points[["|estimate|", "|exact|"]].min().min())
+    high = float(points[["|estimate|", "|exact|"]].max().max())
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     scale = alt.Scale(type="log", domain=[10.0 ** powers[0], 10.0 ** powers[-1]])
     axis = alt.Axis(format="~g", values=[10.0**k for k in powers])
-    diagonal = pd.DataFrame({"|exact|": [low, high], "|score|": [low, high]})
+    diagonal = pd.DataFrame({"|exact|": [low, high], "|estimate|": [low, high]})
     marks = (
         alt.Chart(check_size(points))
         .mark_point(size=55, filled=True, cursor="pointer")
         .encode(
             x=alt.X("|exact|:Q", scale=scale, axis=axis, title="|exact effect| of patching it alone"),
-            y=alt.Y("|score|:Q", scale=scale, axis=axis, title="|attribution|"),
+            y=alt.Y("|estimate|:Q", scale=scale, axis=axis, title="|attribution|"),
             color=alt.Color(
                 "same sign:N",
                 scale=alt.Scale(domain=["same sign", "opposite signs"], range=[BLUE, ORANGE]),
@@ -230,16 +236,18 @@ def exact_scatter(totals: pd.DataFrame) -> alt.LayerChart:
             stroke=alt.when(EDGE).then(alt.value("currentColor")).otherwise(alt.value(None)),
             strokeWidth=alt.when(EDGE).then(alt.value(2)).otherwise(alt.value(0)),
             opacity=alt.value(0.75),
-            tooltip=["name:N", alt.Tooltip("score:Q", format=".5f"), alt.Tooltip("exact:Q", format=".5f"), "kept:N"],
+            tooltip=["name:N", alt.Tooltip("estimate:Q", format=".5f"), alt.Tooltip("exact:Q", format=".5f"), "kept:N"],
         )
         .properties(name="scatter")
     )
-    line = alt.Chart(diagonal).mark_line(strokeDash=[4, 4], strokeWidth=1, color="gray").encode(
-        x=alt.X("|exact|:Q", scale=scale), y=alt.Y("|score|:Q", scale=scale)
+    line = (
+        alt.Chart(diagonal)
+        .mark_line(strokeDash=[4, 4], strokeWidth=1, color="gray")
+        .encode(x=alt.X("|exact|:Q", scale=scale), y=alt.Y("|estimate|:Q", scale=scale))
     )
-    return alt.layer(line, marks).properties(
-        width=PLOT_WIDTH, height=320, title=alt.Title("Exact effect and attribution", subtitle="dashed: equal")
-    )
+    title = alt.Title("Exact effect and attribution", subtitle="on the same prompts; dashed: equal")
+    # Among others Altair numbers the names of layers, and the selection would not find its view; alone it does not.
+    return alt.hconcat(alt.layer(line, marks).properties(width=PLOT_WIDTH, height=320, title=title))
 
 
 def size_curves(circuits: pd.DataFrame, x_title: str) -> alt.LayerChart:
@@ -266,11 +274,16 @@ def size_curves(circuits: pd.DataFrame, x_title: str) -> alt.LayerChart:
         base.mark_area(opacity=0.18).encode(y=alt.Y("low:Q", title="value on held-out pairs"), y2="high:Q"),
         base.mark_line(strokeWidth=2).encode(y=y, strokeDash=alt.StrokeDash("measure:N", legend=None)),
         base.mark_point(filled=True, size=40, opacity=1).encode(y=y),
-        alt.Chart(random).mark_point(shape="cross", size=45, strokeWidth=1.4).encode(x=x, y=y, color=color, tooltip=tooltip),
-        alt.Chart(kept).mark_point(shape="diamond", size=160, strokeWidth=2).encode(x=x, y=y, color=color, tooltip=tooltip),
+        alt.Chart(random)
+        .mark_point(shape="cross", size=45, strokeWidth=1.4)
+        .encode(x=x, y=y, color=color, tooltip=tooltip),
+        alt.Chart(kept)
+        .mark_point(shape="diamond", size=160, strokeWidth=2)
+        .encode(x=x, y=y, color=color, tooltip=tooltip),
     ]
     title = alt.Title(
-        "How few are enough", subtitle="band: 95 % over pairs; diamond: the circuit; crosses: random circuits of its size"
+        "How few are enough",
+        subtitle="band: 95 % over pairs; diamond: the circuit; crosses: random circuits of its size",
     )
     return alt.LayerChart(layer=layers).properties(width=PLOT_WIDTH, height=240, title=title)
 
@@ -323,7 +336,14 @@ def circuit_graph(items: pd.DataFrame) -> alt.VConcatChart:
     )
     horizontal = alt.Scale(domain=[-0.5, len(labels) + 0.3], nice=False)
     texts = "[" + ",".join(f"'{label}'" for label in (str(x).replace("'", "\\'") for x in labels)) + "][datum.value]"
-    axis = alt.Axis(values=list(range(len(labels))), labelExpr=texts, labelAngle=-90, labelOverlap=False, ticks=False, tickCount=len(labels))
+    axis = alt.Axis(
+        values=list(range(len(labels))),
+        labelExpr=texts,
+        labelAngle=-90,
+        labelOverlap=False,
+        ticks=False,
+        tickCount=len(labels),
+    )
     bows = (
         alt.Chart(check_size(_bows(kept, nodes, labels)))
         .transform_filter(visible)
@@ -437,7 +457,13 @@ def strongest_edges(items: pd.DataFrame, n_edges: int = 24) -> alt.Chart:
             y=alt.Y("edge:N", sort=list(strongest), title=None, axis=alt.Axis(ticks=False, domain=False)),
             color=_score_color(diverging_scale(shown["score"])),
             stroke=alt.when("datum.kept").then(alt.value("currentColor")).otherwise(alt.value(None)),
-            tooltip=["edge:N", "place:N", *(alt.Tooltip(f"{c}:Q", format=".5f") for c in columns[2:5]), "rank:Q", "kept:N"],
+            tooltip=[
+                "edge:N",
+                "place:N",
+                *(alt.Tooltip(f"{c}:Q", format=".5f") for c in columns[2:5]),
+                "rank:Q",
+                "kept:N",
+            ],
         )
         .properties(
             width=PLOT_WIDTH - 60,
@@ -457,14 +483,20 @@ def searched_edges(edges: pd.DataFrame) -> alt.Chart:
         .mark_rect(stroke="gray", strokeWidth=0.2)
         .encode(
             x=alt.X("target:N", sort=nodes[1:], title="to", axis=_node_axis(cell)),
-            y=alt.Y("source:N", sort=nodes[:-1], title="from", axis=_node_axis(cell)),
+            y=alt.Y("source:N", sort=nodes[:-1], title="from", axis=_node_axis(cell, True)),
             color=alt.Color(
                 "drop:Q",
                 scale=alt.Scale(type="sqrt", domainMin=0, range=["rgba(47,127,193,0.02)", BLUE]),
                 title="drop when patched (removed edges: 0)",
                 legend=alt.Legend(orient="top", gradientLength=180, titleLimit=400),
             ),
-            tooltip=["source:N", "target:N", alt.Tooltip("drop:Q", format=".5f"), "kept:N", alt.Tooltip("score:Q", format=".5f")],
+            tooltip=[
+                "source:N",
+                "target:N",
+                alt.Tooltip("drop:Q", format=".5f"),
+                "kept:N",
+                alt.Tooltip("score:Q", format=".5f"),
+            ],
         )
         .properties(width=cell * (len(nodes) - 1), height=cell * (len(nodes) - 1), title="Edges of the search")
     )
@@ -501,4 +533,6 @@ def same_size(compared: pd.DataFrame, differences: pd.DataFrame) -> alt.HConcatC
         header = alt.Header(labelOrient="top", labelAnchor="start", labelPadding=2)
         panels.append(marks.facet(row=alt.Row("row:N", sort=order, title=None, header=header), spacing=24))
     title = "Search and attribution at the same size, on held-out pairs"
-    return alt.hconcat(*panels, spacing=24).resolve_scale(color="independent", shape="independent").properties(title=title)
+    return (
+        alt.hconcat(*panels, spacing=24).resolve_scale(color="independent", shape="independent").properties(title=title)
+    )

@@ -102,9 +102,7 @@ def test_exact_effects_are_those_of_patching_one_item_at_a_time(pairs, universe)
     model, chosen = golden.model(), universe.items()[::5]
     got = fa.exact_effects(fa.Evaluator(model, pairs, universe), chosen)
     rows = torch.arange(len(pairs))
-    logits = {
-        name: im.run(model, getattr(pairs, name), {})[rows, pairs.last] for name in ("clean", "corrupted")
-    }
+    logits = {name: im.run(model, getattr(pairs, name), {})[rows, pairs.last] for name in ("clean", "corrupted")}
     clean, corrupted = (metrics.logit_diff(logits[name], pairs.answer, pairs.wrong) for name in ("clean", "corrupted"))
     for item, effect in zip(chosen, got, strict=True):
         patched = im.patch_edges(model, pairs, [item])[rows, pairs.last]
