@@ -4,18 +4,24 @@ Paper appendix D.2. Starts from the pruned circuit of `edge-attribution` (all pa
 and part by the drop of the normalized logit diff when it is patched (`ioi_mamba.acdc`). The published search lost
 conv-slice removals from its baseline, and compared an accuracy on training pairs with one on held-out pairs; here
 removals count, and both accuracies are reported.
+
+The paper hoped that attribution could one day do without the search. So the same pairs are also attributed down to
+parts, and the first items of that ranking, as many as a search from the whole graph keeps, are held against what it
+keeps, on held-out pairs and at several thresholds. `python bench/circuits.py` measures what either takes.
 """
 
 from __future__ import annotations
 
+import altair as alt
 import pandas as pd
 
 from analyses import _circuits
+from ioi_mamba import circuit_charts
 from ioi_mamba.acdc import acdc
 from ioi_mamba.attribution import attribute, ranked
 from ioi_mamba.charts import matrix_heatmap
-from ioi_mamba.faithfulness import Evaluator, evaluate, smallest
-from ioi_mamba.graph import Circuit, items_of, universe_of
+from ioi_mamba.faithfulness import Evaluator, random_circuits, smallest
+from ioi_mamba.graph import Circuit, Universe, items_of, universe_of
 from ioi_mamba.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
 
@@ -23,26 +29,68 @@ NAME = "circuit-search"
 TITLE = "Exact circuit search"
 PAPER = "D.2"
 QUESTION = "Which edges, conv slices, states and gates does the circuit need?"
-LOOK_FOR = "Which parts of a layer have a large drop: a layer that keeps conv-1 alone shifts what it reads by one."
+LOOK_FOR = (
+    "Which parts of a layer have a large drop: a layer that keeps conv-1 alone shifts what it reads by one. Below, "
+    "where the intervals of search and attribution part: there one of them chooses better at the same size."
+)
 METHOD = (
     "Start: edges whose EAP-IG circuit keeps the target accuracy, pruned to paths from embed to output.\n"
     "Working back from the output, patch each item on top of all removed so far (equation 11 for edges).\n"
-    "A drop of the normalized logit diff of at most the threshold removes it; else it is kept with its drop."
+    "A drop of the normalized logit diff of at most the threshold removes it; else it is kept with its drop.\n"
+    "Comparison: search from the whole graph against as many first items of EAP-IG with parts, chosen on the same "
+    "prompts, pruned alike, evaluated on held-out pairs; intervals are 95 % over pairs, drawn for both together."
 )
 NEEDS_MAMBA = True
-COLUMNS = ("source", "target", "part", "kept", "drop")
+COLUMNS = (
+    "source",
+    "target",
+    "part",
+    "kept",
+    "drop",
+    "score",
+    "threshold",
+    "what",
+    "circuit",
+    "size",
+    "sample",
+    "measure",
+    "value",
+    "low",
+    "high",
+    "n",
+)
+SEARCH, ATTRIBUTION, DIFFERENCE = "search", "attribution", "attribution - search"
+"""Circuits of the comparison, and the difference of the two."""
+THRESHOLDS = (1e-3, 1e-2, 1e-1)
+"""Thresholds of the searches that are compared: each keeps another number of items."""
 
 
 default_pairs = _circuits.default_pairs
 
 
-def starting_circuit(model, pairs: Pairs, target: float) -> Circuit:
-    """The smallest EAP-IG circuit of edges above the target, pruned, with every part of every layer."""
-    edges = ranked(attribute(model, pairs))
+def starting_circuit(model, pairs: Pairs, target: float, scores: pd.DataFrame | None = None) -> Circuit:
+    """The smallest EAP-IG circuit of edges above the target, pruned, with every part of every layer.
+
+    scores: what `attribute(model, pairs, parts=True)` gives, if it is there already.
+    """
+    scores = attribute(model, pairs, parts=True) if scores is None else scores
+    edges = ranked(scores[scores["part"].isna()])
     circuit, _ = smallest(Evaluator(model, pairs, universe_of(model)), edges, target)
     universe = universe_of(model, parts=True)
     parts = {item for item in universe.items() if item.part is not None}
     return Circuit(circuit.pruned().items | parts, universe)
+
+
+def first_pruned(ranking: pd.DataFrame, size: int, universe: Universe) -> Circuit:
+    """The first items of a ranking, as many as leave at most `size` when pruned to paths from embed to output."""
+    items = items_of(ranking)
+    best = Circuit(frozenset(), universe)
+    for k in range(size, len(items) + 1):
+        circuit = Circuit(frozenset(items[:k]), universe).pruned()
+        if len(circuit) > size:
+            break
+        best = circuit
+    return best
 
 
 def run(
@@ -52,27 +100,67 @@ def run(
     held_out: Pairs | None = None,
     target: float = 0.85,
     threshold: float = 1e-4,
+    compare_prompts: int = 60,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """One row an item; extra columns, the same in every row: train and held-out scores, tests, n."""
-    start = starting_circuit(model, pairs, target)
-    table = acdc(model, pairs, start=start, threshold=threshold, progress=progress)
+    """One row an item, with its `drop` and its attribution `score`; and rows of circuits as in `analyses._circuits`.
+
+    started: whether the search began with the item. compare_prompts: about how many of the pairs search and attribution
+    are compared on, at each of THRESHOLDS (`threshold` of these rows); 0 leaves the comparison out.
+    """
+    held_out = pairs if held_out is None else held_out
+    stage = lambda begin, end: _circuits.share_of(progress, begin, end)
+    scores = attribute(model, pairs, parts=True, progress=stage(0, 0.1))
+    start = starting_circuit(model, pairs, target, scores)
+    table = acdc(model, pairs, start=start, threshold=threshold, progress=stage(0.1, 0.4))
     circuit = Circuit(frozenset(items_of(table[table["kept"]])), start.universe)
-    train = evaluate(model, pairs, circuit)
-    valid = evaluate(model, pairs if held_out is None else held_out, circuit)
-    out = table.drop(columns="position")
-    out["train_accuracy"], out["accuracy"] = train["accuracy"], valid["accuracy"]
-    out["train_nld"], out["normalized_logit_diff"] = train["normalized_logit_diff"], valid["normalized_logit_diff"]
-    out["tests"], out["n"] = table.attrs["tests"], valid["n"]
-    return out
+    train, held = (Evaluator(model, p, start.universe) for p in (pairs, held_out))
+    rows = _circuits.faithfulness_rows(train, held, circuit)
+    rows.append(
+        {"what": "circuit", "circuit": "kept", "size": len(circuit), "sample": "train", "measure": "tests"}
+        | {"value": table.attrs["tests"], "n": len(pairs)}
+    )
+    if compare_prompts:
+        rows += compare(model, _circuits.some_of(pairs, compare_prompts), held, stage(0.4, 1))
+    out = table.drop(columns="position").assign(score=scores["score"], started=[i in start for i in items_of(table)])
+    return _circuits.table_of(out, rows, columns=("threshold",))
+
+
+def compare(model, pairs: Pairs, held: Evaluator, progress: Progress | None = None) -> list[dict]:
+    """Rows of SEARCH, ATTRIBUTION, their DIFFERENCE and random circuits, at the sizes a search of the whole graph keeps."""
+    universe = held.universe
+    ranking = ranked(attribute(model, pairs, parts=True))
+    rows = []
+    for k, threshold in enumerate(THRESHOLDS):
+        report = _circuits.share_of(progress, k / len(THRESHOLDS), (k + 1) / len(THRESHOLDS))
+        found = acdc(model, pairs, threshold=threshold, progress=report)
+        searched = Circuit(frozenset(items_of(found[found["kept"]])), universe)
+        chosen = first_pruned(ranking, len(searched), universe)
+        both = held.estimates([searched.patched(), chosen.patched()])
+        one = {m: {name: e[[i]] for i, name in enumerate((SEARCH, ATTRIBUTION))} for m, e in both.items()}
+        here = []
+        for name, circuit in ((SEARCH, searched), (ATTRIBUTION, chosen)):
+            here += _circuits.circuit_rows(
+                name, len(circuit), "held out", {m: e[name] for m, e in one.items()}, len(held.pairs)
+            )
+        difference = {m: e[ATTRIBUTION] - e[SEARCH] for m, e in one.items()}
+        here += _circuits.circuit_rows(DIFFERENCE, len(searched), "held out", difference, len(held.pairs))
+        few = Evaluator(model, _circuits.some_of(held.pairs, _circuits.CURVE_PROMPTS), universe)
+        drawn = few.estimates([c.patched() for c in random_circuits(searched, 3)])
+        here += _circuits.circuit_rows("random", len(searched), "held out", drawn, len(few.pairs))
+        overlap = {"what": "circuit", "circuit": SEARCH, "size": len(searched), "sample": "train", "measure": "overlap"}
+        here.append(overlap | {"value": searched.jaccard(chosen), "n": len(pairs)})
+        rows += [row | {"threshold": threshold} for row in here]
+    return rows
 
 
 def chart(table: pd.DataFrame):
-    """The drop of every part, layer by part; removed parts are empty."""
-    parts = table[table["part"].notna()].assign(drop=lambda t: t["drop"].fillna(0.0))
+    """The drop of every part, layer by part; the edges kept; and search against attribution at the same size."""
+    items = _circuits.item_rows(table)
+    parts = items[items["part"].notna()].assign(drop=lambda t: t["drop"].fillna(0.0))
     order = list(dict.fromkeys(parts["part"]))
     layers = sorted(set(parts["source"]), key=int)
-    return matrix_heatmap(
+    heatmap = matrix_heatmap(
         parts,
         x="part",
         y="source",
@@ -85,24 +173,53 @@ def chart(table: pd.DataFrame):
         domain=(0.0, max(0.05, float(parts["drop"].max()))),
         text=len(layers) <= 12,
         cell=44 if len(layers) <= 12 else 14,
-        tooltip=("kept",),
+        tooltip=("kept", "score"),
     )
+    edges = items[items["part"].isna()]
+    charts = [heatmap, circuit_charts.searched_edges(edges)]
+    compared = table[table["threshold"].notna()]
+    if len(compared):
+        is_difference = compared["circuit"] == DIFFERENCE
+        charts.append(circuit_charts.same_size(compared[~is_difference], compared[is_difference]))
+    return alt.vconcat(*charts, spacing=36).resolve_scale(color="independent", shape="independent")
 
 
 def findings(table: pd.DataFrame) -> list[str]:
-    """How much is kept of what, and how the circuit does."""
-    kept = table[table["kept"]]
-    edges, parts = int(kept["part"].isna().sum()), kept["part"].value_counts().to_dict()
+    """How much is kept of what, how the circuit does, and whether attribution could have done it."""
+    items = _circuits.item_rows(table)
+    kept = items[items["kept"]]
+    edges, parts = int(kept["part"].isna().sum()), kept["part"].value_counts().sort_index().to_dict()
     listed = ", ".join(f"{n} {name}" for name, n in parts.items()) or "no part"
-    first = table.iloc[0]
+    tests = _circuits.of_circuit(table, "kept", "tests", "train").iloc[0]
     best = kept.nlargest(3, "drop")
     names = ", ".join(
         f"{r['source']} {r['part']}" if pd.notna(r["part"]) else f"{r['source']} to {r['target']}"
         for _, r in best.iterrows()
     )
-    return [
-        f"The search keeps {edges} edges and, inside layers, {listed} ({first['tests']} tests).",
+    out = [
+        f"The search keeps {edges} edges and, inside layers, {listed} ({tests['value']:.0f} tests).",
         f"The largest drops are those of {names}.",
-        f"Accuracy {first['train_accuracy']:.1%} on the pairs searched, {first['accuracy']:.1%} on {first['n']} others "
-        f"(normalized logit diff {first['train_nld']:.3f} and {first['normalized_logit_diff']:.3f}).",
+        *_circuits.how_it_does(
+            table[table["threshold"].isna()], int(items["started"].sum()), "edges and parts it began with"
+        ),
     ]
+    for threshold, rows in table[table["circuit"] == DIFFERENCE].groupby("threshold", sort=True):
+        out.append(_comparison(table[table["threshold"] == threshold], rows))
+    return out
+
+
+def _comparison(table: pd.DataFrame, differences: pd.DataFrame) -> str:
+    """Which of the two is closer to the model at one size, or that their intervals do not tell."""
+    f, accuracy = (differences[differences["measure"] == m].iloc[0] for m in ("f", "accuracy"))
+    one = lambda name, measure: _circuits.of_circuit(table, name, measure).iloc[0]
+    search, attributed = one(SEARCH, "f"), one(ATTRIBUTION, "f")
+    if f["low"] <= 0 <= f["high"]:
+        verdict = "their faithfulness cannot be told apart"
+    else:
+        verdict = f"{'attribution' if f['value'] > 0 else 'the search'} keeps more of the logit difference"
+    return (
+        f"At {search['size']} of all items (threshold {search['threshold']:g}) {verdict}: f {_circuits.interval_text(search)} "
+        f"searched and {_circuits.interval_text(attributed)} by attribution, difference {_circuits.interval_text(f)}; "
+        f"accuracy {one(SEARCH, 'accuracy')['value']:.1%} and {one(ATTRIBUTION, 'accuracy')['value']:.1%} "
+        f"(difference {_circuits.interval_text(accuracy)}); {one(SEARCH, 'f')['n']} held-out prompts."
+    )

@@ -3,18 +3,23 @@
 Paper appendix D.1. Every edge (and every conv slice, ssm and skip inside a layer) is scored by integrated gradients
 (`ioi_mamba.attribution`); edges are ranked, most negative first, and the smallest number that keeps the accuracy
 among names above the target on the training pairs is found by binary search. The circuit is then evaluated on
-held-out pairs. Published scores carry a factor of one over the batch size (1/30) and plain EAP as published is
-degenerate; neither is repeated here. Parts are scored but not selected: the circuit is one of edges, as in the paper.
+held-out pairs. Every item is also patched alone, on fewer prompts: its exact effect, which attribution estimates.
+Published scores carry a factor of one over the batch size (1/30) and plain EAP as published is degenerate; neither
+is repeated here. Parts are scored but not selected: the circuit is one of edges, as in the paper.
 """
 
 from __future__ import annotations
 
+import altair as alt
 import pandas as pd
+import torch
+from torch import Tensor
 
 from analyses import _circuits
-from ioi_mamba.attribution import attribute, ranked
-from ioi_mamba.charts import matrix_heatmap
-from ioi_mamba.graph import universe_of
+from ioi_mamba import circuit_charts
+from ioi_mamba.attribution import ranked
+from ioi_mamba.faithfulness import Evaluator, exact_effects, rank_correlation, smallest
+from ioi_mamba.graph import items_of, universe_of
 from ioi_mamba.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
 
@@ -23,16 +28,43 @@ TITLE = "Edges between layers"
 PAPER = "D.1"
 QUESTION = "Which edges does the model need for the task, and how few are enough?"
 LOOK_FOR = (
-    "Strong cells in the matrix (row = from, column = to), and how fast the curve falls when fewer edges are kept."
+    "Strong cells in the matrix (row = from, column = to); click one for its positions, the parts of its two layers "
+    "and its exact effect. Points on a rising line: attribution ranks edges as patching them does. How fast the "
+    "curve falls when fewer edges are kept."
 )
 METHOD = (
     "Score of i -> j: gradient at input_j times (corrupted output_i - output_i), summed (equation 12),\n"
     "averaged over 5 points of the path on which all edges are patched by alpha (equation 13, EAP-IG).\n"
-    "Edges outside the circuit are patched (equation 11); accuracy is among the names of the pair."
+    "Exact effect: the change of the normalized logit diff when the edge or part alone is patched (equation 11), on "
+    "fewer prompts; it is held against the attribution on the same prompts.\n"
+    "Edges outside the circuit are patched; accuracy is among the names of the pair; intervals are 95 % over pairs."
 )
 NEEDS_MAMBA = True
-COLUMNS = ("source", "target", "score", "rank", "kept")
+COLUMNS = (
+    "source",
+    "target",
+    "part",
+    "position",
+    "label",
+    "score",
+    "low",
+    "high",
+    "n",
+    "rank",
+    "kept",
+    "exact",
+    "estimate",
+    "n_exact",
+    "what",
+    "circuit",
+    "size",
+    "sample",
+    "measure",
+    "value",
+)
 
+LARGE = 0.001  # of the normalized logit diff: smaller exact effects are told apart by attribution, and do not matter
+LARGE_EDGES = f"edges with an effect of {LARGE} or more"
 
 default_pairs = _circuits.default_pairs
 
@@ -46,59 +78,97 @@ def run(
     steps: int = 5,
     variant: str = "paper",
     ranking: str = "signed",
+    exact_prompts: int = 30,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Scores of all edges and parts; `kept` marks the smallest circuit of edges with train accuracy > target.
 
-    Extra columns: part, and, the same in every row, size, train_accuracy, accuracy, normalized_logit_diff, n (the
-    last three on held-out pairs where given), ranking. A part has no rank and is not selected.
+    Rows of items: edges by rank, then parts (no rank, never kept), each over all positions (position null) with
+    `exact`, its effect alone on n_exact prompts, and `estimate`, its attribution on the same ones; then all of them at every position, with a score only. Rows of
+    circuits as in `analyses._circuits`, and the Spearman correlation of |estimate| and |exact|. exact_prompts: about how
+    many of the pairs exact effects are measured on.
     """
-    table = attribute(model, pairs, variant=variant, steps=steps, parts=True, progress=progress)
-    edges = ranked(table[table["part"].isna()].drop(columns="part"), ranking)
-    universe = universe_of(model)
-    circuit, scores = _circuits.selected(model, pairs, held_out, edges, universe, target)
-    kept = {(item.source, item.target) for item in circuit.items}
-    edges["part"] = None
-    out = pd.concat([edges, table[table["part"].notna()]], ignore_index=True).drop(columns="position")
-    out["rank"] = out["rank"].astype("Int64")
-    out["kept"] = [
-        pd.isna(part) and (s, t) in kept for s, t, part in zip(out["source"], out["target"], out["part"], strict=True)
-    ]
-    for name, value in scores.items():
-        out[name] = value
-    out["ranking"] = ranking
-    return out
+    items, per_pair = _circuits.attributed(
+        model, pairs, parts=True, steps=steps, variant=variant, progress=_circuits.share_of(progress, 0, 0.5)
+    )
+    everywhere = per_pair.sum(1)
+    few = _circuits.some_of(pairs, exact_prompts)
+    exact = exact_effects(
+        Evaluator(model, few, universe_of(model, parts=True)),
+        items_of(items),
+        _circuits.share_of(progress, 0.5, 0.8),
+    )
+    totals = _circuits.with_scores(items, everywhere).assign(
+        exact=exact.mean(1).cpu().numpy(),
+        estimate=everywhere[:, _circuits.every(len(pairs), exact_prompts)].mean(1).numpy(),
+        n_exact=len(few),
+    )
+    is_edge = items["part"].isna()
+    edges = ranked(totals[is_edge], ranking)
+    train = Evaluator(model, pairs, universe_of(model))
+    circuit, _ = smallest(train, edges, target)
+    edges["kept"] = edges["rank"] <= len(circuit)
+    held = train if held_out is None else Evaluator(model, held_out, train.universe)
+    rows = _circuits.faithfulness_rows(train, held, circuit, edges, _circuits.share_of(progress, 0.8, 1))
+    rows += _circuits.jaccard_rows(everywhere[torch.tensor(is_edge.to_numpy())], len(circuit), ranking)
+    large = edges[edges["exact"].abs() >= LARGE]
+    for name, chosen in (("edges", edges), (LARGE_EDGES, large), ("edges and parts", totals)):
+        rows += [_spearman_row(name, chosen)] if len(chosen) > 2 else []
+    table = pd.concat([edges, totals[~is_edge], _by_position(items, per_pair, pairs)], ignore_index=True)
+    return _circuits.table_of(table.assign(ranking=ranking), rows)
+
+
+def _spearman_row(name: str, totals: pd.DataFrame) -> dict:
+    """The rank correlation of |estimate| and |exact|.
+
+    It has no interval: resampled pairs add noise to items whose effects hardly differ, and all resamples come out lower.
+    """
+    score, exact = (torch.tensor(totals[column].abs().to_numpy()) for column in ("estimate", "exact"))
+    row = {"what": "circuit", "circuit": name, "size": len(totals), "sample": "train", "measure": "spearman"}
+    return row | {"value": float(rank_correlation(score, exact)), "n": int(totals["n_exact"].iloc[0])}
+
+
+def _by_position(items: pd.DataFrame, per_pair: Tensor, pairs: Pairs) -> pd.DataFrame:
+    """One row an item and position: its score there."""
+    n_items, n_positions, n_pairs = per_pair.shape
+    table = items.loc[items.index.repeat(n_positions)].reset_index(drop=True)
+    table["position"] = list(range(n_positions)) * n_items
+    table["label"] = pairs.position_labels() * n_items
+    return table.assign(score=per_pair.mean(-1).flatten().numpy(), n=n_pairs)
 
 
 def chart(table: pd.DataFrame):
-    """The adjacency matrix of scores."""
-    edges = table[table["part"].isna()]
-    nodes = sorted(
-        {*edges["source"], *edges["target"]}, key=lambda name: (name == "output", name != "embed", len(name), name)
-    )
-    largest = float(edges["score"].abs().max()) or 1.0
-    return matrix_heatmap(
-        edges,
-        x="target",
-        y="source",
-        color="score",
-        x_order=[node for node in nodes if node != "embed"],
-        y_order=[node for node in nodes if node != "output"],
-        x_title="to",
-        y_title="from",
-        color_title="score (negative: patching the edge hurts)",
-        domain=(-largest, largest),
-        cell=max(9, min(44, 480 // len(nodes))),
-        tooltip=("rank", "kept"),
-    )
+    """The linked matrices, exact effects against attribution, and the curve over sizes."""
+    items = _circuits.item_rows(table)
+    whole = alt.vconcat(
+        circuit_charts.linked_matrices(items),
+        circuit_charts.exact_scatter(items[items["position"].isna()]),
+        circuit_charts.size_curves(table[table["what"] == "circuit"], "edges kept"),
+        spacing=36,
+    ).resolve_scale(color="independent", shape="independent", opacity="independent")
+    return circuit_charts.with_edge_selection(whole, items)
 
 
 def findings(table: pd.DataFrame) -> list[str]:
-    """The strongest edges, the size of the circuit and how it does."""
-    edges = table[table["part"].isna()].sort_values("rank")
-    first = edges.iloc[0]
-    names = ", ".join(f"{r['source']} to {r['target']} ({r['score']:.3f})" for _, r in edges.head(5).iterrows())
-    return [
-        f"The strongest edges are {names}.",
-        *_circuits.how_it_does(first, len(edges), "edges"),
+    """The strongest edges, whether attribution ranks as patching does, the size of the circuit and how it does."""
+    items = _circuits.item_rows(table)
+    totals = items[items["position"].isna()]
+    edges = totals[totals["part"].isna()].sort_values("rank")
+    names = ", ".join(
+        f"{r['source']} to {r['target']} ({r['score']:.3f}, exact {r['exact']:.3f})"
+        for _, r in edges.head(5).iterrows()
+    )
+    out = [f"The strongest edges are {names}."]
+    correlations = [
+        f"{row['value']:.3f} over all {row['size']} {row['circuit']}"
+        for _, row in table[table["measure"] == "spearman"].iterrows()
     ]
+    slope = float((edges["estimate"] * edges["exact"]).sum() / (edges["exact"] ** 2).sum())
+    out.append(
+        f"The rank correlation of |attribution| with the exact effect of patching one item alone is "
+        f"{', '.join(correlations)} ({edges['n_exact'].iloc[0]} prompts); edge scores are about {slope:.2f} of exact effects."
+    )
+    parts = totals[totals["part"].notna()].sort_values("score")
+    names = ", ".join(f"{r['source']} {r['part']} ({r['score']:.3f})" for _, r in parts.head(3).iterrows())
+    out.append(f"Inside layers the strongest parts are {names}.")
+    return out + _circuits.how_it_does(table, len(edges), "edges")

@@ -1,17 +1,22 @@
 """Which edges matter at which positions? EAP-IG per position, and the smallest circuit of (edge, position) items.
 
 Paper section 5 and appendix D.3: as `edge-attribution`, but the product of gradient and difference is summed over D
-only, so an edge has a score at every position and is patched at single positions.
+only, so an edge has a score at every position and is patched at single positions. Out of the circuit the paper then
+reads which names each layer misses (D.3.1 to D.3.5), and removes from it every edge that leaves the bottleneck
+before the last position (accuracy 85.2 to 83.8 % there, 0.877 to 0.873 normalized logit diff).
 """
 
 from __future__ import annotations
 
+import altair as alt
 import pandas as pd
 
-from analyses import _circuits
-from ioi_mamba.attribution import attribute, ranked
-from ioi_mamba.charts import position_heatmap
-from ioi_mamba.graph import universe_of
+from analyses import _circuits, _missing_names
+from ioi_mamba import circuit_charts
+from ioi_mamba.attribution import ranked
+from ioi_mamba.errors import InputError
+from ioi_mamba.faithfulness import Evaluator, smallest
+from ioi_mamba.graph import Circuit, universe_of
 from ioi_mamba.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
 
@@ -19,14 +24,37 @@ NAME = "positional-attribution"
 TITLE = "Edges by position"
 PAPER = "5, D.3"
 QUESTION = "At which token positions is each edge needed?"
-LOOK_FOR = "Rows with few strong cells: an edge that carries something at one place only."
+LOOK_FOR = (
+    "Bows that span many layers at a name: an edge that carries a name past the layers between. Click a node to hide "
+    "it: what is left when the busiest are gone is the rest of the mechanism. The strips show which names a layer gets."
+)
 METHOD = (
     "Score of i -> j at a position: gradient at input_j times (corrupted output_i - output_i), summed over D only.\n"
     "EAP-IG with 5 points (equations 12 and 13); items are patched at single positions (equation 11).\n"
-    "The circuit is the smallest with train accuracy above the target, found by binary search."
+    "The circuit is the smallest with train accuracy above the target, found by binary search.\n"
+    "Bottleneck: the one given, or the layer after 0 with the most |score| on edges into it before the last position."
 )
 NEEDS_MAMBA = True
-COLUMNS = ("source", "target", "position", "label", "score", "rank", "kept")
+COLUMNS = (
+    "source",
+    "target",
+    "position",
+    "label",
+    "score",
+    "low",
+    "high",
+    "n",
+    "rank",
+    "kept",
+    "bottleneck",
+    "what",
+    "circuit",
+    "size",
+    "sample",
+    "measure",
+    "value",
+)
+LAST_ONLY = "kept, bottleneck at last only"
 
 
 default_pairs = _circuits.default_pairs
@@ -41,46 +69,93 @@ def run(
     steps: int = 5,
     variant: str = "paper",
     ranking: str = "signed",
+    layer: int | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """Scores of all (edge, position) items; extra columns as in `edge-attribution`."""
-    table = attribute(model, pairs, variant=variant, steps=steps, positions=True, progress=progress)
-    out = ranked(table.drop(columns="part"), ranking)
-    labels = pairs.position_labels()
-    out.insert(3, "label", [labels[p] for p in out["position"]])
-    universe = universe_of(model, n_positions=pairs.clean.shape[1])
-    circuit, scores = _circuits.selected(model, pairs, held_out, out, universe, target)
-    out["kept"] = out["rank"] <= len(circuit)
-    for name, value in scores.items():
-        out[name] = value
-    out["ranking"] = ranking
-    return out
+    """Scores of all (edge, position) items; `kept` marks the smallest circuit with train accuracy > target.
+
+    Rows of circuits as in `analyses._circuits`, and LAST_ONLY: the circuit without the edges that leave the
+    bottleneck `layer` before the last position. Raises InputError for a layer the model does not have.
+    """
+    n_layers = model.config.num_hidden_layers
+    if layer is not None and not 0 <= layer < n_layers:
+        raise InputError(f"The model has layers 0 to {n_layers - 1}, not {layer}.")
+    items, per_pair = _circuits.attributed(
+        model, pairs, parts=False, steps=steps, variant=variant, progress=_circuits.share_of(progress, 0, 0.7)
+    )
+    n_items, n_positions, _ = per_pair.shape
+    each = items.drop(columns="part").loc[items.index.repeat(n_positions)].reset_index(drop=True)
+    each["position"] = list(range(n_positions)) * n_items
+    each["label"] = pairs.position_labels() * n_items
+    per_item = per_pair.flatten(0, 1)
+    table = ranked(_circuits.with_scores(each, per_item), ranking)
+    universe = universe_of(model, n_positions=n_positions)
+    train = Evaluator(model, pairs, universe)
+    circuit, _ = smallest(train, table, target)
+    table["kept"] = table["rank"] <= len(circuit)
+    table["bottleneck"] = busiest_layer(table) if layer is None else layer
+    held = train if held_out is None else Evaluator(model, held_out, universe)
+    rows = _circuits.faithfulness_rows(train, held, circuit, table, _circuits.share_of(progress, 0.7, 1))
+    rows += _circuits.jaccard_rows(per_item, len(circuit), ranking)
+    reduced = without_early_output(circuit, table["bottleneck"].iloc[0])
+    for sample, evaluator in (("train", train), ("held out", held)):
+        estimates = evaluator.estimates([reduced.patched()])
+        rows += _circuits.circuit_rows(LAST_ONLY, len(reduced), sample, estimates, len(evaluator.pairs))
+    return _circuits.table_of(table.assign(ranking=ranking), rows)
 
 
-def chart(table: pd.DataFrame, n_edges: int = 40):
-    """Scores by edge and position, of the n_edges edges with the strongest cells."""
-    edge = table["source"] + " to " + table["target"]
-    strongest = table.assign(size=table["score"].abs()).groupby(edge)["size"].max().nlargest(n_edges).index
-    shown = table.assign(edge=edge)[edge.isin(strongest)]
-    return position_heatmap(
-        shown,
-        y="edge",
-        color="score",
-        facet=None,
-        title="Attribution by edge and position",
-        color_title="score (negative: patching hurts)",
-        tooltip=("rank", "kept"),
-        panel_width=620,
+def busiest_layer(items: pd.DataFrame) -> int:
+    """The layer after 0 with the most |score| on edges into it before the last position."""
+    inner = items[~items["target"].isin(["0", "output"]) & (items["position"] < items["position"].max())]
+    return 0 if inner.empty else int(inner["score"].abs().groupby(inner["target"]).sum().idxmax())
+
+
+def without_early_output(circuit: Circuit, layer: int) -> Circuit:
+    """The circuit without the edges that leave `layer` at any position but the last."""
+    last = (circuit.universe.n_positions or 1) - 1
+    early = frozenset(i for i in circuit.items if i.source == str(layer) and i.position != last)
+    return circuit - Circuit(early, circuit.universe)
+
+
+def chart(table: pd.DataFrame):
+    """The circuit on its layers and positions, one node of it, missing names, the strongest edges, the curve."""
+    items = _circuits.item_rows(table)
+    missing = _missing_names.missing_names(items, int(items["bottleneck"].iloc[0]))
+    charts = [
+        circuit_charts.circuit_graph(items),
+        *([circuit_charts.presence_strips(missing)] if len(missing) else []),
+        circuit_charts.strongest_edges(items),
+        circuit_charts.size_curves(table[table["what"] == "circuit"], "(edge, position) items kept"),
+    ]
+    return alt.vconcat(*charts, spacing=36).resolve_scale(
+        color="independent", shape="independent", opacity="independent", strokeWidth="independent"
     )
 
 
 def findings(table: pd.DataFrame) -> list[str]:
-    """The strongest items, the size of the circuit and how it does."""
-    first = table.iloc[0]
+    """The strongest items, how the circuit does, what the bottleneck's early output is worth, and missing names."""
+    items = _circuits.item_rows(table)
     names = ", ".join(
-        f"{r['source']} to {r['target']} at {r['label']} ({r['score']:.3f})" for _, r in table.head(5).iterrows()
+        f"{r['source']} to {r['target']} at {r['label']} ({r['score']:.3f})"
+        for _, r in items.sort_values("rank").head(5).iterrows()
     )
-    return [
-        f"The strongest items are {names}.",
-        *_circuits.how_it_does(first, len(table), "(edge, position) items"),
-    ]
+    layer = int(items["bottleneck"].iloc[0])
+    leaving = items[items["kept"] & (items["source"] == str(layer))]
+    early = int((leaving["position"] < items["position"].max()).sum())
+    out = [f"The strongest items are {names}.", *_circuits.how_it_does(table, len(items), "(edge, position) items")]
+    if early:
+        changes = []
+        for sample in ("train", "held out"):
+            for measure, form in (("accuracy", ".1%"), ("normalized_logit_diff", ".3f")):
+                before, after = (
+                    _circuits.of_circuit(table, name, measure, sample)["value"].iloc[0] for name in ("kept", LAST_ONLY)
+                )
+                changes.append(f"{before:{form}} to {after:{form}}")
+        out.append(
+            f"Removing the {early} kept edges that leave layer {layer} before the last position changes accuracy from "
+            f"{changes[0]} and normalized logit diff from {changes[1]} on the training prompts (held out: {changes[2]}, "
+            f"{changes[3]})."
+        )
+    else:
+        out.append(f"No kept edge leaves layer {layer}, the bottleneck, before the last position: none can be removed.")
+    return out + _missing_names.sentences(items, layer)

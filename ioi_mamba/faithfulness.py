@@ -2,13 +2,15 @@
 
 A circuit is evaluated by patching everything outside it with the corrupted run (*sufficiency*), or, as a test of
 *necessity*, by patching what is inside it and keeping the rest. Every score comes with a bootstrap interval over
-pairs. f is MIB's faithfulness, (m(C) - m(empty)) / (m(N) - m(empty)) with m the mean logit difference, the empty
-circuit being the corrupted run; CPR is the area under f over the fraction of items kept, CMD the area of |1 - f|.
+pairs; circuits evaluated together are resampled together, so that their differences have intervals too. f is MIB's
+faithfulness, (m(C) - m(empty)) / (m(N) - m(empty)) with m the mean logit difference, the empty circuit being the
+corrupted run; CPR is the area under f over the fraction of items kept, CMD the area of |1 - f|.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -32,6 +34,41 @@ SCORES = (
 )
 
 
+class Estimate(NamedTuple):
+    """One number for each of several circuits, and what it would have been with other draws of the pairs.
+
+    value: [circuit]; resampled: [resample, circuit], one draw of pairs a row, the same for all circuits.
+    """
+
+    value: Tensor
+    resampled: Tensor
+
+    def __sub__(self, other: Estimate) -> Estimate:
+        return Estimate(self.value - other.value, self.resampled - other.resampled)
+
+    def __getitem__(self, circuits) -> Estimate:  # type: ignore[override]
+        """The estimate of some of the circuits, by index or slice."""
+        return Estimate(self.value[circuits], self.resampled[:, circuits])
+
+    @property
+    def interval(self) -> tuple[Tensor, Tensor]:
+        """(low, high), each [circuit]: the middle 95 % of the resamples."""
+        low, high = self.resampled.quantile(torch.tensor([0.025, 0.975], dtype=self.resampled.dtype), dim=0)
+        return low, high
+
+
+def resampled_means(values: Tensor, n_resamples: int = 1000, seed: int = 0) -> Tensor:
+    """Means Float64[resample, ...] of values [..., pair], the pairs of each resample drawn with replacement.
+
+    The draws come from a generator of their own and depend on the number of pairs alone.
+    """
+    n_pairs = values.shape[-1]
+    drawn = torch.randint(n_pairs, (n_resamples, n_pairs), generator=torch.Generator().manual_seed(seed))
+    weights = torch.zeros(n_resamples, n_pairs, dtype=torch.float64)
+    weights.scatter_add_(1, drawn, torch.full(drawn.shape, 1 / n_pairs, dtype=torch.float64))
+    return torch.einsum("rp,...p->r...", weights, values.detach().double().cpu())
+
+
 class Evaluator:
     """Evaluates many sets of patched items on the same pairs, running the clean and corrupted prompts once.
 
@@ -40,7 +77,7 @@ class Evaluator:
     """
 
     def __init__(self, model, pairs: Pairs, universe: Universe, *, rows: int | None = None, keep_mib: int = 1024):
-        self.model, self.universe = model, universe
+        self.model, self.pairs, self.universe = model, pairs, universe
         self.rows = rows or rows_per_pass(model, pairs.clean.shape[1])
         size = min(self.rows, len(pairs))
         self.chunks = [pairs[i : i + size] for i in range(0, len(pairs), size)]
@@ -90,15 +127,41 @@ class Evaluator:
             "logit_diff": difference,
         }
 
+    def scores(self, patched: Sequence[Sequence[Item]], progress: Progress | None = None) -> dict[str, Tensor]:
+        """Per-pair scores [set, pair] with each set of items patched; the logits of few sets are alive at a time."""
+        n = max(1, self.rows // len(self.pairs))
+        found = []
+        for first in range(0, len(patched), n):
+            found.append(self.score(self.logits(patched[first : first + n])))
+            if progress:
+                progress(min(first + n, len(patched)), len(patched))
+        return {name: torch.cat([scores[name] for scores in found]) for name in SCORES}
+
     def normalized(self, patched: Sequence[Sequence[Item]]) -> Tensor:
         """Mean normalized logit diff [set]."""
-        return self.score(self.logits(patched))["normalized_logit_diff"].mean(1)
+        return self.scores(patched)["normalized_logit_diff"].mean(1)
 
     def faithfulness(self, logit_diff: Tensor) -> Tensor:
         """MIB's f [set] from logit differences [set, pair]."""
-        full = metrics.logit_diff(self.clean_logits, self.answer, self.wrong).mean()
-        empty = metrics.logit_diff(self.corrupted_logits, self.answer, self.wrong).mean()
+        full, empty = self._ends().mean(1)
         return (logit_diff.mean(-1) - empty) / (full - empty)
+
+    def _ends(self) -> Tensor:
+        """Logit differences [2, pair] of the clean and of the corrupted prompts."""
+        ends = (self.clean_logits, self.corrupted_logits)
+        return torch.stack([metrics.logit_diff(logits, self.answer, self.wrong) for logits in ends])
+
+    def estimates(
+        self, patched: Sequence[Sequence[Item]], seed: int = 0, progress: Progress | None = None
+    ) -> dict[str, Estimate]:
+        """The scores of SCORES and `f` with each set of items patched, as means over pairs with resamples."""
+        scores = self.scores(patched, progress)
+        out = {name: Estimate(v.mean(1).double().cpu(), resampled_means(v, seed=seed)) for name, v in scores.items()}
+        ends, differences = resampled_means(self._ends(), seed=seed), out["logit_diff"].resampled
+        full, empty = ends[:, :1], ends[:, 1:]
+        f = (differences - empty) / (full - empty)
+        out["f"] = Estimate(self.faithfulness(scores["logit_diff"]).double().cpu(), f)
+        return out
 
 
 def candidates_of(pairs: Pairs) -> Tensor:
@@ -115,14 +178,11 @@ def evaluate(
     over pairs. Raises InputError for a circuit of another graph.
     """
     patched = list(circuit.items) if necessity else circuit.patched()
-    evaluator = Evaluator(model, pairs, circuit.universe)
-    scores = evaluator.score(evaluator.logits([patched]))
     out: dict[str, float] = {"n": len(pairs), "size": len(circuit)}
-    for name, values in scores.items():
-        out[name] = float(values.mean())
+    for name, estimate in Evaluator(model, pairs, circuit.universe).estimates([patched], seed).items():
+        out[name] = float(estimate.value[0])
         if intervals:
-            out[f"{name}_low"], out[f"{name}_high"] = metrics.bootstrap_interval(values[0].cpu(), seed=seed)
-    out["f"] = float(evaluator.faithfulness(scores["logit_diff"])[0])
+            out[f"{name}_low"], out[f"{name}_high"] = (float(end[0]) for end in estimate.interval)
     return out
 
 
@@ -131,33 +191,27 @@ def top(table: pd.DataFrame, k: int, universe: Universe) -> Circuit:
     return Circuit(frozenset(items_of(table.head(k))), universe)
 
 
-def size_curve(
-    evaluator: Evaluator, table: pd.DataFrame, sizes: Sequence[int], progress: Progress | None = None
-) -> pd.DataFrame:
-    """Scores of the circuits of the first k items of a ranked table, one row a size: size, fraction, f, SCORES."""
-    everything, order = evaluator.universe.items(), items_of(table)
-    always = [item for item in everything if item not in set(order)]
-    rows = []
-    for done, k in enumerate(sizes, 1):
-        kept = {*order[:k], *always}
-        scores = evaluator.score(evaluator.logits([[item for item in everything if item not in kept]]))
-        row = {
-            "size": k,
-            "fraction": k / len(order),
-            "f": float(evaluator.faithfulness(scores["logit_diff"])[0]),
-        }
-        rows.append(row | {name: float(values.mean()) for name, values in scores.items()})
-        if progress:
-            progress(done, len(sizes))
-    return pd.DataFrame(rows)
+def size_curve(evaluator: Evaluator, table: pd.DataFrame, sizes: Sequence[int]) -> pd.DataFrame:
+    """Scores of the circuits of the first k items of a ranked table, one row a size: size, fraction, f, SCORES.
+
+    Items that are not in the table are kept always.
+    """
+    order = items_of(table)
+    scores = evaluator.scores([order[k:] for k in sizes])
+    curve = pd.DataFrame({"size": sizes, "fraction": [k / len(order) for k in sizes]})
+    curve["f"] = evaluator.faithfulness(scores["logit_diff"]).cpu().numpy()
+    for name, values in scores.items():
+        curve[name] = values.mean(1).cpu().numpy()
+    return curve
 
 
-def areas(curve: pd.DataFrame) -> dict[str, float]:
-    """MIB's CPR and CMD: areas over the fraction of items kept (trapezoids between the fractions of the curve)."""
-    curve = curve.sort_values("fraction")
-    x = torch.tensor(curve["fraction"].to_numpy())
-    f = torch.tensor(curve["f"].to_numpy())
-    return {"cpr": float(torch.trapezoid(f, x)), "cmd": float(torch.trapezoid((1 - f).abs(), x))}
+def areas(fractions: Sequence[float], f: Tensor) -> dict[str, Tensor]:
+    """MIB's CPR and CMD: areas over the fraction of items kept (trapezoids between the fractions of the curve).
+
+    f: [..., size], MIB's faithfulness at each of the fractions.
+    """
+    x, order = torch.tensor(list(fractions), dtype=f.dtype).sort()
+    return {"cpr": torch.trapezoid(f[..., order], x), "cmd": torch.trapezoid((1 - f[..., order]).abs(), x)}
 
 
 def smallest(
@@ -205,18 +259,35 @@ def random_circuits(circuit: Circuit, n: int, seed: int = 0) -> list[Circuit]:
     return out
 
 
-def bootstrap_jaccard(per_pair: pd.DataFrame, k: int, n_resamples: int = 200, seed: int = 0) -> Tensor:
+def bootstrap_jaccard(
+    per_pair: Tensor, k: int, *, ranking: str = "signed", n_resamples: int = 200, seed: int = 0
+) -> Tensor:
     """Jaccard [resample] of the k best items of resampled pairs with the k best of all pairs.
 
-    per_pair: the table of `attribute(..., per_pair=True)`, every item with every pair, in its order.
+    per_pair: scores [item, pair]. ranking: "signed" or "absolute", as `attribution.ranked` takes it.
     """
-    n_pairs = int(per_pair["pair"].max()) + 1
-    scores = torch.tensor(per_pair["score"].to_numpy()).view(-1, n_pairs)
-    generator = torch.Generator().manual_seed(seed)
-    best = set(scores.mean(1).argsort(stable=True)[:k].tolist())
+    key = (lambda means: -means.abs()) if ranking == "absolute" else (lambda means: means)
+    best = set(key(per_pair.double().mean(1)).argsort(stable=True)[:k].tolist())
     out = []
-    for _ in range(n_resamples):
-        rows = torch.randint(n_pairs, (n_pairs,), generator=generator)
-        other = set(scores[:, rows].mean(1).argsort(stable=True)[:k].tolist())
+    for means in resampled_means(per_pair, n_resamples, seed):
+        other = set(key(means).argsort(stable=True)[:k].tolist())
         out.append(len(best & other) / len(best | other))
     return torch.tensor(out)
+
+
+def exact_effects(evaluator: Evaluator, items: Sequence[Item], progress: Progress | None = None) -> Tensor:
+    """What patching each item alone does to the normalized logit diff, Float[item, pair]; negative = it hurts."""
+    clean = evaluator.score(evaluator.clean_logits[None])["normalized_logit_diff"]
+    return evaluator.scores([[item] for item in items], progress)["normalized_logit_diff"] - clean
+
+
+def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
+    """Spearman's correlation along the last axis, [..., item] gives [...]; equal values share a mean rank."""
+
+    def centred_ranks(values: Tensor) -> Tensor:
+        rows = pd.DataFrame(values.reshape(-1, values.shape[-1]).cpu().numpy())
+        ranks = torch.tensor(rows.rank(axis=1).to_numpy())
+        return ranks - ranks.mean(-1, keepdim=True)
+
+    x, y = centred_ranks(first), centred_ranks(second)
+    return ((x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))).reshape(first.shape[:-1])

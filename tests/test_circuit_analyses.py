@@ -1,11 +1,21 @@
 """edge-attribution, positional-attribution and circuit-search on `mini`, against the library calls they stand for."""
 
+import io
+
+import pandas as pd
 import pytest
+import torch
 
 import ioi_mamba as im
-from analyses import load
+from analyses import _circuits, load
+from analyses.circuit_search import ATTRIBUTION, DIFFERENCE, SEARCH, first_pruned
+from analyses.positional_attribution import LAST_ONLY, busiest_layer, without_early_output
+from ioi_mamba import metrics
 from ioi_mamba.attribution import ranked
-from ioi_mamba.graph import Circuit, items_of, universe_of
+from ioi_mamba.errors import InputError
+from ioi_mamba.faithfulness import Evaluator, exact_effects, size_curve
+from ioi_mamba.graph import Circuit, Item, Universe, items_of, universe_of
+from ioi_mamba.report import chart_spec
 
 NAMES = ("edge-attribution", "positional-attribution", "circuit-search")
 
@@ -13,54 +23,210 @@ NAMES = ("edge-attribution", "positional-attribution", "circuit-search")
 @pytest.fixture(scope="module")
 def sets(mini):
     module = load("edge-attribution")
-    return tuple(module.default_pairs(mini.tokenizer, 6, seed) for seed in (27, 28))
+    return tuple(module.default_pairs(mini.tokenizer, 3, seed) for seed in (27, 28))
 
 
 @pytest.fixture(scope="module")
 def tables(mini, sets):
-    return {name: load(name).run(mini, sets[0], held_out=sets[1]) for name in NAMES}
+    """The three tables; search and attribution are compared at one threshold, to be quick."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load("circuit-search"), "THRESHOLDS", (1e-1,))
+        yield make_tables(mini, sets)
+
+
+def make_tables(mini, sets):
+    options = {"edge-attribution": {"exact_prompts": 4}, "circuit-search": {"compare_prompts": 4}}
+    return {name: load(name).run(mini, sets[0], held_out=sets[1], **options.get(name, {})) for name in NAMES}
+
+
+def kept_circuit(mini, sets, table, **universe):
+    positions = sets[0].clean.shape[1] if "position" in table and table.loc[table["kept"], "position"].any() else None
+    return Circuit(frozenset(items_of(table[table["kept"]])), universe_of(mini, n_positions=positions, **universe))
+
+
+def value(table, circuit, measure, sample="held out"):
+    return _circuits.of_circuit(table, circuit, measure, sample).iloc[0]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_table_has_its_columns_a_chart_and_sentences(tables, name):
     module = load(name)
     assert set(module.COLUMNS) <= set(tables[name].columns)
-    assert module.chart(tables[name]).to_dict()["$schema"]
-    assert all(isinstance(s, str) and s for s in module.findings(tables[name]))
+    assert chart_spec(module.chart(tables[name]))["$schema"]
+    assert all(isinstance(s, str) and s.endswith(".") and "nan" not in s for s in module.findings(tables[name]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_table_read_back_says_the_same(tables, name):
+    file = io.BytesIO(tables[name].to_parquet())
+    again = pd.read_parquet(file)
+    pd.testing.assert_frame_equal(again, tables[name])
+    assert load(name).findings(again) == load(name).findings(tables[name])
+
+
+@pytest.mark.parametrize(("name", "parts"), [(NAMES[0], False), (NAMES[1], False), (NAMES[2], True)])
+def test_the_circuit_has_the_scores_the_table_says_on_both_samples_and_without_it(mini, sets, tables, name, parts):
+    table = tables[name]
+    circuit = kept_circuit(mini, sets, table, parts=parts)
+    assert len(circuit) == value(table, "kept", "accuracy")["size"]
+    for pairs, sample, circuit_name in (
+        (sets[0], "train", "kept"),
+        (sets[1], "held out", "kept"),
+        (sets[1], "held out", "all but kept"),
+    ):
+        want = im.evaluate(mini, pairs, circuit, necessity=circuit_name != "kept", intervals=True)
+        for measure in ("accuracy", "normalized_logit_diff", "kl"):
+            row = value(table, circuit_name, measure, sample)
+            assert row["value"] == pytest.approx(want[measure], abs=1e-4)
+            assert row["low"] == pytest.approx(want[f"{measure}_low"], abs=1e-4)
+            assert row["n"] == len(pairs)
+    if not parts:
+        assert value(table, "kept", "accuracy", "train")["value"] > 0.85
+
+
+def test_random_circuits_do_worse_than_the_one_that_was_found(tables):
+    for table in tables.values():
+        table = table[table["threshold"].isna()] if "threshold" in table else table
+        random = _circuits.of_circuit(table, "random", "normalized_logit_diff")
+        assert len(random) == _circuits.N_RANDOM
+        assert random["value"].max() < value(table, "kept", "normalized_logit_diff")["value"]
 
 
 @pytest.mark.parametrize("name", NAMES[:2])
-def test_the_kept_items_have_the_accuracy_the_table_says_on_pairs_they_were_not_chosen_on(mini, sets, tables, name):
+def test_the_curve_is_that_of_the_ranking(mini, sets, tables, name):
     table = tables[name]
-    positions = sets[0].clean.shape[1] if "position" in table else None
-    circuit = Circuit(frozenset(items_of(table[table["kept"]])), universe_of(mini, n_positions=positions))
-    assert len(circuit) == table["size"].iloc[0]
-    train, held_out = (im.evaluate(mini, pairs, circuit) for pairs in sets)
-    assert table["train_accuracy"].iloc[0] == pytest.approx(train["accuracy"])
-    assert train["accuracy"] > 0.85
-    assert table["accuracy"].iloc[0] == pytest.approx(held_out["accuracy"])
-    assert table["normalized_logit_diff"].iloc[0] == pytest.approx(held_out["normalized_logit_diff"], abs=1e-5)
+    items = table[(table["what"] == "item") & table["rank"].notna()].sort_values("rank")
+    positions = sets[0].clean.shape[1] if name == NAMES[1] else None
+    curve = _circuits.of_circuit(table, "first k", "f")
+    assert {0, len(items)} <= set(curve["size"])
+    few = curve.iloc[3:6]
+    evaluator = Evaluator(mini, sets[1], universe_of(mini, n_positions=positions))
+    want = size_curve(evaluator, items, few["size"].tolist())
+    assert few["value"].tolist() == pytest.approx(want["f"].tolist(), abs=1e-4)
+    assert curve["value"].iloc[[0, -1]].tolist() == pytest.approx([0, 1], abs=1e-3)
 
 
 def test_edges_are_ranked_by_their_attribution_and_parts_are_not(mini, sets, tables):
     table = tables["edge-attribution"]
+    totals = table[(table["what"] == "item") & table["position"].isna()]
     want = im.attribute(mini, sets[0], parts=True)
     edges = ranked(want[want["part"].isna()])
-    got = table[table["part"].isna()]
+    got = totals[totals["part"].isna()]
     assert got["source"].tolist() == edges["source"].tolist()
     assert got["score"].tolist() == pytest.approx(edges["score"].tolist(), abs=1e-6)
-    parts = table[table["part"].notna()]
+    parts = totals[totals["part"].notna()]
     assert len(parts) == 8 * 6
     assert parts["rank"].isna().all()
     assert not parts["kept"].any()
 
 
-def test_the_searched_circuit_has_the_scores_the_table_says(mini, sets, tables):
+def test_an_items_scores_at_positions_add_up_to_its_score(tables):
+    table = tables["edge-attribution"]
+    items = table[table["what"] == "item"].assign(part=lambda t: t["part"].fillna("edge"))
+    key = ["source", "target", "part"]
+    at = items[items["position"].notna()].groupby(key)["score"].sum()
+    total = items[items["position"].isna()].set_index(key)["score"]
+    assert len(at) == len(total) == 45 + 48
+    assert at.tolist() == pytest.approx(total.loc[at.index].tolist(), abs=1e-5)
+
+
+def test_exact_effects_stand_beside_their_own_items(mini, sets, tables):
+    table = tables["edge-attribution"]
+    shown = table[table["exact"].notna()]
+    few = _circuits.some_of(sets[0], 4)
+    assert set(shown["n_exact"]) == {len(few)}
+    chosen = shown.iloc[[0, 3, 20, 50, 80]]
+    want = exact_effects(Evaluator(mini, few, universe_of(mini, parts=True)), items_of(chosen)).mean(1)
+    assert chosen["exact"].tolist() == pytest.approx(want.tolist(), abs=1e-5)
+    edges = shown[shown["part"].isna()]
+    same = im.attribute(mini, few, parts=True)
+    estimates = dict(zip(items_of(same), same["score"], strict=True))
+    assert shown["estimate"].tolist() == pytest.approx([estimates[item] for item in items_of(shown)], abs=1e-5)
+    correlation = edges["estimate"].abs().rank().corr(edges["exact"].abs().rank())
+    assert value(table, "edges", "spearman", "train")["value"] == pytest.approx(correlation)
+
+
+def test_intervals_are_those_of_the_bootstrap_over_pairs(mini, sets, tables):
+    row = tables["positional-attribution"].iloc[0]
+    per_pair = im.attribute(mini, sets[0], positions=True, per_pair=True)
+    same = (per_pair["source"] == row["source"]) & (per_pair["target"] == row["target"])
+    values = torch.tensor(per_pair[same & (per_pair["position"] == row["position"])]["score"].to_numpy())
+    assert (row["low"], row["high"]) == pytest.approx(metrics.bootstrap_interval(values), abs=1e-6)
+
+
+def test_the_search_decides_among_the_items_it_began_with(mini, sets, tables):
     table = tables["circuit-search"]
-    circuit = Circuit(frozenset(items_of(table[table["kept"]])), universe_of(mini, parts=True))
+    circuit = kept_circuit(mini, sets, table, parts=True)
     start = load("circuit-search").starting_circuit(mini, sets[0], 0.85)
     assert circuit.items <= start.items
-    train, held_out = (im.evaluate(mini, pairs, circuit) for pairs in sets)
-    assert table["train_nld"].iloc[0] == pytest.approx(train["normalized_logit_diff"], abs=1e-5)
-    assert table["accuracy"].iloc[0] == pytest.approx(held_out["accuracy"])
-    assert (table.loc[table["kept"], "drop"] > 1e-4).all()
+    items = table[table["what"] == "item"]
+    assert set(items_of(items[items["started"]])) == start.items
+    assert (items.loc[items["kept"], "drop"] > 1e-4).all()
+
+
+def test_each_item_of_the_search_has_its_own_attribution(mini, sets, tables):
+    items = tables["circuit-search"].query("what == 'item'")
+    want = dict(zip(items_of(t := im.attribute(mini, sets[0], parts=True)), t["score"], strict=True))
+    assert items["score"].tolist() == pytest.approx([want[i] for i in items_of(items)], abs=1e-5)
+
+
+def test_search_and_attribution_are_compared_at_the_same_size_on_held_out_pairs(mini, sets, tables):
+    table = tables["circuit-search"]
+    few = _circuits.some_of(sets[0], 4)
+    ranking, universe = ranked(im.attribute(mini, few, parts=True)), universe_of(mini, parts=True)
+    for threshold, rows in table[table["threshold"].notna()].groupby("threshold"):
+        found = im.acdc(mini, few, threshold=threshold)
+        searched = Circuit(frozenset(items_of(found[found["kept"]])), universe)
+        chosen = first_pruned(ranking, len(searched), universe)
+        for name, circuit in ((SEARCH, searched), (ATTRIBUTION, chosen)):
+            row = value(rows, name, "f")
+            assert row["size"] == len(circuit) <= len(searched)
+            assert row["value"] == pytest.approx(im.evaluate(mini, sets[1], circuit)["f"], abs=1e-4)
+        difference = value(rows, DIFFERENCE, "f")
+        assert difference["value"] == pytest.approx(
+            value(rows, ATTRIBUTION, "f")["value"] - value(rows, SEARCH, "f")["value"]
+        )
+        assert difference["low"] <= difference["value"] <= difference["high"]
+
+
+def test_a_pruned_circuit_is_filled_up_to_its_size():
+    universe = Universe(2)
+    order = [("embed", "1"), ("0", "1"), ("1", "output"), ("0", "output"), ("embed", "0"), ("embed", "output")]
+    ranking = pd.DataFrame(order, columns=["source", "target"])
+    # Until embed -> 0 comes, what leaves layer 0 is on no path from embed.
+    assert first_pruned(ranking, 2, universe).items == {Item("embed", "1"), Item("1", "output")}
+    assert first_pruned(ranking, 4, universe).items == first_pruned(ranking, 2, universe).items
+    assert len(first_pruned(ranking, 5, universe)) == 5
+
+
+def test_without_the_comparison_the_search_stands_alone(mini, sets):
+    module = load("circuit-search")
+    table = module.run(mini, sets[0][:2], compare_prompts=0)
+    assert table["threshold"].isna().all()
+    assert len(module.findings(table)) == 5
+    assert module.chart(table).to_dict()
+
+
+def test_removing_early_output_leaves_the_last_position_of_the_bottleneck(mini, sets, tables):
+    table = tables["positional-attribution"]
+    layer = int(table["bottleneck"].iloc[0])
+    assert layer == busiest_layer(_circuits.item_rows(table))
+    circuit = kept_circuit(mini, sets, table)
+    last = sets[0].clean.shape[1] - 1
+    early = Item(str(layer), "output", 3), Item(str(layer), "output", last)
+    more = Circuit(circuit.items | set(early), circuit.universe)
+    reduced = without_early_output(more, layer)
+    assert {i for i in more.items - reduced.items if i.source == str(layer)} == more.items - reduced.items
+    assert all(i.position == last for i in reduced.items if i.source == str(layer))
+    assert early[0] not in reduced
+    assert early[1] in reduced
+    want = im.evaluate(mini, sets[1], without_early_output(circuit, layer))
+    assert value(table, LAST_ONLY, "accuracy")["value"] == pytest.approx(want["accuracy"])
+
+
+def test_a_bottleneck_that_is_given_is_used_and_a_layer_that_is_not_there_refused(mini, sets):
+    module = load("positional-attribution")
+    table = module.run(mini, sets[0][:2], layer=2)
+    assert set(table["bottleneck"].dropna()) == {2}
+    with pytest.raises(InputError, match="layers 0 to 7, not 8"):
+        module.run(mini, sets[0], layer=8)

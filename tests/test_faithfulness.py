@@ -7,6 +7,7 @@ import torch
 
 import ioi_mamba as im
 from ioi_mamba import faithfulness as fa
+from ioi_mamba import metrics
 from ioi_mamba.attribution import attribute, ranked
 from ioi_mamba.errors import InputError
 from ioi_mamba.graph import Circuit, universe_of
@@ -67,8 +68,58 @@ def test_a_size_curve_ends_at_the_model_and_its_rows_are_single_evaluations(pair
 
 
 def test_areas_are_those_of_trapezoids():
-    curve = pd.DataFrame({"fraction": [1.0, 0.0, 0.5], "f": [1.0, 0.0, 1.5]})
-    assert fa.areas(curve) == pytest.approx({"cpr": 0.5 * 0.75 + 0.5 * 1.25, "cmd": 0.5 * 0.75 + 0.5 * 0.25})
+    got = fa.areas([1.0, 0.0, 0.5], torch.tensor([[1.0, 0.0, 1.5], [1.0, 1.0, 1.0]]))
+    assert got["cpr"].tolist() == pytest.approx([0.5 * 0.75 + 0.5 * 1.25, 1.0])
+    assert got["cmd"].tolist() == pytest.approx([0.5 * 0.75 + 0.5 * 0.25, 0.0])
+
+
+def test_resampled_means_are_the_draws_of_the_bootstrap_of_one_row():
+    values = torch.randn(3, 17, generator=torch.Generator().manual_seed(1))
+    low, high = fa.Estimate(values.mean(1), fa.resampled_means(values, seed=4)).interval
+    for row in range(3):
+        want = metrics.bootstrap_interval(values[row], seed=4)
+        assert (float(low[row]), float(high[row])) == pytest.approx(want, abs=1e-9)
+
+
+def test_circuits_are_resampled_together_so_that_their_difference_has_an_interval(pairs, universe):
+    evaluator = fa.Evaluator(golden.model(), pairs, universe)
+    sets = [universe.items()[:5], universe.items()[:5], universe.items()[:9]]
+    for estimate in evaluator.estimates(sets).values():
+        assert (estimate[[1]] - estimate[[0]]).resampled.abs().max() == 0
+    f = evaluator.estimates(sets, seed=2)["f"]
+    scores = evaluator.scores(sets)["logit_diff"]
+    rows = torch.randint(len(pairs), (1000, len(pairs)), generator=torch.Generator().manual_seed(2))[7]
+    full, empty = (
+        metrics.logit_diff(logits, pairs.answer, pairs.wrong)[rows].mean()
+        for logits in (evaluator.clean_logits, evaluator.corrupted_logits)
+    )
+    want = (scores[:, rows].mean(1) - empty) / (full - empty)
+    assert f.resampled[7].tolist() == pytest.approx(want.tolist(), abs=1e-5)
+    assert f.value.tolist() == pytest.approx(evaluator.faithfulness(scores).tolist())
+
+
+def test_exact_effects_are_those_of_patching_one_item_at_a_time(pairs, universe):
+    model, chosen = golden.model(), universe.items()[::5]
+    got = fa.exact_effects(fa.Evaluator(model, pairs, universe), chosen)
+    rows = torch.arange(len(pairs))
+    logits = {name: im.run(model, getattr(pairs, name), {})[rows, pairs.last] for name in ("clean", "corrupted")}
+    clean, corrupted = (metrics.logit_diff(logits[name], pairs.answer, pairs.wrong) for name in ("clean", "corrupted"))
+    for item, effect in zip(chosen, got, strict=True):
+        patched = im.patch_edges(model, pairs, [item])[rows, pairs.last]
+        difference = metrics.logit_diff(patched, pairs.answer, pairs.wrong)
+        want = (difference - clean) / (clean - corrupted).abs()
+        torch.testing.assert_close(effect, want, rtol=0, atol=1e-3)
+
+
+def test_the_rank_correlation_is_the_one_of_the_definition():
+    values = torch.tensor([[3.0, 1.0, 2.0, 2.0, 9.0], [1.0, 2.0, 3.0, 4.0, 5.0]])
+    other = torch.tensor([[1.0, 1.0, 5.0, 4.0, 8.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
+
+    def ranks(row):
+        return [sum(y < x for y in row) + (sum(y == x for y in row) + 1) / 2 for x in row]
+
+    want = torch.corrcoef(torch.tensor([ranks(values[0].tolist()), ranks(other[0].tolist())]))[0, 1]
+    assert fa.rank_correlation(values, other).tolist() == pytest.approx([float(want), -1.0])
 
 
 class OnlyAGraph:
@@ -122,10 +173,18 @@ def test_random_circuits_have_as_many_edges_and_parts_and_a_seed_repeats_them(un
 
 
 def test_resampled_pairs_give_the_same_circuit_only_where_pairs_agree():
-    scores = lambda values: pd.DataFrame(
-        [(s, p, v) for s, row in enumerate(values) for p, v in enumerate(row)], columns=["item", "pair", "score"]
-    )
-    agree = fa.bootstrap_jaccard(scores([[-3.0] * 6, [-2.0] * 6, [-1.0] * 6, [0.0] * 6]), 2, 20)
-    assert agree.tolist() == [1.0] * 20
-    differ = fa.bootstrap_jaccard(scores([[-3.0 * (i == j) for j in range(4)] for i in range(4)]), 2, 40)
+    agree = torch.tensor([[-3.0] * 6, [-2.0] * 6, [-1.0] * 6, [0.0] * 6])
+    assert fa.bootstrap_jaccard(agree, 2, n_resamples=20).tolist() == [1.0] * 20
+    differ = fa.bootstrap_jaccard(-3.0 * torch.eye(4), 2, n_resamples=40)
     assert 0 < differ.mean() < 1
+
+
+def test_the_circuits_of_resampled_pairs_are_ranked_as_asked():
+    scores = torch.tensor([[-1.0, -1.0], [5.0, -4.0], [-4.0, 5.0], [2.0, 2.0]])
+    # Signed, one draw puts item 0 first of all or second to a -4; absolute, the mean of all pairs prefers item 3.
+    signed = fa.bootstrap_jaccard(scores, 1, n_resamples=60)
+    absolute = fa.bootstrap_jaccard(scores, 1, ranking="absolute", n_resamples=60)
+    drawn = torch.randint(2, (60, 2), generator=torch.Generator().manual_seed(0))
+    same = [1.0 if len(set(row)) == 2 else 0.0 for row in drawn.tolist()]
+    assert signed.tolist() == same
+    assert absolute.tolist() == same

@@ -1,0 +1,538 @@
+"""Charts of circuits: matrices linked to details, the circuit drawn on layers and positions, curves over sizes.
+
+As in `charts`, builders take tidy tables and never a model. Tables of items have source, target, score and kept, and
+where it applies part, position, label, exact and rank; tables of circuits are the rows that score them (circuit,
+size, measure, value, low, high). Clicks select an edge or hide a node; all of it works in the offline page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+import pandas as pd
+
+from .charts import BLUE, CATEGORIES, MAX_ROWS, ORANGE, PLOT_WIDTH, check_size, diverging_scale
+
+SCORE_TITLE = "score (blue: patching it hurts)"
+SMALLEST = 1e-6  # below it a change of the metric is rounding
+POINTS = 9  # of each bow in the drawing of a circuit
+MANY = 150  # kept items above which the busiest nodes are hidden to begin with
+NAMES_OF_MEASURES = {"accuracy": "accuracy", "normalized_logit_diff": "normalized logit diff", "f": "faithfulness f"}
+
+
+def node_order(items: pd.DataFrame) -> list[str]:
+    """embed, the layers, output: those of the table."""
+    nodes = {*items["source"], *items["target"]}
+    return sorted(nodes, key=lambda node: (node == "output", node != "embed", len(node), node))
+
+
+def _score_color(scale: alt.Scale) -> alt.Color:
+    legend = alt.Legend(orient="top", gradientLength=180, gradientThickness=10, titleLimit=400)
+    return alt.Color("score:Q", scale=scale, title=SCORE_TITLE, legend=legend)
+
+
+EDGE = alt.selection_point(name="edge", fields=["source", "target"], empty=False)
+"""The selected edge; charts refer to it, `with_edge_selection` puts it into the whole."""
+
+
+def with_edge_selection(chart: Any, items: pd.DataFrame) -> Any:
+    """The chart, with a click on a cell of either matrix or on a point of the scatter selecting an edge.
+
+    It stands at the top, because Altair would otherwise put together one selection for each view, with a warning.
+    The strongest edge is selected to begin with.
+    """
+    edges = items[items["position"].isna() & items["part"].isna()]
+    first = edges.loc[edges["score"].abs().idxmax()]
+    selection = alt.TopLevelSelectionParameter(
+        name="edge",
+        select=alt.PointSelectionConfig(type="point", fields=["source", "target"]),
+        value=[{"source": first["source"], "target": first["target"]}],
+        views=["scores", "kept", "scatter"],
+    )
+    chart.params = [selection, *(chart.params if chart.params is not alt.Undefined else [])]
+    return chart
+
+
+def linked_matrices(items: pd.DataFrame) -> alt.VConcatChart:
+    """Attributions and kept edges as two matrices, and below them the positions, parts and exact effect of one edge.
+
+    items: all of them over all positions (position null), and at positions. One slider hides small scores in both
+    matrices, the other sets where colours end, to see more than the strongest. Positions are those of the strongest
+    edges, as many as a chart carries. To be used in `with_edge_selection`.
+    """
+    totals = items[items["position"].isna()]
+    edges = totals[totals["part"].isna()]
+    nodes = node_order(edges)
+    columns = ["source", "target", "score", "rank", "kept", "exact"]
+    edges = check_size(edges[columns].assign(name=edges["source"] + " to " + edges["target"]))
+    cell = max(6, min(30, 300 // len(nodes)))
+    top = float(edges["score"].abs().max()) or 1.0
+    lowest = float(edges.loc[edges["score"] != 0, "score"].abs().min())
+    low = math.floor(math.log10(lowest)) if lowest > 0 else -6
+    high = math.ceil(math.log10(top))
+    slider = alt.param(
+        name="smallest",
+        value=low,
+        bind=alt.binding_range(min=low, max=high, step=0.1, name="Hide |score| below ten to the "),
+    )
+    full = alt.param(
+        name="full",
+        value=round(math.log10(top), 1),
+        bind=alt.binding_range(min=low, max=high, step=0.1, name="Full colour at |score| of ten to the "),
+    )
+    colors = diverging_scale(edges["score"])
+    colors.domain, colors.domainMin, colors.domainMax = (
+        alt.Undefined,
+        alt.ExprRef("-pow(10, full)"),
+        alt.ExprRef("pow(10, full)"),
+    )
+    base = alt.Chart(edges).encode(
+        x=alt.X("target:N", sort=nodes[1:], title="to", scale=alt.Scale(domain=nodes[1:]), axis=_node_axis(cell)),
+        y=alt.Y(
+            "source:N", sort=nodes[:-1], title="from", scale=alt.Scale(domain=nodes[:-1]), axis=_node_axis(cell, True)
+        ),
+        opacity=alt.when("abs(datum.score) >= pow(10, smallest)").then(alt.value(1)).otherwise(alt.value(0.04)),
+        stroke=alt.when(EDGE).then(alt.value(ORANGE)).otherwise(alt.value("gray")),
+        strokeWidth=alt.when(EDGE).then(alt.value(2.5)).otherwise(alt.value(0.15)),
+        tooltip=[
+            alt.Tooltip("name:N", title="edge"),
+            alt.Tooltip("score:Q", format=".5f"),
+            alt.Tooltip("exact:Q", title="exact effect", format=".5f"),
+            "rank:Q",
+            "kept:N",
+        ],
+    )
+    size = {"width": cell * (len(nodes) - 1), "height": cell * (len(nodes) - 1)}
+    scores = base.mark_rect(cursor="pointer").encode(color=_score_color(colors))
+    kept_scale = alt.Scale(domain=[True, False], range=[BLUE, "rgba(128,128,128,0.10)"])
+    kept_legend = alt.Legend(orient="top", title="in the circuit", labelExpr="datum.value ? 'kept' : 'patched'")
+    kept = base.mark_rect(cursor="pointer").encode(color=alt.Color("kept:N", scale=kept_scale, legend=kept_legend))
+    matrices = alt.hconcat(
+        scores.properties(name="scores", title="Attribution", **size).add_params(slider, full),
+        kept.properties(name="kept", title="Kept edges", **size),
+        spacing=24,
+    ).resolve_scale(color="independent")
+    return alt.vconcat(matrices, _edge_details(items, edges), spacing=16).resolve_scale(color="independent")
+
+
+def _node_axis(cell: int, vertical: bool = False) -> alt.Axis:
+    """An axis of nodes in cells of that many pixels: every name where there is room for it."""
+    overlap = "greedy" if cell < 10 else False
+    return alt.Axis(ticks=False, domain=False, labelOverlap=overlap, labelAngle=0 if vertical or cell >= 18 else -90)
+
+
+def _edge_details(items: pd.DataFrame, edges: pd.DataFrame) -> alt.VConcatChart:
+    number = lambda field: f"(isValid(datum.{field}) ? format(datum.{field}, '.4f') : 'not measured')"
+    line = (
+        "datum.name + ':  attribution ' + " + number("score") + " + ',  exact effect ' + " + number("exact") + " + "
+        "',  rank ' + datum.rank + (datum.kept ? ',  kept' : ',  not kept')"
+    )
+    text = (
+        alt.Chart(edges)
+        .transform_filter(EDGE)
+        .transform_calculate(line=line)
+        .mark_text(align="left", fontSize=13, fontWeight=600, x=0)
+        .encode(text="line:N")
+        .properties(width=PLOT_WIDTH, height=18)
+    )
+    at = items[items["position"].notna() & items["part"].isna()]
+    labels = _labels(at)
+    n_edges = MAX_ROWS // max(1, len(labels))
+    strongest = edges.loc[edges["score"].abs().nlargest(n_edges).index, ["source", "target"]]
+    at = at.merge(strongest, on=["source", "target"]).assign(place=lambda t: _places(t))
+    positions = (
+        alt.Chart(check_size(at[["source", "target", "place", "score"]]))
+        .transform_filter(EDGE)
+        .mark_bar()
+        .encode(
+            x=alt.X("place:N", sort=labels, title="position", scale=alt.Scale(domain=labels), axis=_label_axis()),
+            y=alt.Y("score:Q", title="score"),
+            color=alt.when("datum.score < 0").then(alt.value(BLUE)).otherwise(alt.value(ORANGE)),
+            tooltip=["place:N", alt.Tooltip("score:Q", format=".5f")],
+        )
+        .properties(width=380, height=120, title="Its positions")
+    )
+    parts = items[items["part"].notna() & items["position"].isna()]
+    order = list(dict.fromkeys(parts["part"]))
+    parts = parts[["source", "part", "score", "exact"]].rename(columns={"source": "layer"})
+    of_edge = (
+        "isArray(edge.source) && (indexof(edge.source, datum.layer) >= 0 || indexof(edge.target, datum.layer) >= 0)"
+    )
+    shown = (
+        alt.Chart(check_size(parts))
+        .transform_filter(of_edge)
+        .mark_bar()
+        .encode(
+            x=alt.X("part:N", sort=order, title=None, scale=alt.Scale(domain=order)),
+            y=alt.Y("score:Q", title="score"),
+            xOffset=alt.XOffset("layer:N"),
+            color=alt.Color(
+                "layer:N", legend=alt.Legend(orient="top", title="layer"), scale=alt.Scale(range=list(CATEGORIES))
+            ),
+            tooltip=["layer:N", "part:N", alt.Tooltip("score:Q", format=".5f"), alt.Tooltip("exact:Q", format=".5f")],
+        )
+        .properties(width=210, height=120, title="Parts of its layers")
+    )
+    both = alt.hconcat(positions, shown, spacing=30).resolve_scale(color="independent")
+    return alt.vconcat(text, both, spacing=14)
+
+
+def _label_axis() -> alt.Axis:
+    return alt.Axis(labelAngle=-90, ticks=False, domain=False, labelLimit=90, labelOverlap=False)
+
+
+def _places(table: pd.DataFrame) -> pd.Series:
+    """The text below each position: its label, with the position where a label stands at two."""
+    names, at = table["label"].astype(str), table["position"].astype("Int64").astype(str)
+    twice = table.groupby("label")["position"].nunique()
+    return names.where(~names.isin(set(twice[twice > 1].index)), names + " @" + at)
+
+
+def _labels(table: pd.DataFrame) -> list[str]:
+    """The texts below the positions, in order."""
+    return list(table.assign(place=_places(table)).drop_duplicates("position").sort_values("position")["place"])
+
+
+def exact_scatter(totals: pd.DataFrame) -> alt.HConcatChart:
+    """|attribution| against |exact effect| of every edge and part, on logarithmic axes; the selected edge is ringed.
+
+    Values below SMALLEST, which is rounding, are drawn there. To be used in `with_edge_selection`.
+    """
+    points = totals.dropna(subset="exact")[["source", "target", "part", "estimate", "exact", "kept"]].copy()
+    is_part = points["part"].notna()
+    points["kind"] = is_part.map({True: "part of a layer", False: "edge"})
+    points["name"] = (points["source"] + " " + points["part"]).where(
+        is_part, points["source"] + " to " + points["target"]
+    )
+    points["same sign"] = (points["estimate"] * points["exact"] >= 0).map({True: "same sign", False: "opposite signs"})
+    points["part"] = points["part"].fillna("")
+    for name in ("estimate", "exact"):
+        points[f"|{name}|"] = points[name].abs().clip(lower=SMALLEST)
+    low = float(points[["|estimate|", "|exact|"]].min().min())
+    high = float(points[["|estimate|", "|exact|"]].max().max())
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    scale = alt.Scale(type="log", domain=[10.0 ** powers[0], 10.0 ** powers[-1]])
+    axis = alt.Axis(format="~g", values=[10.0**k for k in powers])
+    diagonal = pd.DataFrame({"|exact|": [low, high], "|estimate|": [low, high]})
+    marks = (
+        alt.Chart(check_size(points))
+        .mark_point(size=55, filled=True, cursor="pointer")
+        .encode(
+            x=alt.X("|exact|:Q", scale=scale, axis=axis, title="|exact effect| of patching it alone"),
+            y=alt.Y("|estimate|:Q", scale=scale, axis=axis, title="|attribution|"),
+            color=alt.Color(
+                "same sign:N",
+                scale=alt.Scale(domain=["same sign", "opposite signs"], range=[BLUE, ORANGE]),
+                legend=alt.Legend(orient="top", title=None),
+            ),
+            shape=alt.Shape(
+                "kind:N",
+                scale=alt.Scale(domain=["edge", "part of a layer"], range=["circle", "triangle-up"]),
+                legend=alt.Legend(orient="top", title=None),
+            ),
+            stroke=alt.when(EDGE).then(alt.value("currentColor")).otherwise(alt.value(None)),
+            strokeWidth=alt.when(EDGE).then(alt.value(2)).otherwise(alt.value(0)),
+            opacity=alt.value(0.75),
+            tooltip=["name:N", alt.Tooltip("estimate:Q", format=".5f"), alt.Tooltip("exact:Q", format=".5f"), "kept:N"],
+        )
+        .properties(name="scatter")
+    )
+    line = (
+        alt.Chart(diagonal)
+        .mark_line(strokeDash=[4, 4], strokeWidth=1, color="gray")
+        .encode(x=alt.X("|exact|:Q", scale=scale), y=alt.Y("|estimate|:Q", scale=scale))
+    )
+    title = alt.Title("Exact effect and attribution", subtitle="on the same prompts; dashed: equal")
+    # Among others Altair numbers the names of layers, and the selection would not find its view; alone it does not.
+    return alt.hconcat(alt.layer(line, marks).properties(width=PLOT_WIDTH, height=320, title=title))
+
+
+def size_curves(circuits: pd.DataFrame, x_title: str) -> alt.LayerChart:
+    """Accuracy and normalized logit diff of the first k items against k, with bands; random circuits as crosses.
+
+    circuits: rows with circuit "first k" and "random". The axis of sizes is that of 1 + k, to have 0 and small k.
+    """
+    measures = ("accuracy", "normalized_logit_diff")
+    rows = circuits[circuits["measure"].isin(measures) & circuits["size"].notna() & (circuits["sample"] == "held out")]
+    rows = rows.assign(size=rows["size"].astype(int), measure=rows["measure"].map(NAMES_OF_MEASURES))
+    columns = ["size", "measure", "value", "low", "high", "n"]
+    curve = check_size(rows.loc[rows["circuit"] == "first k", columns])
+    random, kept = (rows.loc[rows["circuit"] == name, columns] for name in ("random", "kept"))
+    order = [NAMES_OF_MEASURES[m] for m in measures]
+    color = alt.Color("measure:N", sort=order, legend=alt.Legend(orient="top", title=None, symbolOpacity=1))
+    tooltip = ["measure:N", "size:Q", *(alt.Tooltip(f"{c}:Q", format=".3f") for c in ("value", "low", "high")), "n:Q"]
+    largest = int(curve["size"].max())
+    ticks = [0, *(m * 10**k for k in range(6) for m in (1, 2, 5) if m * 10**k < 0.8 * largest), largest]
+    scale = alt.Scale(type="symlog", constant=1, domain=[0, largest])
+    x = alt.X("size:Q", scale=scale, title=x_title, axis=alt.Axis(format="d", values=ticks))
+    y = alt.Y("value:Q", title="value on held-out pairs")
+    base = alt.Chart(curve).encode(x=x, color=color, tooltip=tooltip)
+    layers = [
+        base.mark_area(opacity=0.18).encode(y=alt.Y("low:Q", title="value on held-out pairs"), y2="high:Q"),
+        base.mark_line(strokeWidth=2).encode(y=y, strokeDash=alt.StrokeDash("measure:N", legend=None)),
+        base.mark_point(filled=True, size=40, opacity=1).encode(y=y),
+        alt.Chart(random)
+        .mark_point(shape="cross", size=45, strokeWidth=1.4)
+        .encode(x=x, y=y, color=color, tooltip=tooltip),
+        alt.Chart(kept)
+        .mark_point(shape="diamond", size=160, strokeWidth=2)
+        .encode(x=x, y=y, color=color, tooltip=tooltip),
+    ]
+    title = alt.Title(
+        "How few are enough",
+        subtitle="band: 95 % over pairs; diamond: the circuit; crosses: random circuits of its size",
+    )
+    return alt.LayerChart(layer=layers).properties(width=PLOT_WIDTH, height=240, title=title)
+
+
+def _bows(kept: pd.DataFrame, nodes: Sequence[str], labels: Sequence[str]) -> pd.DataFrame:
+    """Each item as POINTS points of a bow in the column of its position; longer edges bow out farther."""
+    rows = []
+    heights, columns = {node: k for k, node in enumerate(nodes)}, {label: k for k, label in enumerate(labels)}
+    for number, item in enumerate(kept.itertuples()):
+        start, end, x = heights[item.source], heights[item.target], columns[item.place]
+        reach = 0.15 + 0.65 * (end - start) / (len(nodes) - 1)
+        for k in range(POINTS):
+            along = k / (POINTS - 1)
+            y, out = start + along * (end - start), reach * math.sin(math.pi * along)
+            rows.append((number, k, x + out, y, item.source, item.target, item.place, item.score, item.rank))
+    return pd.DataFrame(rows, columns=["item", "point", "x", "y", "source", "target", "place", "score", "rank"])
+
+
+def circuit_graph(items: pd.DataFrame) -> alt.VConcatChart:
+    """The kept items drawn on axes of position and node, and the edges into and out of one node.
+
+    items: (edge, position) items with source, target, position, label, score, rank, kept. Clicking a node in the strip on
+    the left hides it and its edges, or shows them again; of a circuit of more than MANY items the three busiest nodes
+    start hidden. At most MAX_ROWS / POINTS items are drawn, by rank, and the title says how many of how many.
+    """
+    nodes, labels = node_order(items), _labels(items)
+    whole = items[items["kept"]].assign(place=_places(items)).sort_values("rank")
+    kept = whole.head(MAX_ROWS // POINTS)
+    busy = pd.concat([kept["source"], kept["target"]]).value_counts()
+    first = [{"node": node} for node in busy.index[:3]] if len(kept) > MANY else []
+    hidden = alt.selection_point(name="hidden", fields=["node"], toggle="true", value=first, empty=False)
+    visible = " && ".join(
+        f"(!isArray(hidden.node) || indexof(hidden.node, datum.{end}) < 0)" for end in ("source", "target")
+    )
+    height = max(260, 12 * len(nodes))
+    vertical = alt.Scale(domain=[-0.5, len(nodes) - 0.5], nice=False)
+    of_node = {node: k for k, node in enumerate(nodes)}
+    listed = pd.DataFrame({"node": nodes, "y": range(len(nodes)), "edges": [int(busy.get(n, 0)) for n in nodes]})
+    strip = (
+        alt.Chart(listed)
+        .mark_text(align="right", fontSize=11 if len(nodes) <= 20 else 9, cursor="pointer", x=44)
+        .encode(
+            y=alt.Y("y:Q", scale=vertical, axis=None),
+            text="node:N",
+            opacity=alt.when(hidden).then(alt.value(0.25)).otherwise(alt.value(1)),
+            tooltip=["node:N", alt.Tooltip("edges:Q", title="kept edges")],
+        )
+        .add_params(hidden)
+        .properties(width=50, height=height)
+    )
+    horizontal = alt.Scale(domain=[-0.5, len(labels) + 0.3], nice=False)
+    texts = "[" + ",".join(f"'{label}'" for label in (str(x).replace("'", "\\'") for x in labels)) + "][datum.value]"
+    axis = alt.Axis(
+        values=list(range(len(labels))),
+        labelExpr=texts,
+        labelAngle=-90,
+        labelOverlap=False,
+        ticks=False,
+        tickCount=len(labels),
+    )
+    bows = (
+        alt.Chart(check_size(_bows(kept, nodes, labels)))
+        .transform_filter(visible)
+        .mark_line(interpolate="cardinal", strokeWidth=1.8)
+        .encode(
+            x=alt.X("x:Q", scale=horizontal, title="position", axis=axis),
+            y=alt.Y("y:Q", scale=vertical, axis=None),
+            detail="item:N",
+            order="point:Q",
+            color=alt.when("datum.score < 0").then(alt.value(BLUE)).otherwise(alt.value(ORANGE)),
+            opacity=alt.Opacity(
+                "strength:Q", scale=alt.Scale(type="sqrt", domain=[0, 1], range=[0.25, 1]), legend=None
+            ),
+            tooltip=["source:N", "target:N", "place:N", alt.Tooltip("score:Q", format=".5f"), "rank:Q"],
+        )
+        .transform_calculate(strength=f"min(1, abs(datum.score) / {float(kept['score'].abs().max()) or 1.0})")
+    )
+    ends = pd.concat(
+        [kept[["place", "source", "target"]].assign(node=kept[end]) for end in ("source", "target")]
+    ).drop_duplicates()
+    ends["x"] = ends["place"].map({label: k for k, label in enumerate(labels)})
+    ends["y"] = ends["node"].map(of_node)
+    dots = (
+        alt.Chart(check_size(ends))
+        .transform_filter(visible)
+        .mark_circle(size=38, opacity=1, color="gray")
+        .encode(
+            x=alt.X("x:Q", scale=horizontal), y=alt.Y("y:Q", scale=vertical, axis=None), tooltip=["node:N", "place:N"]
+        )
+    )
+    title = alt.Title(
+        f"The circuit, layers upwards: {len(kept)} of {len(whole)} kept edges are drawn",
+        subtitle="click a node on the left to hide it or show it again; blue: patching hurts; faint: small score",
+    )
+    drawing = alt.layer(bows, dots).properties(width=PLOT_WIDTH - 20, height=height)
+    both = alt.hconcat(strip, drawing, spacing=0).properties(title=title)
+    return alt.vconcat(both, _node_view(kept, nodes, labels, busy), spacing=24).resolve_scale(color="independent")
+
+
+def _node_view(kept: pd.DataFrame, nodes: list[str], labels: list[str], busy: pd.Series) -> alt.HConcatChart:
+    inner = [node for node in busy.index if node not in ("embed", "output")]
+    chosen = alt.param(
+        name="node", value=inner[0] if inner else nodes[0], bind=alt.binding_select(options=nodes, name="Node ")
+    )
+    shown = check_size(kept[["source", "target", "place", "score", "rank"]])
+    tooltip = ["source:N", "target:N", "place:N", alt.Tooltip("score:Q", format=".5f"), "rank:Q"]
+
+    def side(this: str, other: str, words: str) -> alt.Chart:
+        return (
+            alt.Chart(shown)
+            .transform_filter(f"datum.{this} == node")
+            .mark_rect(stroke="currentColor", strokeOpacity=0.2, strokeWidth=0.5)
+            .encode(
+                x=alt.X("place:N", sort=labels, scale=alt.Scale(domain=labels), title=None, axis=_label_axis()),
+                y=alt.Y(f"{other}:N", sort=nodes[::-1], title=None, axis=alt.Axis(ticks=False, labelOverlap=False)),
+                color=_score_color(diverging_scale(shown["score"])),
+                tooltip=tooltip,
+            )
+            .properties(width=290, height=alt.Step(16), title=alt.Title(alt.expr(f"'{words} ' + node")))
+        )
+
+    into, out = side("target", "source", "Into node"), side("source", "target", "Out of node")
+    return alt.hconcat(into.add_params(chosen), out, spacing=24)
+
+
+def presence_strips(missing: pd.DataFrame) -> alt.VConcatChart:
+    """Which names each layer gets: one strip a table, a column a layer, a row a name; empty cells are missing names.
+
+    missing: columns table, node, label, has. The nodes of a table "to ..." are those that send.
+    """
+    nodes = sorted(set(missing["node"]), key=int)
+    names = list(dict.fromkeys(missing["label"]))
+    cell = max(9, min(24, (PLOT_WIDTH - 60) // len(nodes)))
+    strips = []
+    for name, rows in check_size(missing).groupby("table", sort=False):
+        strips.append(
+            alt.Chart(rows)
+            .mark_rect(stroke="currentColor", strokeOpacity=0.25, strokeWidth=0.5)
+            .encode(
+                x=alt.X("node:N", sort=nodes, scale=alt.Scale(domain=nodes), title=None, axis=_node_axis(cell)),
+                y=alt.Y("label:N", sort=names, title=None, axis=alt.Axis(ticks=False, domain=False)),
+                color=alt.Color(
+                    "has:N",
+                    scale=alt.Scale(domain=[True, False], range=[BLUE, "rgba(128,128,128,0.10)"]),
+                    legend=None,
+                ),
+                tooltip=["table:N", "node:N", "label:N", "has:N"],
+            )
+            .properties(width=cell * len(nodes), height=16 * len(names), title=_strip_title(str(name)))
+        )
+    wide = 2 if cell * len(nodes) < PLOT_WIDTH / 2 - 40 else 1
+    return alt.concat(*strips, columns=wide, spacing=20)
+
+
+def _strip_title(table: str) -> str:
+    return f"Names {table}, by {'sending' if table.startswith('to') else 'receiving'} layer"
+
+
+def strongest_edges(items: pd.DataFrame, n_edges: int = 24) -> alt.Chart:
+    """Scores by edge and position, of the n_edges edges with the strongest cells; kept items are outlined."""
+    edge = items["source"] + " to " + items["target"]
+    strongest = items["score"].abs().groupby(edge).max().nlargest(n_edges).index
+    shown = items.assign(edge=edge, place=_places(items))[edge.isin(strongest)]
+    labels = _labels(items)
+    columns = ["edge", "place", "score", "low", "high", "rank", "kept"]
+    return (
+        alt.Chart(check_size(shown[columns]))
+        .mark_rect()
+        .encode(
+            x=alt.X("place:N", sort=labels, title="position", axis=_label_axis()),
+            y=alt.Y("edge:N", sort=list(strongest), title=None, axis=alt.Axis(ticks=False, domain=False)),
+            color=_score_color(diverging_scale(shown["score"])),
+            stroke=alt.when("datum.kept").then(alt.value("currentColor")).otherwise(alt.value(None)),
+            tooltip=[
+                "edge:N",
+                "place:N",
+                *(alt.Tooltip(f"{c}:Q", format=".5f") for c in columns[2:5]),
+                "rank:Q",
+                "kept:N",
+            ],
+        )
+        .properties(
+            width=PLOT_WIDTH - 60,
+            height=alt.Step(14),
+            title=alt.Title("Attribution by edge and position", subtitle="outlined: kept"),
+        )
+    )
+
+
+def searched_edges(edges: pd.DataFrame) -> alt.Chart:
+    """Every edge as a cell: how much it mattered to the search (drop), or that it was removed."""
+    nodes = node_order(edges)
+    cell = max(6, min(30, 480 // len(nodes)))
+    shown = edges[["source", "target", "drop", "kept", "score"]].assign(drop=edges["drop"].fillna(0.0))
+    return (
+        alt.Chart(check_size(shown))
+        .mark_rect(stroke="gray", strokeWidth=0.2)
+        .encode(
+            x=alt.X("target:N", sort=nodes[1:], title="to", axis=_node_axis(cell)),
+            y=alt.Y("source:N", sort=nodes[:-1], title="from", axis=_node_axis(cell, True)),
+            color=alt.Color(
+                "drop:Q",
+                scale=alt.Scale(type="sqrt", domainMin=0, range=["rgba(47,127,193,0.02)", BLUE]),
+                title="drop when patched (removed edges: 0)",
+                legend=alt.Legend(orient="top", gradientLength=180, titleLimit=400),
+            ),
+            tooltip=[
+                "source:N",
+                "target:N",
+                alt.Tooltip("drop:Q", format=".5f"),
+                "kept:N",
+                alt.Tooltip("score:Q", format=".5f"),
+            ],
+        )
+        .properties(width=cell * (len(nodes) - 1), height=cell * (len(nodes) - 1), title="Edges of the search")
+    )
+
+
+def same_size(compared: pd.DataFrame, differences: pd.DataFrame) -> alt.HConcatChart:
+    """f of circuits of the same size, with intervals, and the difference of two of them; a row a threshold.
+
+    compared, differences: rows of circuits with circuit, threshold, size, measure, value, low, high, n.
+    """
+    panels = []
+    for rows, title in ((compared, "faithfulness f"), (differences, "difference of f")):
+        rows = rows[rows["measure"] == "f"].astype({"size": int})
+        sizes = rows.groupby("threshold")["size"].transform("max").astype(str)
+        rows = rows.assign(row=sizes + " items, threshold " + rows["threshold"].map("{:g}".format))
+        circuits = list(dict.fromkeys(rows["circuit"]))
+        columns = ["row", "circuit", "size", "value", "low", "high", "n"]
+        numbers = [alt.Tooltip(f"{c}:Q", format=".4f") for c in ("value", "low", "high")]
+        base = alt.Chart().encode(
+            y=alt.Y("circuit:N", sort=circuits, title=None, axis=alt.Axis(ticks=False, labelLimit=150)),
+            color=alt.Color("circuit:N", sort=circuits, legend=None),
+            tooltip=["circuit:N", "size:Q", *numbers, "n:Q"],
+        )
+        zero = alt.Chart().mark_rule(strokeDash=[4, 4], opacity=0.2, strokeWidth=1).encode(x=alt.datum(0))
+        marks = alt.layer(
+            zero,
+            base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title=title), x2="high:Q"),
+            base.mark_point(filled=True, size=60, opacity=1).encode(
+                x="value:Q", shape=alt.Shape("circuit:N", sort=circuits, legend=None)
+            ),
+            data=check_size(rows[columns]),
+        ).properties(width=210, height=60)
+        order = list(rows.sort_values("size")["row"].unique())
+        header = alt.Header(labelOrient="top", labelAnchor="start", labelPadding=2)
+        panels.append(marks.facet(row=alt.Row("row:N", sort=order, title=None, header=header), spacing=24))
+    title = "Search and attribution at the same size, on held-out pairs"
+    return (
+        alt.hconcat(*panels, spacing=24).resolve_scale(color="independent", shape="independent").properties(title=title)
+    )
