@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ioi_mamba import faithfulness
 from ioi_mamba.attribution import attribute
-from ioi_mamba.faithfulness import Estimate, Evaluator, random_circuits, resampled_means
+from ioi_mamba.evaluator import Estimate, Evaluator, resampled_means
+from ioi_mamba.faithfulness import random_circuits
 from ioi_mamba.graph import Circuit, items_of
 from ioi_mamba.sweep import Progress
 from ioi_mamba.tasks import ioi

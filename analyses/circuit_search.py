@@ -20,7 +20,8 @@ from ioi_mamba import circuit_charts
 from ioi_mamba.acdc import acdc
 from ioi_mamba.attribution import attribute, ranked
 from ioi_mamba.charts import matrix_heatmap
-from ioi_mamba.faithfulness import Evaluator, random_circuits, smallest
+from ioi_mamba.evaluator import Evaluator
+from ioi_mamba.faithfulness import random_circuits, smallest
 from ioi_mamba.graph import Circuit, Universe, items_of, universe_of
 from ioi_mamba.sweep import Progress
 from ioi_mamba.tasks.base import Pairs

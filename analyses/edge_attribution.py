@@ -18,7 +18,8 @@ from torch import Tensor
 from analyses import _circuits
 from ioi_mamba import circuit_charts
 from ioi_mamba.attribution import ranked
-from ioi_mamba.faithfulness import Evaluator, exact_effects, rank_correlation, smallest
+from ioi_mamba.evaluator import Evaluator
+from ioi_mamba.faithfulness import rank_correlation, smallest
 from ioi_mamba.graph import items_of, universe_of
 from ioi_mamba.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
@@ -93,10 +94,8 @@ def run(
     )
     everywhere = per_pair.sum(1)
     few = _circuits.some_of(pairs, exact_prompts)
-    exact = exact_effects(
-        Evaluator(model, few, universe_of(model, parts=True)),
-        items_of(items),
-        _circuits.share_of(progress, 0.5, 0.8),
+    exact = Evaluator(model, few, universe_of(model, parts=True)).exact_effects(
+        items_of(items), _circuits.share_of(progress, 0.5, 0.8)
     )
     totals = _circuits.with_scores(items, everywhere).assign(
         exact=exact.mean(1).cpu().numpy(),

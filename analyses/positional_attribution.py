@@ -15,8 +15,10 @@ from analyses import _circuits, _missing_names
 from ioi_mamba import circuit_charts
 from ioi_mamba.attribution import ranked
 from ioi_mamba.errors import InputError
-from ioi_mamba.faithfulness import Evaluator, smallest
+from ioi_mamba.evaluator import Evaluator
+from ioi_mamba.faithfulness import smallest
 from ioi_mamba.graph import Circuit, universe_of
+from ioi_mamba.jobs import config_of
 from ioi_mamba.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
 
@@ -77,7 +79,7 @@ def run(
     Rows of circuits as in `analyses._circuits`, and LAST_ONLY: the circuit without the edges that leave the
     bottleneck `layer` before the last position. Raises InputError for a layer the model does not have.
     """
-    n_layers = model.config.num_hidden_layers
+    n_layers = config_of(model).num_hidden_layers
     if layer is not None and not 0 <= layer < n_layers:
         raise InputError(f"The model has layers 0 to {n_layers - 1}, not {layer}.")
     items, per_pair = _circuits.attributed(

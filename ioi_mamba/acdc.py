@@ -25,7 +25,7 @@ from pathlib import Path
 import pandas as pd
 
 from .errors import InputError
-from .faithfulness import Evaluator
+from .evaluator import Evaluator
 from .files import written_whole
 from .graph import Circuit, Item, Universe, conv_parts, universe_of
 from .sweep import Progress

@@ -22,6 +22,11 @@ def call(model, work: Callable[..., Any], *args: Any, progress: Callable[[int, i
     return jobs.send(model, work, args)
 
 
+def runs_here(model) -> bool:
+    """Whether `call` runs its work in this process with this model, so that what it keeps is there the next time."""
+    return getattr(model, "jobs", None) is None
+
+
 def config_of(model) -> Any:
     """The model's configuration, also in a server's sandbox, where it is only in what the client sent along."""
     return model.__dict__.get("sent_config") or model.config

@@ -13,7 +13,8 @@ from analyses.positional_attribution import LAST_ONLY, busiest_layer, without_ea
 from ioi_mamba import metrics
 from ioi_mamba.attribution import ranked
 from ioi_mamba.errors import InputError
-from ioi_mamba.faithfulness import Evaluator, exact_effects, size_curve
+from ioi_mamba.evaluator import Evaluator
+from ioi_mamba.faithfulness import size_curve
 from ioi_mamba.graph import Circuit, Item, Universe, items_of, universe_of
 from ioi_mamba.report import chart_spec
 
@@ -136,7 +137,7 @@ def test_exact_effects_stand_beside_their_own_items(mini, sets, tables):
     few = _circuits.some_of(sets[0], 4)
     assert set(shown["n_exact"]) == {len(few)}
     chosen = shown.iloc[[0, 3, 20, 50, 80]]
-    want = exact_effects(Evaluator(mini, few, universe_of(mini, parts=True)), items_of(chosen)).mean(1)
+    want = Evaluator(mini, few, universe_of(mini, parts=True)).exact_effects(items_of(chosen)).mean(1)
     assert chosen["exact"].tolist() == pytest.approx(want.tolist(), abs=1e-5)
     edges = shown[shown["part"].isna()]
     same = im.attribute(mini, few, parts=True)
