@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .graph import Masks, Universe, conv_parts, universe_of
+from .evaluator import Evaluator
+from .graph import Item, Masks, Universe, conv_parts, universe_of
 from .interventions import forward
 from .jobs import call, config_of, device_of
 from .metrics import logit_diff, normalized_logit_diff
@@ -46,7 +47,7 @@ from .portable import portable
 from .sweep import Progress
 from .tasks.base import Pairs
 
-METHODS = ("eap", "eap-ig")
+METHODS = ("eap", "eap-ig", "exact")
 ROUNDING = 1e-4  # logits; two float32 passes of one prompt can differ by some 1e-5
 VARIANTS = ("paper", "detached", "clean-difference")
 
@@ -214,33 +215,6 @@ def _scores(
     return scores
 
 
-def _to_frame(scores: dict[str, Tensor], universe: Universe, positions: bool, per_pair: bool) -> pd.DataFrame:
-    n, K = universe.n_layers, universe.conv_width
-    nodes = universe.nodes
-    kinds: list[tuple[str, str, str | None]] = []
-    columns: list[Tensor] = []
-    for j in range(n + 1):
-        for i in range(j + 1):
-            kinds.append((nodes[i], nodes[j + 1], None))
-            columns.append(scores["edges"][:, i, j])
-    for i in range(n if "conv" in scores else 0):
-        for k, part in enumerate(conv_parts(K)):
-            kinds.append((str(i), str(i), part))
-            columns.append(scores["conv"][:, i, k])
-        for part in ("ssm", "skip"):
-            kinds.append((str(i), str(i), part))
-            columns.append(scores[part][:, i])
-    stacked = torch.stack(columns).movedim(1, -1)  # [item, pos or 1, pair or 1]
-    n_items, n_pos, n_pairs = stacked.shape
-    index = pd.MultiIndex.from_product([range(n_items), range(n_pos), range(n_pairs)]).to_frame(index=False)
-    table = pd.DataFrame([kinds[k] for k in index[0]], columns=["source", "target", "part"])
-    table.insert(2, "position", (index[1] if positions else pd.Series(pd.NA, index=index.index)).astype("Int64"))
-    table["score"] = stacked.flatten().cpu().numpy()
-    if per_pair:
-        table["pair"] = index[2]
-    return table
-
-
 def attribute(
     model,
     pairs: Pairs,
@@ -256,11 +230,43 @@ def attribute(
 ) -> pd.DataFrame:
     """Attribution of every edge (and part): columns source, target, position, part, score (and pair).
 
-    method: "eap", the gradient at the clean point, or "eap-ig", the mean over `steps` points of the path. variant:
-    see the module's table. positions: one score a position, else summed (position is null). parts: score conv
+    method: "eap", the gradient at the clean point; "eap-ig", the mean over `steps` points of the path; or "exact",
+    which needs no gradients: each item is patched alone, at many times the cost. variant: see the module's table. positions: one score a position, else summed (position is null). parts: score conv
     slices, ssm and skip too; an edge has a null part. per_pair: one row a pair instead of the mean over pairs.
     Score: normalized logit diff per unit of patching; negative = patching lowers the metric.
     Raises InputError for an unknown method or variant, steps < 2 with eap-ig, or scores that are not finite.
+    """
+    kinds, scores = attributions(
+        model,
+        pairs,
+        method=method,
+        variant=variant,
+        steps=steps,
+        positions=positions,
+        parts=parts,
+        per_pair=per_pair,
+        pairs_per_pass=pairs_per_pass,
+        progress=progress,
+    )
+    return _to_frame(kinds, scores, positions, per_pair)
+
+
+def attributions(
+    model,
+    pairs: Pairs,
+    *,
+    method: str = "eap-ig",
+    variant: str = "paper",
+    steps: int = 5,
+    positions: bool = False,
+    parts: bool = False,
+    per_pair: bool = True,
+    pairs_per_pass: int = 64,
+    progress: Progress | None = None,
+) -> tuple[list[tuple[str, str, str | None]], Tensor]:
+    """As `attribute`: (source, target, part) of every item, and the scores Float32[item, pos, pair].
+
+    The axis of positions has length 1 without `positions`, that of pairs without `per_pair`.
     """
     if method not in METHODS or variant not in VARIANTS:
         raise InputError(
@@ -271,6 +277,14 @@ def attribute(
         raise InputError(f"pairs_per_pass must be at least 1, not {pairs_per_pass}.")
     if method == "eap-ig" and steps < 2:
         raise InputError(f"eap-ig needs at least 2 steps, not {steps}; for one gradient at the clean point use 'eap'.")
+    universe = universe_of(model, parts=parts, n_positions=pairs.clean.shape[1] if positions else None)
+    kinds = _kinds(universe)
+    if method == "exact":
+        places = range(pairs.clean.shape[1]) if positions else [None]
+        items = [Item(source, target, p, part) for source, target, part in kinds for p in places]
+        scores = Evaluator(model, pairs, universe).exact_effects(items, progress)
+        scores = scores.view(len(kinds), -1, len(pairs))
+        return kinds, scores if per_pair else scores.mean(-1, keepdim=True)
     if method == "eap":
         alphas, steps = [0.0], 1
     else:
@@ -280,20 +294,39 @@ def attribute(
         rows = torch.arange(len(pairs))
         same_last = bool((pairs.clean[rows, pairs.last] == pairs.corrupted[rows, pairs.last]).all())
         alphas = alphas[:-1] if variant == "paper" and same_last else alphas
-    scores = call(
-        model,
-        _scores,
-        pairs.without_text(),
-        alphas,
-        steps,
-        variant,
-        parts,
-        positions,
-        per_pair,
-        pairs_per_pass,
-        progress=progress,
-    )
-    return _to_frame(scores, universe_of(model, parts=parts), positions, per_pair)
+    options = (alphas, steps, variant, parts, positions, per_pair, pairs_per_pass)
+    scores = call(model, _scores, pairs.without_text(), *options, progress=progress)
+    return kinds, _stacked(scores, universe)
+
+
+def _kinds(universe: Universe) -> list[tuple[str, str, str | None]]:
+    """(source, target, part) of the items, in the order of the tables."""
+    nodes = universe.nodes
+    kinds: list[tuple[str, str, str | None]] = [
+        (nodes[i], nodes[j + 1], None) for j in range(universe.n_layers + 1) for i in range(j + 1)
+    ]
+    for i in range(universe.n_layers if universe.parts else 0):
+        kinds += [(str(i), str(i), part) for part in (*conv_parts(universe.conv_width), "ssm", "skip")]
+    return kinds
+
+
+def _stacked(scores: dict[str, Tensor], universe: Universe) -> Tensor:
+    """Scores by kind, as `_scores` gives them, in the order of `_kinds`: [item, pos or 1, pair or 1]."""
+    columns = [scores["edges"][:, i, j] for j in range(universe.n_layers + 1) for i in range(j + 1)]
+    for i in range(universe.n_layers if universe.parts else 0):
+        columns += [scores["conv"][:, i, k] for k in range(universe.conv_width)]
+        columns += [scores[part][:, i] for part in ("ssm", "skip")]
+    return torch.stack(columns).movedim(1, -1)
+
+
+def _to_frame(kinds, scores: Tensor, positions: bool, per_pair: bool) -> pd.DataFrame:
+    index = pd.MultiIndex.from_product([range(n) for n in scores.shape]).to_frame(index=False)
+    table = pd.DataFrame([kinds[k] for k in index[0]], columns=["source", "target", "part"])
+    table.insert(2, "position", (index[1] if positions else pd.Series(pd.NA, index=index.index)).astype("Int64"))
+    table["score"] = scores.flatten().numpy()
+    if per_pair:
+        table["pair"] = index[2]
+    return table
 
 
 def ranked(table: pd.DataFrame, ranking: str = "signed") -> pd.DataFrame:

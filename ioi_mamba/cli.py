@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from .errors import InputError
+from .errors import InputError, ServerError, Submitted
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,8 +35,12 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run experiments and write a report", description="Run experiments.")
     run.add_argument("analysis", nargs="+", metavar="ANALYSIS", help="names such as layer-ablation, or 'all'")
     run.add_argument("--model", default="mini", help="'mini', a hub id or a directory (default: mini)")
-    run.add_argument("--backend", default="local", help="where the model runs (default: local)")
-    run.add_argument("--host", help="the server of a backend that has one")
+    _add_backend(run)
+    run.add_argument("--submit", action="store_true", help="hand requests to the server and do not wait for them")
+    run.add_argument("--collect", action="store_true", help="fetch what was submitted, wait for it, and go on")
+    run.add_argument("--max-upload", type=float, default=64, metavar="MIB", help="of one request (default: 64)")
+    run.add_argument("--max-download", type=float, default=256, metavar="MIB", help="of one result (default: 256)")
+    run.add_argument("--retries", type=int, default=5, metavar="N", help="after failures that may pass (default: 5)")
     source = run.add_mutually_exclusive_group()
     source.add_argument("--pairs", type=Path, metavar="FILE", help="prompts of one's own, one JSON object a line")
     source.add_argument("--n-pairs", type=int, metavar="N", help="pairs to draw (default: each experiment's own)")
@@ -69,12 +73,23 @@ def _parser() -> argparse.ArgumentParser:
     sites = commands.add_parser("sites", help="list the hook names: every value that can be read and written")
     sites.set_defaults(call=_sites)
     doctor = commands.add_parser("doctor", help="say what is installed and whether it works")
+    doctor.add_argument("--model", default="mini", help="'mini', a hub id or a directory (default: mini)")
+    _add_backend(doctor)
     doctor.set_defaults(call=_doctor)
     return parser
 
 
+def _add_backend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend",
+        default="local",
+        help="local (default); ndif: the model is on a server; local-serialized: here, as if sent to a server",
+    )
+    parser.add_argument("--host", help="the NDIF server (default: nnsight's setting)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Exit codes: 0 done, 1 the doctor found something, 2 bad input, 130 interrupted."""
+    """The command line. Exit codes: 0 done, 1 the doctor found something, 2 bad input, 3 server, 130 interrupted."""
     try:
         arguments = _parser().parse_args(argv)
         _quiet()
@@ -82,6 +97,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"ioi-mamba: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except ServerError as error:
+        print(f"ioi-mamba: {' '.join(str(error).split())}", file=sys.stderr)
+        return 3
+    except Submitted as jobs:
+        print(f"Submitted: {jobs}\nRun the same with --collect in place of --submit to fetch the results.")
+        return 0
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(
             "ioi-mamba: interrupted; finished tables are kept, --resume with --out takes the run up again.",
@@ -112,8 +137,11 @@ def _run(arguments: argparse.Namespace) -> int:
     for flag, value in (("--n-pairs", arguments.n_pairs), ("--threads", arguments.threads)):
         if value is not None and value < 1:
             raise InputError(f"{flag} is {value}: give at least 1.")
-    if arguments.resume and arguments.out is None:
-        raise InputError("--resume needs --out: name the directory of the run to take up again.")
+    for flag in ("resume", "submit", "collect"):
+        if getattr(arguments, flag) and arguments.out is None:
+            raise InputError(f"--{flag} needs --out: name the directory of the run.")
+    if (arguments.submit or arguments.collect) and arguments.backend != "ndif":
+        raise InputError("--submit and --collect are for --backend ndif: leave them out.")
     if arguments.pairs is not None and not arguments.pairs.is_file():
         raise InputError(f"There is no file {str(arguments.pairs)!r} to read pairs from: give --pairs an existing one.")
     from . import study
@@ -136,6 +164,9 @@ def _run(arguments: argparse.Namespace) -> int:
         host=arguments.host,
         any_architecture=not any(module.NEEDS_MAMBA for module in modules),
     )
+    if arguments.backend == "ndif":
+        model.jobs.limit(arguments.max_upload, arguments.max_download, arguments.retries)
+        model.jobs.wait = not arguments.submit
     pairs = None if arguments.pairs is None else Pairs.from_jsonl(arguments.pairs, model.tokenizer)
     page = study.run_study(
         model,
@@ -146,7 +177,7 @@ def _run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         options=options,
         model_id=arguments.model,
-        resume=arguments.resume,
+        resume=arguments.resume or arguments.collect,
     )
     print(f"Report: {page}")
     return 0
@@ -246,7 +277,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from .doctor import examine
 
     good = True
-    for check in examine():
+    for check in examine(arguments.model, arguments.backend, arguments.host):
         print(f"{'ok ' if check.good else '-- '} {check.subject:<18} {check.says}", flush=True)
         good = good and check.good
     return 0 if good else 1

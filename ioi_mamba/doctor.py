@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from .probe import KERNELS
+
 # The least version tested and the first one that is not, as (major, minor); None: no upper end.
 TESTED: dict[str, tuple[tuple[int, int], tuple[int, int] | None]] = {
     "nnsight": ((0, 8), (0, 9)),
@@ -19,7 +21,6 @@ TESTED: dict[str, tuple[tuple[int, int], tuple[int, int] | None]] = {
     "pandas": ((2, 3), None),
     "vl-convert-python": ((1, 8), None),
 }
-KERNELS = ("mamba_ssm", "causal_conv1d")
 
 
 class Check(NamedTuple):
@@ -44,13 +45,6 @@ def versions() -> dict[str, str]:
     for package in ("ioi-mamba", "torch", "nnsight", "transformers", "altair"):
         found[package] = version(package) or "not installed"
     return found
-
-
-def kernels(device: torch.device | str = "cuda") -> list[str]:
-    """The compiled kernels a Mamba on this device runs with; none on a CPU, where they cannot run."""
-    if torch.device(device).type != "cuda":
-        return []
-    return [name for name in KERNELS if importlib.util.find_spec(name) is not None]
 
 
 def device_name(device: torch.device) -> str:
@@ -110,8 +104,54 @@ def _check_mini() -> Check:
     return Check(True, "mini", f'opens, and continues "... Isaac and Lucas gave a necklace to" with {said.strip()!r}')
 
 
-def examine() -> Iterator[Check]:
-    """Every check, one after the other (the last takes seconds)."""
+def _check_server(name: str, backend: str, host: str | None) -> Iterator[Check]:
+    """What this server allows with this model, as far as it answers."""
+    from .errors import InputError, ServerError
+    from .models import open_model
+    from .probe import probe
+
+    try:
+        model = open_model(name, backend=backend, host=host)
+        if backend == "ndif":
+            yield _check_deployed(model)
+        found = probe(model)
+    except (InputError, ServerError) as error:
+        yield Check(False, "server", str(error))
+        return
+    ours = versions()
+    for package, theirs in found["versions"].items():
+        # Of Python only the code's source travels; the others decide what the numbers and the module tree are.
+        same = package == "python" or ours[package].split("+")[0] == theirs.split("+")[0]
+        yield Check(same, f"server's {package}", theirs if same else f"{theirs}; here it is {ours[package]}")
+    yield Check(True, "server's device", f"{found['device']}, kernels: {', '.join(found['kernels']) or 'none'}")
+    says = found["dtype"] if found["dtype"] == "float32" else f"{found['dtype']}: numbers differ from float32 ones"
+    yield Check(True, "server's dtype", says)
+    yield Check(
+        True,
+        "gradients",
+        "allowed" if found["gradients"] else "refused: circuit experiments patch each item instead (method=exact)",
+    )
+    shown = found["weights_sha256"]
+    yield Check(True, "weights", f"SHA-256 {shown[:12]}" if shown else "not shown by the server")
+
+
+def _check_deployed(model) -> Check:
+    import httpx
+
+    host = model.jobs.host
+    try:
+        answer = httpx.get(f"{host}/status", timeout=30)
+        answer.raise_for_status()
+        deployments = answer.json().get("deployments", {}).values()
+    except (httpx.HTTPError, ValueError) as error:
+        return Check(False, "server", f"{host} does not answer ({error}): check --host and that it runs")
+    levels = [d.get("deployment_level") for d in deployments if d.get("model_key") == model.jobs.model_key]
+    state = f"holds the model ({levels[0]})" if levels else "will have to load the model"
+    return Check(True, "server", f"{host} answers and {state}")
+
+
+def examine(name: str = "mini", backend: str = "local", host: str | None = None) -> Iterator[Check]:
+    """Every check, one after the other (the last takes seconds); with another backend, what it allows with a model."""
     yield Check(True, "python", platform.python_version())
     yield Check(
         version("ioi-mamba") is not None,
@@ -122,4 +162,7 @@ def examine() -> Iterator[Check]:
         yield _check_version(package)
     yield _check_kernels()
     yield _check_device()
-    yield _check_mini()
+    if backend == "local":
+        yield _check_mini()
+    else:
+        yield from _check_server(name, backend, host)

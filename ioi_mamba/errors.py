@@ -1,4 +1,4 @@
-"""The two exceptions a user meets: bad input (the command line exits with 2) and a failing server (3).
+"""What a user meets: bad input (the command line exits with 2), a failing server (3), requests not waited for (0).
 
 The message is one sentence that says what is wrong and what to do; the command line prints it.
 """
@@ -10,3 +10,7 @@ class InputError(ValueError):
 
 class ServerError(Exception):
     """A server did not answer or failed; the text is one sentence that says what happened and what to do."""
+
+
+class Submitted(Exception):
+    """Requests were handed to a server and not waited for; the text says which."""

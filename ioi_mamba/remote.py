@@ -24,7 +24,7 @@ from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
 from nnsight.schema.response import ResponseModel, Status
 from torch import Tensor
 
-from .errors import InputError, ServerError
+from .errors import InputError, ServerError, Submitted
 from .files import written_whole
 
 PACKAGES = ("ioi_mamba", "analyses")
@@ -41,14 +41,6 @@ _TRANSIENT = (
     "502",
 )
 """In the message of a failure that may be gone a moment later: an actor that restarts, a backend that reconnects."""
-
-
-class Submitted(Exception):
-    """A job was handed to the server and not waited for. `job`: its id there."""
-
-    def __init__(self, job: str):
-        super().__init__(job)
-        self.job = job
 
 
 class _EnvelopeUnpickler(pickle.Unpickler):
@@ -69,6 +61,8 @@ class _Courier(RemoteBackend):
     def __init__(self, jobs: Jobs, record: dict[str, Any], **options: Any):
         super().__init__(jobs.model_key, host=jobs.host, **options)
         self.jobs, self.record, self.seen = jobs, record, {}
+        # Two progress displays on one terminal overwrite each other; `study` has its own.
+        self.display.enabled = False
 
     def _serialize(self, tracer) -> bytes:
         blob = super()._serialize(tracer)
@@ -122,28 +116,34 @@ class _Courier(RemoteBackend):
 class Jobs:
     """What `call` sends requests through; `model.jobs` of a model opened with a backend.
 
-    store: a directory in which finished results are kept until `forget`, so that a run that was cut off sends nothing
-    twice. wait: False hands a request over and raises `Submitted`; the next run with the same store fetches it.
+    store: a directory in which finished results are kept, so that a run that was cut off sends nothing twice. wait: False hands a request over and raises `Submitted`; the next run with the same store fetches it.
     records: for each request its work, bytes up and down, and seconds in the queue, running and on the way.
-    retries: how often a request is tried again after a failure that may pass, each time waiting twice as long.
+    backend: its name, for the record.
     """
 
-    def __init__(
-        self,
-        model_key: str,
-        host: str | None,
-        *,
-        max_upload_mib: float = 64,
-        max_download_mib: float = 256,
-        retries: int = 5,
-    ):
+    backend = "ndif"
+
+    def __init__(self, model_key: str, host: str | None):
         self.model_key, self.host = model_key, host
-        self.max_upload, self.max_download = int(max_upload_mib * MIB), int(max_download_mib * MIB)
-        self.retries, self.wait, self.busy = retries, True, False
+        self.limit()
+        self.wait, self.busy = True, False
         self.store: Path | None = None
         self.records: list[dict[str, Any]] = []
         for package in PACKAGES:
             nnsight.register(package)
+
+    def limit(self, max_upload_mib: float = 64, max_download_mib: float = 256, retries: int = 5) -> None:
+        """Set how large a request and a result may be, and how often a request is tried again.
+
+        Each further try comes after twice the wait. Raises InputError for what is not positive.
+        """
+        if not (max_upload_mib > 0 and max_download_mib > 0 and retries >= 0):
+            raise InputError(
+                f"--max-upload {max_upload_mib} and --max-download {max_download_mib} must be positive, "
+                f"--retries {retries} not negative."
+            )
+        self.max_upload, self.max_download = int(max_upload_mib * MIB), int(max_download_mib * MIB)
+        self.retries = retries
 
     def __reduce__(self):
         """None: the model is sent with all that hangs on it, and on the server there is nowhere to send jobs."""
@@ -169,12 +169,13 @@ class Jobs:
             kept.with_suffix(".job").unlink(missing_ok=True)
         return result
 
-    def forget(self) -> None:
-        """Delete the kept results: those of an analysis whose table is written are not needed again."""
-        if self.store is not None and self.store.is_dir():
-            for path in [*self.store.glob("*.pt"), *self.store.glob("*.job")]:
+    @staticmethod
+    def forget(store: Path) -> None:
+        """Delete the kept results of a directory: those of an analysis whose table is written are not needed again."""
+        if store.is_dir():
+            for path in [*store.glob("*.pt"), *store.glob("*.job")]:
                 path.unlink()
-            self.store.rmdir()
+            store.rmdir()
 
     def _persist(self, once: Callable[[], Any], record: dict[str, Any]) -> Any:
         for attempt in range(self.retries + 1):
@@ -249,6 +250,8 @@ class Jobs:
 
 class SerializedJobs(Jobs):
     """The same without a server: the job is serialised, its local modules are hidden, and it is run here."""
+
+    backend = "local-serialized"
 
     def __init__(self, model_key: str):
         super().__init__(model_key, None)

@@ -30,10 +30,11 @@ from tqdm import tqdm
 import analyses
 
 from . import doctor, report
-from .errors import InputError
+from .errors import InputError, Submitted
 from .files import written_whole
-from .jobs import config_of, device_of
+from .jobs import config_of, runs_here
 from .models import MINI
+from .probe import probe
 from .results import read_manifest
 from .tasks.base import Pairs
 
@@ -83,21 +84,33 @@ def run_study(
     weights, pairs, options and seed. Raises InputError before anything is written for an unknown name or
     option, an `out_dir` that cannot be written or holds tables of another model, and pairs that do not fit
     the model. An experiment that fails leaves the tables finished before it, and a report of them.
+    With a model on a server, finished requests are kept in `out_dir/jobs` until their experiment is done. Raises
+    ServerError for a server that fails, and Submitted where requests were handed over and not waited for.
     """
     out = Path(out_dir)
     check_out_dir(out)
     plans = _plan(model, names, pairs, n_pairs, seed, dict(options or {}))
-    weights = weights_hash(model)
+    found = probe(model)
+    # A server that does not show its weights is taken at its word: one name, one model.
+    weights = found["weights_sha256"] or hashlib.sha256(model.jobs.model_key.encode()).hexdigest()
     _refuse_other_model(out, weights)
     about = describe_model(model, model_id) | {"weights_sha256": weights}
-    done = False
+    run = _Run(model, out, about, found, seed, resume, progress)
+    if not resume and not runs_here(model):
+        model.jobs.forget(out / "jobs")
+    done, waiting = False, []
     try:
         for plan in plans:
-            _run_one(model, plan, out, about, seed, resume, progress)
-            done = True
+            try:
+                run.one(plan, waiting)
+                done = True
+            except Submitted as job:
+                waiting.append((plan.module.NAME, str(job)))
     finally:
         if done:
             page = report.write_report(out)
+    if waiting:
+        raise Submitted("; ".join(f"{name}: {job}" for name, job in waiting))
     return page
 
 
@@ -136,65 +149,119 @@ def check_options(modules: Sequence[ModuleType], options: Mapping[str, Any]) -> 
             raise InputError(f"Unknown option {key!r}: the options are {'; '.join(known)}.")
 
 
-def _run_one(model, plan: _Plan, out: Path, about: dict[str, Any], seed: int, resume: bool, progress: bool) -> None:
-    module = plan.module
-    options = plan.options | _bottleneck(plan, out)
-    identity = {
-        "analysis": module.NAME,
-        "model": about,
-        "seed": seed,
-        "pairs_sha256": plan.pairs.hash(),
-        "held_out_sha256": None if plan.held_out is None else plan.held_out.hash(),
-        "options": {key: value if _is_plain(value) else str(value) for key, value in options.items()},
-    }
-    if resume and _is_finished(out, identity):
-        if progress:
-            print(f"{module.NAME}: finished before, kept", file=sys.stderr)
-        return
-    arguments: dict[str, Any] = dict(options)
-    parameters = inspect.signature(module.run).parameters
-    if "held_out" in parameters:
-        arguments["held_out"] = plan.held_out
-    if "seed" in parameters:
-        arguments["seed"] = seed
-    if torch.device(device_of(model)).type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    with _progress_bar(module.NAME, progress) as advance:
-        table = module.run(model, plan.pairs, progress=advance, **arguments)
-    seconds = time.perf_counter() - started
-    missing = [column for column in module.COLUMNS if column not in table]
-    if missing:
-        raise RuntimeError(f"{module.NAME} made a table without the column {missing[0]!r}.")
-    manifest = identity | {
-        "paper": module.PAPER,
-        "device": doctor.device_name(torch.device(device_of(model))),
-        "dtype": str(next(model._module.parameters()).dtype).removeprefix("torch."),
-        "kernels": doctor.kernels(device_of(model)),
-        "versions": doctor.versions(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "threads": torch.get_num_threads(),
-        "n_pairs": len(plan.pairs),
-        "rows": len(table),
-        "wall_seconds": round(seconds, 3),
-        "peak_memory_mib": round(_peak_memory_mib(), 1),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    if torch.device(device_of(model)).type == "cuda":
-        manifest["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    out.mkdir(parents=True, exist_ok=True)
-    # The manifest vouches for the table by its hash: a table without its manifest counts as unfinished.
-    with written_whole(out / f"{module.NAME}.parquet") as path:
-        table.to_parquet(path, index=False)
-        manifest["table_sha256"] = _file_hash(path)
-    with written_whole(out / f"{module.NAME}.json") as path:
-        path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+@dataclass(frozen=True)
+class _Run:
+    """What the experiments of one call of `run_study` have in common. found: what `probe` gives."""
+
+    model: Any
+    out: Path
+    about: dict[str, Any]
+    found: dict[str, Any]
+    seed: int
+    resume: bool
+    progress: bool
+
+    def one(self, plan: _Plan, waiting: list[tuple[str, str]]) -> None:
+        """Run one experiment and write its table and manifest. waiting: (name, job) of those not finished."""
+        module = plan.module
+        if _needs_bottleneck(plan) and any(name == "layer-ablation" for name, _ in waiting):
+            raise Submitted("waits for layer-ablation, which finds its layer")
+        options = plan.options | _bottleneck(plan, self.out) | self._without_gradients(plan)
+        identity = {
+            "analysis": module.NAME,
+            "model": self.about,
+            "seed": self.seed,
+            "pairs_sha256": plan.pairs.hash(),
+            "held_out_sha256": None if plan.held_out is None else plan.held_out.hash(),
+            "options": {key: value if _is_plain(value) else str(value) for key, value in options.items()},
+        }
+        if self.resume and _is_finished(self.out, identity):
+            if self.progress:
+                print(f"{module.NAME}: finished before, kept", file=sys.stderr)
+            return
+        arguments: dict[str, Any] = dict(options)
+        parameters = inspect.signature(module.run).parameters
+        if "held_out" in parameters:
+            arguments["held_out"] = plan.held_out
+        if "seed" in parameters:
+            arguments["seed"] = self.seed
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        with _progress_bar(module.NAME, self.progress) as advance, self._jobs() as requests:
+            table = module.run(self.model, plan.pairs, progress=advance, **arguments)
+        seconds = time.perf_counter() - started
+        missing = [column for column in module.COLUMNS if column not in table]
+        if missing:
+            raise RuntimeError(f"{module.NAME} made a table without the column {missing[0]!r}.")
+        manifest = identity | {
+            "paper": module.PAPER,
+            "backend": "local" if runs_here(self.model) else self.model.jobs.backend,
+            "device": self.found["device"],
+            "dtype": self.found["dtype"],
+            "kernels": self.found["kernels"],
+            "versions": doctor.versions() | self.found["versions"],
+            "platform": f"{platform.system()} {platform.machine()}",
+            "threads": torch.get_num_threads(),
+            "n_pairs": len(plan.pairs),
+            "rows": len(table),
+            "wall_seconds": round(seconds, 3),
+            "peak_memory_mib": round(_peak_memory_mib(), 1),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        if requests:
+            manifest["requests"] = _sums(requests)
+        if torch.cuda.is_available():
+            manifest["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+        self.out.mkdir(parents=True, exist_ok=True)
+        # The manifest vouches for the table by its hash: a table without its manifest counts as unfinished.
+        with written_whole(self.out / f"{module.NAME}.parquet") as path:
+            table.to_parquet(path, index=False)
+            manifest["table_sha256"] = _file_hash(path)
+        with written_whole(self.out / f"{module.NAME}.json") as path:
+            path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if not runs_here(self.model):
+            self.model.jobs.forget(self.out / "jobs")
+
+    @contextmanager
+    def _jobs(self) -> Iterator[list[dict[str, Any]]]:
+        """The requests sent inside the block; their results are kept in the out directory."""
+        requests: list[dict[str, Any]] = []
+        if runs_here(self.model):
+            yield requests
+            return
+        jobs = self.model.jobs
+        before, jobs.store = len(jobs.records), self.out / "jobs"
+        try:
+            yield requests
+        finally:
+            requests += jobs.records[before:]
+            jobs.store = None
+
+    def _without_gradients(self, plan: _Plan) -> dict[str, Any]:
+        """On a server that gives no gradients: the method that needs none, unless the user named one."""
+        if self.found["gradients"] or "method" not in options_of(plan.module) or "method" in plan.options:
+            return {}
+        if self.progress:
+            print(f"{plan.module.NAME}: no gradients on this server; each item is patched instead", file=sys.stderr)
+        return {"method": "exact"}
+
+
+def _sums(requests: list[dict[str, Any]]) -> dict[str, Any]:
+    """How many requests, and their bytes and seconds together."""
+    names = ("bytes_up", "bytes_down", "queue_seconds", "run_seconds", "transfer_seconds", "retries")
+    sums = {name: sum(request.get(name, 0) for request in requests) for name in names}
+    return {"count": len(requests)} | {name: round(value, 3) for name, value in sums.items()}
+
+
+def _needs_bottleneck(plan: _Plan) -> bool:
+    parameter = options_of(plan.module).get("layer")
+    return parameter is not None and parameter.default is None and "layer" not in plan.options
 
 
 def _bottleneck(plan: _Plan, out: Path) -> dict[str, int]:
     """The layer this run's layer-ablation found, for an experiment on one layer when the user named none."""
-    parameter = options_of(plan.module).get("layer")
-    if parameter is None or parameter.default is not None or "layer" in plan.options:
+    if not _needs_bottleneck(plan):
         return {}
     source = out / "layer-ablation.parquet"
     if not source.is_file():
@@ -249,18 +316,6 @@ def describe_model(model, model_id: str | None = None) -> dict[str, Any]:
     summary = {name: getattr(config, name) for name in sizes if getattr(config, name, None) is not None}
     revision = getattr(config, "_commit_hash", None)
     return {"id": model_id, "revision": revision, "architecture": config.model_type, "config": summary}
-
-
-def weights_hash(model) -> str:
-    """SHA-256, in hex, of parameters and buffers as loaded: name, dtype, shape and bytes of each, by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model._module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().reshape(-1)
-        # A piece at a time, so that a model on a GPU is not copied to memory whole.
-        for piece in flat.split(1 << 24):
-            digest.update(memoryview(piece.cpu().contiguous().view(torch.uint8).numpy()))
-    return digest.hexdigest()
 
 
 def _peak_memory_mib() -> float:
