@@ -160,7 +160,7 @@ def of_circuit(table: pd.DataFrame, circuit: str, measure: str, sample: str = "h
     return table[(table["circuit"] == circuit) & (table["measure"] == measure) & (table["sample"] == sample)]
 
 
-def interval_text(row: pd.Series, form: str = ".3f") -> str:
+def interval_text(row: pd.Series, form: str = "z.3f") -> str:
     """A value with its interval: "0.912 (0.901 to 0.920)"."""
     return f"{row['value']:{form}} ({row['low']:{form}} to {row['high']:{form}})"
 

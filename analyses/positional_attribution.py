@@ -12,7 +12,7 @@ import altair as alt
 import pandas as pd
 
 from analyses import _circuits, _missing_names
-from ioi_mamba import circuit_charts
+from ioi_mamba import circuit_charts, position_charts
 from ioi_mamba.attribution import ranked
 from ioi_mamba.errors import InputError
 from ioi_mamba.evaluator import Evaluator
@@ -124,9 +124,9 @@ def chart(table: pd.DataFrame):
     items = _circuits.item_rows(table)
     missing = _missing_names.missing_names(items, int(items["bottleneck"].iloc[0]))
     charts = [
-        circuit_charts.circuit_graph(items),
-        *([circuit_charts.presence_strips(missing)] if len(missing) else []),
-        circuit_charts.strongest_edges(items),
+        position_charts.circuit_graph(items),
+        *([position_charts.presence_strips(missing)] if len(missing) else []),
+        position_charts.strongest_edges(items),
         circuit_charts.size_curves(table[table["what"] == "circuit"], "(edge, position) items kept"),
     ]
     return alt.vconcat(*charts, spacing=36).resolve_scale(

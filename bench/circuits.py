@@ -2,7 +2,7 @@
 
     python bench/circuits.py [--model M] [--n-pairs N] [--threshold T]
 
-For two universes, edges with parts and (edge, position) items of some layers' edges, prints the seconds of ACDC and of
+For two universes, edges with parts and (edge, position) items, prints the seconds of ACDC and of
 attribution on the same prompts, the ratio, and how many items both keep. Seconds depend on the machine, so they stand in
 no table of an experiment; how faithful the circuits are is in `circuit-search`.
 """
@@ -26,7 +26,7 @@ def timed(work):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Wall times of exact search and of attribution.")
     parser.add_argument("--model", default="mini")
     parser.add_argument("--n-pairs", type=int, default=10)
     parser.add_argument("--threshold", type=float, default=1e-3)

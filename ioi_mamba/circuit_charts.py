@@ -1,14 +1,14 @@
-"""Charts of circuits: matrices linked to details, the circuit drawn on layers and positions, curves over sizes.
+"""Charts of circuits: matrices linked to details, exact effects against attributions, curves over sizes.
 
 As in `charts`, builders take tidy tables and never a model. Tables of items have source, target, score and kept, and
 where it applies part, position, label, exact and rank; tables of circuits are the rows that score them (circuit,
-size, measure, value, low, high). Clicks select an edge or hide a node; all of it works in the offline page.
+size, measure, value, low, high). A click selects an edge, in the offline page too. `position_charts` has the charts of
+(edge, position) items.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
@@ -18,8 +18,6 @@ from .charts import BLUE, CATEGORIES, MAX_ROWS, ORANGE, PLOT_WIDTH, check_size, 
 
 SCORE_TITLE = "score (blue: patching it hurts)"
 SMALLEST = 1e-6  # below it a change of the metric is rounding
-POINTS = 9  # of each bow in the drawing of a circuit
-MANY = 150  # kept items above which the busiest nodes are hidden to begin with
 NAMES_OF_MEASURES = {"accuracy": "accuracy", "normalized_logit_diff": "normalized logit diff", "f": "faithfulness f"}
 
 
@@ -29,7 +27,7 @@ def node_order(items: pd.DataFrame) -> list[str]:
     return sorted(nodes, key=lambda node: (node == "output", node != "embed", len(node), node))
 
 
-def _score_color(scale: alt.Scale) -> alt.Color:
+def score_color(scale: alt.Scale) -> alt.Color:
     legend = alt.Legend(orient="top", gradientLength=180, gradientThickness=10, titleLimit=400)
     return alt.Color("score:Q", scale=scale, title=SCORE_TITLE, legend=legend)
 
@@ -90,9 +88,9 @@ def linked_matrices(items: pd.DataFrame) -> alt.VConcatChart:
         alt.ExprRef("pow(10, full)"),
     )
     base = alt.Chart(edges).encode(
-        x=alt.X("target:N", sort=nodes[1:], title="to", scale=alt.Scale(domain=nodes[1:]), axis=_node_axis(cell)),
+        x=alt.X("target:N", sort=nodes[1:], title="to", scale=alt.Scale(domain=nodes[1:]), axis=node_axis(cell)),
         y=alt.Y(
-            "source:N", sort=nodes[:-1], title="from", scale=alt.Scale(domain=nodes[:-1]), axis=_node_axis(cell, True)
+            "source:N", sort=nodes[:-1], title="from", scale=alt.Scale(domain=nodes[:-1]), axis=node_axis(cell, True)
         ),
         opacity=alt.when("abs(datum.score) >= pow(10, smallest)").then(alt.value(1)).otherwise(alt.value(0.04)),
         stroke=alt.when(EDGE).then(alt.value(ORANGE)).otherwise(alt.value("gray")),
@@ -106,7 +104,7 @@ def linked_matrices(items: pd.DataFrame) -> alt.VConcatChart:
         ],
     )
     size = {"width": cell * (len(nodes) - 1), "height": cell * (len(nodes) - 1)}
-    scores = base.mark_rect(cursor="pointer").encode(color=_score_color(colors))
+    scores = base.mark_rect(cursor="pointer").encode(color=score_color(colors))
     kept_scale = alt.Scale(domain=[True, False], range=[BLUE, "rgba(128,128,128,0.10)"])
     kept_legend = alt.Legend(orient="top", title="in the circuit", labelExpr="datum.value ? 'kept' : 'patched'")
     kept = base.mark_rect(cursor="pointer").encode(color=alt.Color("kept:N", scale=kept_scale, legend=kept_legend))
@@ -118,7 +116,7 @@ def linked_matrices(items: pd.DataFrame) -> alt.VConcatChart:
     return alt.vconcat(matrices, _edge_details(items, edges), spacing=16).resolve_scale(color="independent")
 
 
-def _node_axis(cell: int, vertical: bool = False) -> alt.Axis:
+def node_axis(cell: int, vertical: bool = False) -> alt.Axis:
     """An axis of nodes in cells of that many pixels: every name where there is room for it."""
     overlap = "greedy" if cell < 10 else False
     return alt.Axis(ticks=False, domain=False, labelOverlap=overlap, labelAngle=0 if vertical or cell >= 18 else -90)
@@ -139,16 +137,16 @@ def _edge_details(items: pd.DataFrame, edges: pd.DataFrame) -> alt.VConcatChart:
         .properties(width=PLOT_WIDTH, height=18)
     )
     at = items[items["position"].notna() & items["part"].isna()]
-    labels = _labels(at)
+    labels = position_labels(at)
     n_edges = MAX_ROWS // max(1, len(labels))
     strongest = edges.loc[edges["score"].abs().nlargest(n_edges).index, ["source", "target"]]
-    at = at.merge(strongest, on=["source", "target"]).assign(place=lambda t: _places(t))
+    at = at.merge(strongest, on=["source", "target"]).assign(place=lambda t: places(t))
     positions = (
         alt.Chart(check_size(at[["source", "target", "place", "score"]]))
         .transform_filter(EDGE)
         .mark_bar()
         .encode(
-            x=alt.X("place:N", sort=labels, title="position", scale=alt.Scale(domain=labels), axis=_label_axis()),
+            x=alt.X("place:N", sort=labels, title="position", scale=alt.Scale(domain=labels), axis=label_axis()),
             y=alt.Y("score:Q", title="score"),
             color=alt.when("datum.score < 0").then(alt.value(BLUE)).otherwise(alt.value(ORANGE)),
             tooltip=["place:N", alt.Tooltip("score:Q", format=".5f")],
@@ -180,20 +178,20 @@ def _edge_details(items: pd.DataFrame, edges: pd.DataFrame) -> alt.VConcatChart:
     return alt.vconcat(text, both, spacing=14)
 
 
-def _label_axis() -> alt.Axis:
+def label_axis() -> alt.Axis:
     return alt.Axis(labelAngle=-90, ticks=False, domain=False, labelLimit=90, labelOverlap=False)
 
 
-def _places(table: pd.DataFrame) -> pd.Series:
+def places(table: pd.DataFrame) -> pd.Series:
     """The text below each position: its label, with the position where a label stands at two."""
     names, at = table["label"].astype(str), table["position"].astype("Int64").astype(str)
     twice = table.groupby("label")["position"].nunique()
     return names.where(~names.isin(set(twice[twice > 1].index)), names + " @" + at)
 
 
-def _labels(table: pd.DataFrame) -> list[str]:
+def position_labels(table: pd.DataFrame) -> list[str]:
     """The texts below the positions, in order."""
-    return list(table.assign(place=_places(table)).drop_duplicates("position").sort_values("position")["place"])
+    return list(table.assign(place=places(table)).drop_duplicates("position").sort_values("position")["place"])
 
 
 def exact_scatter(totals: pd.DataFrame) -> alt.HConcatChart:
@@ -288,191 +286,6 @@ def size_curves(circuits: pd.DataFrame, x_title: str) -> alt.LayerChart:
     return alt.LayerChart(layer=layers).properties(width=PLOT_WIDTH, height=240, title=title)
 
 
-def _bows(kept: pd.DataFrame, nodes: Sequence[str], labels: Sequence[str]) -> pd.DataFrame:
-    """Each item as POINTS points of a bow in the column of its position; longer edges bow out farther."""
-    rows = []
-    heights, columns = {node: k for k, node in enumerate(nodes)}, {label: k for k, label in enumerate(labels)}
-    for number, item in enumerate(kept.itertuples()):
-        start, end, x = heights[item.source], heights[item.target], columns[item.place]
-        reach = 0.15 + 0.65 * (end - start) / (len(nodes) - 1)
-        for k in range(POINTS):
-            along = k / (POINTS - 1)
-            y, out = start + along * (end - start), reach * math.sin(math.pi * along)
-            rows.append((number, k, x + out, y, item.source, item.target, item.place, item.score, item.rank))
-    return pd.DataFrame(rows, columns=["item", "point", "x", "y", "source", "target", "place", "score", "rank"])
-
-
-def circuit_graph(items: pd.DataFrame) -> alt.VConcatChart:
-    """The kept items drawn on axes of position and node, and the edges into and out of one node.
-
-    items: (edge, position) items with source, target, position, label, score, rank, kept. Clicking a node in the strip on
-    the left hides it and its edges, or shows them again; of a circuit of more than MANY items the three busiest nodes
-    start hidden. At most MAX_ROWS / POINTS items are drawn, by rank, and the title says how many of how many.
-    """
-    nodes, labels = node_order(items), _labels(items)
-    whole = items[items["kept"]].assign(place=_places(items)).sort_values("rank")
-    kept = whole.head(MAX_ROWS // POINTS)
-    busy = pd.concat([kept["source"], kept["target"]]).value_counts()
-    first = [{"node": node} for node in busy.index[:3]] if len(kept) > MANY else []
-    hidden = alt.selection_point(name="hidden", fields=["node"], toggle="true", value=first, empty=False)
-    visible = " && ".join(
-        f"(!isArray(hidden.node) || indexof(hidden.node, datum.{end}) < 0)" for end in ("source", "target")
-    )
-    height = max(260, 12 * len(nodes))
-    vertical = alt.Scale(domain=[-0.5, len(nodes) - 0.5], nice=False)
-    of_node = {node: k for k, node in enumerate(nodes)}
-    listed = pd.DataFrame({"node": nodes, "y": range(len(nodes)), "edges": [int(busy.get(n, 0)) for n in nodes]})
-    strip = (
-        alt.Chart(listed)
-        .mark_text(align="right", fontSize=11 if len(nodes) <= 20 else 9, cursor="pointer", x=44)
-        .encode(
-            y=alt.Y("y:Q", scale=vertical, axis=None),
-            text="node:N",
-            opacity=alt.when(hidden).then(alt.value(0.25)).otherwise(alt.value(1)),
-            tooltip=["node:N", alt.Tooltip("edges:Q", title="kept edges")],
-        )
-        .add_params(hidden)
-        .properties(width=50, height=height)
-    )
-    horizontal = alt.Scale(domain=[-0.5, len(labels) + 0.3], nice=False)
-    texts = "[" + ",".join(f"'{label}'" for label in (str(x).replace("'", "\\'") for x in labels)) + "][datum.value]"
-    axis = alt.Axis(
-        values=list(range(len(labels))),
-        labelExpr=texts,
-        labelAngle=-90,
-        labelOverlap=False,
-        ticks=False,
-        tickCount=len(labels),
-    )
-    bows = (
-        alt.Chart(check_size(_bows(kept, nodes, labels)))
-        .transform_filter(visible)
-        .mark_line(interpolate="cardinal", strokeWidth=1.8)
-        .encode(
-            x=alt.X("x:Q", scale=horizontal, title="position", axis=axis),
-            y=alt.Y("y:Q", scale=vertical, axis=None),
-            detail="item:N",
-            order="point:Q",
-            color=alt.when("datum.score < 0").then(alt.value(BLUE)).otherwise(alt.value(ORANGE)),
-            opacity=alt.Opacity(
-                "strength:Q", scale=alt.Scale(type="sqrt", domain=[0, 1], range=[0.25, 1]), legend=None
-            ),
-            tooltip=["source:N", "target:N", "place:N", alt.Tooltip("score:Q", format=".5f"), "rank:Q"],
-        )
-        .transform_calculate(strength=f"min(1, abs(datum.score) / {float(kept['score'].abs().max()) or 1.0})")
-    )
-    ends = pd.concat(
-        [kept[["place", "source", "target"]].assign(node=kept[end]) for end in ("source", "target")]
-    ).drop_duplicates()
-    ends["x"] = ends["place"].map({label: k for k, label in enumerate(labels)})
-    ends["y"] = ends["node"].map(of_node)
-    dots = (
-        alt.Chart(check_size(ends))
-        .transform_filter(visible)
-        .mark_circle(size=38, opacity=1, color="gray")
-        .encode(
-            x=alt.X("x:Q", scale=horizontal), y=alt.Y("y:Q", scale=vertical, axis=None), tooltip=["node:N", "place:N"]
-        )
-    )
-    title = alt.Title(
-        f"The circuit, layers upwards: {len(kept)} of {len(whole)} kept edges are drawn",
-        subtitle="click a node on the left to hide it or show it again; blue: patching hurts; faint: small score",
-    )
-    drawing = alt.layer(bows, dots).properties(width=PLOT_WIDTH - 20, height=height)
-    both = alt.hconcat(strip, drawing, spacing=0).properties(title=title)
-    return alt.vconcat(both, _node_view(kept, nodes, labels, busy), spacing=24).resolve_scale(color="independent")
-
-
-def _node_view(kept: pd.DataFrame, nodes: list[str], labels: list[str], busy: pd.Series) -> alt.HConcatChart:
-    inner = [node for node in busy.index if node not in ("embed", "output")]
-    chosen = alt.param(
-        name="node", value=inner[0] if inner else nodes[0], bind=alt.binding_select(options=nodes, name="Node ")
-    )
-    shown = check_size(kept[["source", "target", "place", "score", "rank"]])
-    tooltip = ["source:N", "target:N", "place:N", alt.Tooltip("score:Q", format=".5f"), "rank:Q"]
-
-    def side(this: str, other: str, words: str) -> alt.Chart:
-        return (
-            alt.Chart(shown)
-            .transform_filter(f"datum.{this} == node")
-            .mark_rect(stroke="currentColor", strokeOpacity=0.2, strokeWidth=0.5)
-            .encode(
-                x=alt.X("place:N", sort=labels, scale=alt.Scale(domain=labels), title=None, axis=_label_axis()),
-                y=alt.Y(f"{other}:N", sort=nodes[::-1], title=None, axis=alt.Axis(ticks=False, labelOverlap=False)),
-                color=_score_color(diverging_scale(shown["score"])),
-                tooltip=tooltip,
-            )
-            .properties(width=290, height=alt.Step(16), title=alt.Title(alt.expr(f"'{words} ' + node")))
-        )
-
-    into, out = side("target", "source", "Into node"), side("source", "target", "Out of node")
-    return alt.hconcat(into.add_params(chosen), out, spacing=24)
-
-
-def presence_strips(missing: pd.DataFrame) -> alt.VConcatChart:
-    """Which names each layer gets: one strip a table, a column a layer, a row a name; empty cells are missing names.
-
-    missing: columns table, node, label, has. The nodes of a table "to ..." are those that send.
-    """
-    nodes = sorted(set(missing["node"]), key=int)
-    names = list(dict.fromkeys(missing["label"]))
-    cell = max(9, min(24, (PLOT_WIDTH - 60) // len(nodes)))
-    strips = []
-    for name, rows in check_size(missing).groupby("table", sort=False):
-        strips.append(
-            alt.Chart(rows)
-            .mark_rect(stroke="currentColor", strokeOpacity=0.25, strokeWidth=0.5)
-            .encode(
-                x=alt.X("node:N", sort=nodes, scale=alt.Scale(domain=nodes), title=None, axis=_node_axis(cell)),
-                y=alt.Y("label:N", sort=names, title=None, axis=alt.Axis(ticks=False, domain=False)),
-                color=alt.Color(
-                    "has:N",
-                    scale=alt.Scale(domain=[True, False], range=[BLUE, "rgba(128,128,128,0.10)"]),
-                    legend=None,
-                ),
-                tooltip=["table:N", "node:N", "label:N", "has:N"],
-            )
-            .properties(width=cell * len(nodes), height=16 * len(names), title=_strip_title(str(name)))
-        )
-    wide = 2 if cell * len(nodes) < PLOT_WIDTH / 2 - 40 else 1
-    return alt.concat(*strips, columns=wide, spacing=20)
-
-
-def _strip_title(table: str) -> str:
-    return f"Names {table}, by {'sending' if table.startswith('to') else 'receiving'} layer"
-
-
-def strongest_edges(items: pd.DataFrame, n_edges: int = 24) -> alt.Chart:
-    """Scores by edge and position, of the n_edges edges with the strongest cells; kept items are outlined."""
-    edge = items["source"] + " to " + items["target"]
-    strongest = items["score"].abs().groupby(edge).max().nlargest(n_edges).index
-    shown = items.assign(edge=edge, place=_places(items))[edge.isin(strongest)]
-    labels = _labels(items)
-    columns = ["edge", "place", "score", "low", "high", "rank", "kept"]
-    return (
-        alt.Chart(check_size(shown[columns]))
-        .mark_rect()
-        .encode(
-            x=alt.X("place:N", sort=labels, title="position", axis=_label_axis()),
-            y=alt.Y("edge:N", sort=list(strongest), title=None, axis=alt.Axis(ticks=False, domain=False)),
-            color=_score_color(diverging_scale(shown["score"])),
-            stroke=alt.when("datum.kept").then(alt.value("currentColor")).otherwise(alt.value(None)),
-            tooltip=[
-                "edge:N",
-                "place:N",
-                *(alt.Tooltip(f"{c}:Q", format=".5f") for c in columns[2:5]),
-                "rank:Q",
-                "kept:N",
-            ],
-        )
-        .properties(
-            width=PLOT_WIDTH - 60,
-            height=alt.Step(14),
-            title=alt.Title("Attribution by edge and position", subtitle="outlined: kept"),
-        )
-    )
-
-
 def searched_edges(edges: pd.DataFrame) -> alt.Chart:
     """Every edge as a cell: how much it mattered to the search (drop), or that it was removed."""
     nodes = node_order(edges)
@@ -482,8 +295,8 @@ def searched_edges(edges: pd.DataFrame) -> alt.Chart:
         alt.Chart(check_size(shown))
         .mark_rect(stroke="gray", strokeWidth=0.2)
         .encode(
-            x=alt.X("target:N", sort=nodes[1:], title="to", axis=_node_axis(cell)),
-            y=alt.Y("source:N", sort=nodes[:-1], title="from", axis=_node_axis(cell, True)),
+            x=alt.X("target:N", sort=nodes[1:], title="to", axis=node_axis(cell)),
+            y=alt.Y("source:N", sort=nodes[:-1], title="from", axis=node_axis(cell, True)),
             color=alt.Color(
                 "drop:Q",
                 scale=alt.Scale(type="sqrt", domainMin=0, range=["rgba(47,127,193,0.02)", BLUE]),
@@ -511,7 +324,8 @@ def same_size(compared: pd.DataFrame, differences: pd.DataFrame) -> alt.HConcatC
     for rows, title in ((compared, "faithfulness f"), (differences, "difference of f")):
         rows = rows[rows["measure"] == "f"].astype({"size": int})
         sizes = rows.groupby("threshold")["size"].transform("max").astype(str)
-        rows = rows.assign(row=sizes + " items, threshold " + rows["threshold"].map("{:g}".format))
+        thresholds = rows["threshold"].map("{:g}".format)
+        rows = rows.assign(row=[f"{n} items, threshold {t}" for n, t in zip(sizes, thresholds, strict=True)])
         circuits = list(dict.fromkeys(rows["circuit"]))
         columns = ["row", "circuit", "size", "value", "low", "high", "n"]
         numbers = [alt.Tooltip(f"{c}:Q", format=".4f") for c in ("value", "low", "high")]

@@ -10,6 +10,7 @@ import pytest
 
 from analyses import _missing_names
 from ioi_mamba import circuit_charts as cc
+from ioi_mamba import position_charts as pc
 from ioi_mamba.graph import Universe
 from ioi_mamba.report import chart_spec
 
@@ -60,9 +61,9 @@ def all_charts(n_layers, n_kept, n_positions):
         *map(
             chart_spec,
             (
-                cc.circuit_graph(items),
-                cc.presence_strips(missing),
-                cc.strongest_edges(items),
+                pc.circuit_graph(items),
+                pc.presence_strips(missing),
+                pc.strongest_edges(items),
                 cc.size_curves(curve_rows(), "edges"),
                 cc.searched_edges(rows[rows["position"].isna() & rows["part"].isna()].assign(drop=0.1)),
             ),
@@ -119,9 +120,9 @@ def test_the_slider_reaches_from_the_smallest_score_to_the_largest():
 
 def test_every_kept_item_is_drawn_from_its_source_to_its_target():
     _, items = tables(8, 30)
-    nodes, labels = cc.node_order(items), cc._labels(items)
-    kept = items[items["kept"]].assign(place=cc._places(items))
-    points = cc._bows(kept, nodes, labels)
+    nodes, labels = cc.node_order(items), cc.position_labels(items)
+    kept = items[items["kept"]].assign(place=cc.places(items))
+    points = pc._bows(kept, nodes, labels)
     for number, item in enumerate(kept.itertuples()):
         bow = points[points["item"] == number].sort_values("point")
         assert bow["y"].iloc[[0, -1]].tolist() == [nodes.index(item.source), nodes.index(item.target)]
@@ -130,9 +131,9 @@ def test_every_kept_item_is_drawn_from_its_source_to_its_target():
 
 
 def test_the_busiest_nodes_of_a_large_circuit_are_hidden_to_begin_with():
-    for n_kept, n_hidden in ((cc.MANY, 0), (cc.MANY + 1, 3)):
+    for n_kept, n_hidden in ((pc.MANY, 0), (pc.MANY + 1, 3)):
         _, items = tables(12, n_kept)
-        spec = chart_spec(cc.circuit_graph(items))
+        spec = chart_spec(pc.circuit_graph(items))
         (hidden,) = [p for p in spec["params"] if p["name"] == "hidden"]
         assert len(hidden["value"]) == n_hidden
     kept = items[items["kept"]]
@@ -142,7 +143,7 @@ def test_the_busiest_nodes_of_a_large_circuit_are_hidden_to_begin_with():
 
 def test_a_label_at_two_positions_is_two_columns():
     _, items = tables(3)
-    assert cc._labels(items) == ["BOS", "x", "n1", ", @3", "n2", ", @5", "out"]
+    assert cc.position_labels(items) == ["BOS", "x", "n1", ", @3", "n2", ", @5", "out"]
 
 
 def test_values_that_are_rounding_are_drawn_at_the_edge_of_the_scatter():
