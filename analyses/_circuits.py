@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
 from ioi_mamba import faithfulness
-from ioi_mamba.attribution import attribute
+from ioi_mamba.attribution import attributions
 from ioi_mamba.evaluator import Estimate, Evaluator, resampled_means
 from ioi_mamba.faithfulness import random_circuits
 from ioi_mamba.graph import Circuit, items_of
@@ -53,21 +52,28 @@ def share_of(progress: Progress | None, begin: float, end: float) -> Progress | 
 
 
 def attributed(
-    model, pairs: Pairs, *, parts: bool, steps: int, variant: str, progress: Progress | None = None
+    model,
+    pairs: Pairs,
+    *,
+    parts: bool,
+    steps: int,
+    variant: str,
+    method: str,
+    positions: bool = True,
+    progress: Progress | None = None,
 ) -> tuple[pd.DataFrame, Tensor]:
-    """All items (source, target, part) and their attributions Float32[item, pos, pair].
+    """All items (source, target, part) and their attributions Float32[item, pos or 1, pair]."""
+    kinds, scores = attributions(
+        model, pairs, method=method, variant=variant, steps=steps, positions=positions, parts=parts, progress=progress
+    )
+    return pd.DataFrame(kinds, columns=["source", "target", "part"]), scores
 
-    A chunk of pairs at a time, because the table of a score for every pair and position is large.
-    """
-    chunks, size = [], 64
-    for first in range(0, len(pairs), size):
-        chunk = pairs[first : first + size]
-        table = attribute(model, chunk, variant=variant, steps=steps, positions=True, parts=parts, per_pair=True)
-        chunks.append(torch.tensor(table["score"].to_numpy()).view(-1, pairs.clean.shape[1], len(chunk)))
-        if progress:
-            progress(min(first + size, len(pairs)), len(pairs))
-    each = chunk.clean.shape[1] * len(chunk)
-    return table.iloc[::each][["source", "target", "part"]].reset_index(drop=True), torch.cat(chunks, dim=2)
+
+def how_scored(table: pd.DataFrame) -> list[str]:
+    """A sentence where the scores are no attributions."""
+    if (table["method"] == "exact").any():
+        return ["No gradients here: a score is the effect of patching that item alone, not an attribution."]
+    return []
 
 
 def with_scores(items: pd.DataFrame, per_pair: Tensor) -> pd.DataFrame:

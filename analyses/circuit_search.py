@@ -102,16 +102,18 @@ def run(
     target: float = 0.85,
     threshold: float = 1e-4,
     compare_prompts: int = 60,
+    method: str = "eap-ig",
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """One row an item, with its `drop` and its attribution `score`; and rows of circuits as in `analyses._circuits`.
 
     started: whether the search began with the item. compare_prompts: about how many of the pairs search and attribution
-    are compared on, at each of THRESHOLDS (`threshold` of these rows); 0 leaves the comparison out.
+    are compared on, at each of THRESHOLDS (`threshold` of these rows); 0 leaves the comparison out. method: of the
+    attributions, as `attribute` takes it.
     """
     held_out = pairs if held_out is None else held_out
     stage = lambda begin, end: _circuits.share_of(progress, begin, end)
-    scores = attribute(model, pairs, parts=True, progress=stage(0, 0.1))
+    scores = attribute(model, pairs, method=method, parts=True, progress=stage(0, 0.1))
     start = starting_circuit(model, pairs, target, scores)
     table = acdc(model, pairs, start=start, threshold=threshold, progress=stage(0.1, 0.4))
     circuit = Circuit(frozenset(items_of(table[table["kept"]])), start.universe)
@@ -122,15 +124,18 @@ def run(
         | {"value": table.attrs["tests"], "n": len(pairs)}
     )
     if compare_prompts:
-        rows += compare(model, _circuits.some_of(pairs, compare_prompts), held, stage(0.4, 1))
-    out = table.drop(columns="position").assign(score=scores["score"], started=[i in start for i in items_of(table)])
+        rows += compare(model, _circuits.some_of(pairs, compare_prompts), held, method, stage(0.4, 1))
+    started = [i in start for i in items_of(table)]
+    out = table.drop(columns="position").assign(score=scores["score"], started=started, method=method)
     return _circuits.table_of(out, rows, columns=("threshold",))
 
 
-def compare(model, pairs: Pairs, held: Evaluator, progress: Progress | None = None) -> list[dict]:
+def compare(
+    model, pairs: Pairs, held: Evaluator, method: str = "eap-ig", progress: Progress | None = None
+) -> list[dict]:
     """Rows of SEARCH, ATTRIBUTION, their DIFFERENCE and random circuits, at the sizes a search of the whole graph keeps."""
     universe = held.universe
-    ranking = ranked(attribute(model, pairs, parts=True))
+    ranking = ranked(attribute(model, pairs, method=method, parts=True))
     rows = []
     for k, threshold in enumerate(THRESHOLDS):
         report = _circuits.share_of(progress, k / len(THRESHOLDS), (k + 1) / len(THRESHOLDS))
@@ -198,6 +203,7 @@ def findings(table: pd.DataFrame) -> list[str]:
         for _, r in best.iterrows()
     )
     out = [
+        *_circuits.how_scored(items),
         f"The search keeps {edges} edges and, inside layers, {listed} ({tests['value']:.0f} tests).",
         f"The largest drops are those of {names}.",
         *_circuits.how_it_does(

@@ -78,6 +78,7 @@ def run(
     target: float = 0.85,
     steps: int = 5,
     variant: str = "paper",
+    method: str = "eap-ig",
     ranking: str = "signed",
     exact_prompts: int = 30,
     progress: Progress | None = None,
@@ -87,10 +88,18 @@ def run(
     Rows of items: edges by rank, then parts (no rank, never kept), each over all positions (position null) with
     `exact`, its effect alone on n_exact prompts, and `estimate`, its attribution on the same ones; then all of them at every position, with a score only. Rows of
     circuits as in `analyses._circuits`, and the Spearman correlation of |estimate| and |exact|. exact_prompts: about how
-    many of the pairs exact effects are measured on.
+    many of the pairs exact effects are measured on. method: as `attribute` takes it; "exact" needs no gradients and
+    gives no scores by position.
     """
     items, per_pair = _circuits.attributed(
-        model, pairs, parts=True, steps=steps, variant=variant, progress=_circuits.share_of(progress, 0, 0.5)
+        model,
+        pairs,
+        parts=True,
+        steps=steps,
+        variant=variant,
+        method=method,
+        positions=method != "exact",
+        progress=_circuits.share_of(progress, 0, 0.5),
     )
     everywhere = per_pair.sum(1)
     few = _circuits.some_of(pairs, exact_prompts)
@@ -113,8 +122,10 @@ def run(
     large = edges[edges["exact"].abs() >= LARGE]
     for name, chosen in (("edges", edges), (LARGE_EDGES, large), ("edges and parts", totals)):
         rows += [_spearman_row(name, chosen)] if len(chosen) > 2 else []
-    table = pd.concat([edges, totals[~is_edge], _by_position(items, per_pair, pairs)], ignore_index=True)
-    return _circuits.table_of(table.assign(ranking=ranking), rows)
+    by_position = [_by_position(items, per_pair, pairs)] if method != "exact" else []
+    table = pd.concat([edges, totals[~is_edge], *by_position], ignore_index=True)
+    table = table.reindex(columns=dict.fromkeys((*table, "position", "label")))
+    return _circuits.table_of(table.assign(ranking=ranking, method=method), rows)
 
 
 def _spearman_row(name: str, totals: pd.DataFrame) -> dict:
@@ -157,7 +168,7 @@ def findings(table: pd.DataFrame) -> list[str]:
         f"{r['source']} to {r['target']} ({r['score']:.3f}, exact {r['exact']:.3f})"
         for _, r in edges.head(5).iterrows()
     )
-    out = [f"The strongest edges are {names}."]
+    out = [*_circuits.how_scored(totals), f"The strongest edges are {names}."]
     correlations = [
         f"{row['value']:.3f} over all {row['size']} {row['circuit']}"
         for _, row in table[table["measure"] == "spearman"].iterrows()

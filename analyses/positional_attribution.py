@@ -70,6 +70,7 @@ def run(
     target: float = 0.85,
     steps: int = 5,
     variant: str = "paper",
+    method: str = "eap-ig",
     ranking: str = "signed",
     layer: int | None = None,
     progress: Progress | None = None,
@@ -83,7 +84,13 @@ def run(
     if layer is not None and not 0 <= layer < n_layers:
         raise InputError(f"The model has layers 0 to {n_layers - 1}, not {layer}.")
     items, per_pair = _circuits.attributed(
-        model, pairs, parts=False, steps=steps, variant=variant, progress=_circuits.share_of(progress, 0, 0.7)
+        model,
+        pairs,
+        parts=False,
+        steps=steps,
+        variant=variant,
+        method=method,
+        progress=_circuits.share_of(progress, 0, 0.7),
     )
     n_items, n_positions, _ = per_pair.shape
     each = items.drop(columns="part").loc[items.index.repeat(n_positions)].reset_index(drop=True)
@@ -103,7 +110,7 @@ def run(
     for sample, evaluator in (("train", train), ("held out", held)):
         estimates = evaluator.estimates([reduced.patched()])
         rows += _circuits.circuit_rows(LAST_ONLY, len(reduced), sample, estimates, len(evaluator.pairs))
-    return _circuits.table_of(table.assign(ranking=ranking), rows)
+    return _circuits.table_of(table.assign(ranking=ranking, method=method), rows)
 
 
 def busiest_layer(items: pd.DataFrame) -> int:
@@ -144,7 +151,11 @@ def findings(table: pd.DataFrame) -> list[str]:
     layer = int(items["bottleneck"].iloc[0])
     leaving = items[items["kept"] & (items["source"] == str(layer))]
     early = int((leaving["position"] < items["position"].max()).sum())
-    out = [f"The strongest items are {names}.", *_circuits.how_it_does(table, len(items), "(edge, position) items")]
+    out = [
+        *_circuits.how_scored(items),
+        f"The strongest items are {names}.",
+        *_circuits.how_it_does(table, len(items), "(edge, position) items"),
+    ]
     if early:
         changes = []
         for sample in ("train", "held out"):

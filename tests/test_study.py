@@ -11,6 +11,7 @@ import ioi_mamba as im
 from analyses import layer_removal
 from ioi_mamba import files, study
 from ioi_mamba.errors import InputError
+from ioi_mamba.probe import probe
 from ioi_mamba.results import read_manifest
 from ioi_mamba.tasks.base import Pairs
 
@@ -57,13 +58,13 @@ def test_the_manifest_says_where_the_table_comes_from(tiny_mamba, tmp_path):
 
 def test_the_weights_hash_sees_every_byte_name_and_dtype(tiny_mamba_dir):
     model = im.open_model(str(tiny_mamba_dir), device="cpu")
-    before = study.weights_hash(model)
-    assert before == study.weights_hash(im.open_model(str(tiny_mamba_dir), device="cpu"))
+    before = probe(model)["weights_sha256"]
+    assert before == probe(im.open_model(str(tiny_mamba_dir), device="cpu"))["weights_sha256"]
     weight = model._module.backbone.layers[3].mixer.D.data
     weight[-1] = torch.nextafter(weight[-1], torch.tensor(9.0))
-    changed = study.weights_hash(model)
+    changed = probe(model)["weights_sha256"]
     assert changed != before
-    assert study.weights_hash(im.open_model(str(tiny_mamba_dir), device="cpu", dtype="bfloat16")) != before
+    assert probe(im.open_model(str(tiny_mamba_dir), device="cpu", dtype="bfloat16"))["weights_sha256"] != before
 
 
 def test_resume_keeps_a_finished_table(tiny_mamba, tmp_path, counted):
