@@ -34,10 +34,13 @@ def probe(model) -> dict[str, Any]:
 
 
 def _probe(model, *, progress=None) -> dict[str, Any]:
-    stream = forward(model, torch.zeros(1, 1, dtype=torch.int64), reads=["hook_embed"])["hook_embed"]
-    on_gpu = stream.device.type == "cuda"
     # In a server's sandbox there are traces, but no modules to look at.
     tensors = None if model._module is None else model._module.state_dict()
+    if tensors is None:
+        stream = forward(model, torch.zeros(1, 1, dtype=torch.int64), reads=["hook_embed"])["hook_embed"]
+    else:
+        stream = next(iter(tensors.values()))
+    on_gpu = stream.device.type == "cuda"
     return {
         "weights_sha256": None if tensors is None else _digest(tensors),
         "device": f"{stream.device} ({torch.cuda.get_device_name(stream.device)})" if on_gpu else str(stream.device),

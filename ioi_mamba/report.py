@@ -218,6 +218,7 @@ def _provenance(manifests: list[dict[str, Any]]) -> list[tuple[str, str]]:
         ("Architecture", ", ".join([model["architecture"], *shape])),
         ("Weights (SHA-256)", each(lambda m: m["model"]["weights_sha256"][:12])),
         ("Device", each(lambda m: f"{m['device']}, {m['dtype']}")),
+        *_server_lines(manifests),
         ("Compiled kernels", each(lambda m: ", ".join(m["kernels"]) or "none")),
         ("Seed", each(lambda m: m["seed"])),
         ("Time", f"{wall:.1f} s for {len(manifests)} analys{'is' if len(manifests) == 1 else 'es'}"),
@@ -225,6 +226,28 @@ def _provenance(manifests: list[dict[str, Any]]) -> list[tuple[str, str]]:
         ("Made", max(m["created"] for m in manifests).replace("T", " ").replace("+00:00", " UTC")),
         ("Versions", ", ".join(f"{package} {number}" for package, number in versions.items())),
     ]
+
+
+def _server_lines(manifests: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What was asked of a server, and a warning where its numbers are coarser than float32."""
+    lines = []
+    asked = [manifest["requests"] for manifest in manifests if "requests" in manifest]
+    if asked:
+        total = {name: sum(each[name] for each in asked) for name in asked[0]}
+        names = ", ".join(dict.fromkeys(manifest["backend"] for manifest in manifests))
+        lines.append(
+            (
+                f"Server ({names})",
+                f"{total['count']} request{'' if total['count'] == 1 else 's'}, {total['bytes_up'] / 1e6:.2f} MB up, "
+                f"{total['bytes_down'] / 1e6:.2f} MB down; {total['queue_seconds']:.1f} s queued, "
+                f"{total['run_seconds']:.1f} s running, {total['transfer_seconds']:.1f} s on the way",
+            )
+        )
+    coarse = sorted({manifest["dtype"] for manifest in manifests} & {"bfloat16", "float16"})
+    if coarse:
+        note = f"weights in {', '.join(coarse)}: expect differences of about 1 % from float32; the scan runs in float32"
+        lines.append(("Precision", note))
+    return lines
 
 
 def _day(created: str) -> str:

@@ -141,7 +141,7 @@ def test_weights_of_another_size_are_refused(copy):
         ({"dtype": "float8"}, "dtype 'float8' is unknown: use one of float32"),
         ({"device": "abacus"}, "device 'abacus' cannot be used"),
         ({"device": "cuda:77"}, "device 'cuda:77' cannot be used"),
-        ({"backend": "cloud"}, "backend 'cloud' is not available"),
+        ({"backend": "cloud"}, "backend 'cloud' is unknown"),
     ],
 )
 def test_an_option_that_is_not_there_is_refused_by_its_value(options, says):
