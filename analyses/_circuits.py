@@ -26,6 +26,7 @@ from ioi_mamba.tasks.base import Pairs
 MEASURES = ("accuracy", "normalized_logit_diff", "f", "kl")
 CURVE_PROMPTS = 60  # curves and random circuits are many evaluations: they use this many of the held-out prompts
 CURVE_SIZES = 12
+PART_PROMPTS = 100  # attribution down to parts takes twice the time of one of edges alone
 N_RANDOM = 5
 
 
@@ -143,9 +144,17 @@ def jaccard_rows(per_pair: Tensor, k: int, ranking: str) -> list[dict]:
 
 
 def table_of(items: pd.DataFrame, rows: list[dict], columns: Sequence[str] = ()) -> pd.DataFrame:
-    """The two kinds of rows as one table; columns: those of circuits that are there even when no row has them."""
+    """The two kinds of rows as one table; columns: those of circuits that are there even when no row has them.
+
+    Items carry the scores of the circuit that is kept, the same in every row: size, train_accuracy, and on held-out
+    pairs accuracy and normalized_logit_diff.
+    """
     circuits = pd.DataFrame(rows)
     circuits = circuits.reindex(columns=[*circuits.columns, *(c for c in columns if c not in circuits)])
+    kept = of_circuit(circuits, "kept", "accuracy", "train").iloc[0]
+    items = items.assign(size=kept["size"], train_accuracy=kept["value"])
+    for measure in ("accuracy", "normalized_logit_diff"):
+        items[measure] = of_circuit(circuits, "kept", measure)["value"].iloc[0]
     table = pd.concat([items.assign(what="item"), circuits], ignore_index=True)
     for name in {"kept", "started"} & set(table):
         table[name] = table[name].eq(True)

@@ -69,13 +69,9 @@ THRESHOLDS = (1e-3, 1e-2, 1e-1)
 default_pairs = _circuits.default_pairs
 
 
-def starting_circuit(model, pairs: Pairs, target: float, scores: pd.DataFrame | None = None) -> Circuit:
-    """The smallest EAP-IG circuit of edges above the target, pruned, with every part of every layer.
-
-    scores: what `attribute(model, pairs, parts=True)` gives, if it is there already.
-    """
-    scores = attribute(model, pairs, parts=True) if scores is None else scores
-    edges = ranked(scores[scores["part"].isna()])
+def starting_circuit(model, pairs: Pairs, target: float, method: str = "eap-ig") -> Circuit:
+    """The smallest EAP-IG circuit of edges above the target, pruned, with every part of every layer."""
+    edges = ranked(attribute(model, pairs, method=method))
     circuit, _ = smallest(Evaluator(model, pairs, universe_of(model)), edges, target)
     universe = universe_of(model, parts=True)
     parts = {item for item in universe.items() if item.part is not None}
@@ -105,7 +101,7 @@ def run(
     method: str = "eap-ig",
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """One row an item, with its `drop` and its attribution `score`; and rows of circuits as in `analyses._circuits`.
+    """One row an item, with its `drop` and its attribution `score` (on about PART_PROMPTS prompts); and rows of circuits.
 
     started: whether the search began with the item. compare_prompts: about how many of the pairs search and attribution
     are compared on, at each of THRESHOLDS (`threshold` of these rows); 0 leaves the comparison out. method: of the
@@ -113,8 +109,9 @@ def run(
     """
     held_out = pairs if held_out is None else held_out
     stage = lambda begin, end: _circuits.share_of(progress, begin, end)
-    scores = attribute(model, pairs, method=method, parts=True, progress=stage(0, 0.1))
-    start = starting_circuit(model, pairs, target, scores)
+    some = _circuits.some_of(pairs, _circuits.PART_PROMPTS)
+    scores = attribute(model, some, method=method, parts=True, progress=stage(0, 0.1))
+    start = starting_circuit(model, pairs, target, method)
     table = acdc(model, pairs, start=start, threshold=threshold, progress=stage(0.1, 0.4))
     circuit = Circuit(frozenset(items_of(table[table["kept"]])), start.universe)
     train, held = (Evaluator(model, p, start.universe) for p in (pairs, held_out))

@@ -80,45 +80,48 @@ def run(
     variant: str = "paper",
     method: str = "eap-ig",
     ranking: str = "signed",
-    exact_prompts: int = 30,
+    part_prompts: int = _circuits.PART_PROMPTS,
+    exact_prompts: int = 25,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Scores of all edges and parts; `kept` marks the smallest circuit of edges with train accuracy > target.
 
     Rows of items: edges by rank, then parts (no rank, never kept), each over all positions (position null) with
-    `exact`, its effect alone on n_exact prompts, and `estimate`, its attribution on the same ones; then all of them at every position, with a score only. Rows of
-    circuits as in `analyses._circuits`, and the Spearman correlation of |estimate| and |exact|. exact_prompts: about how
-    many of the pairs exact effects are measured on. method: as `attribute` takes it; "exact" needs no gradients and
-    gives no scores by position.
+    `exact`, its effect alone on n_exact prompts, and `estimate`, its attribution on the same ones; then edges at every
+    position, with a score only. Rows of circuits as in `analyses._circuits`, and the Spearman correlation of |estimate|
+    and |exact|. part_prompts: about how many of the pairs parts are scored on (`n` of their rows); exact_prompts: of
+    these, how many exact effects are measured on. method: as `attribute` takes it; "exact" needs no gradients and gives
+    no scores by position.
     """
-    items, per_pair = _circuits.attributed(
-        model,
-        pairs,
-        parts=True,
-        steps=steps,
-        variant=variant,
-        method=method,
-        positions=method != "exact",
-        progress=_circuits.share_of(progress, 0, 0.5),
-    )
+    stage = lambda begin, end: _circuits.share_of(progress, begin, end)
+    options = {"steps": steps, "variant": variant, "method": method, "positions": method != "exact"}
+    items, per_pair = _circuits.attributed(model, pairs, parts=False, progress=stage(0, 0.4), **options)
+    some = _circuits.some_of(pairs, part_prompts)
+    inner, per_part = _circuits.attributed(model, some, parts=True, progress=stage(0.4, 0.5), **options)
+    inside = torch.tensor(inner["part"].notna().to_numpy())
+    few = _circuits.some_of(some, exact_prompts)
+    alone = Evaluator(model, few, universe_of(model, parts=True))
+    exact = alone.exact_effects(items_of(inner), stage(0.5, 0.8)).mean(1)
+    of_some, of_few = _circuits.every(len(pairs), part_prompts), _circuits.every(len(some), exact_prompts)
     everywhere = per_pair.sum(1)
-    few = _circuits.some_of(pairs, exact_prompts)
-    exact = Evaluator(model, few, universe_of(model, parts=True)).exact_effects(
-        items_of(items), _circuits.share_of(progress, 0.5, 0.8)
-    )
-    totals = _circuits.with_scores(items, everywhere).assign(
-        exact=exact.mean(1).cpu().numpy(),
-        estimate=everywhere[:, _circuits.every(len(pairs), exact_prompts)].mean(1).numpy(),
-        n_exact=len(few),
-    )
-    is_edge = items["part"].isna()
+    totals = pd.concat(
+        [
+            _circuits.with_scores(kind, scores).assign(estimate=there[:, of_few].mean(1).numpy(), exact=effects.numpy())
+            for kind, scores, there, effects in (
+                (items, everywhere, everywhere[:, of_some], exact[~inside]),
+                (inner[inner["part"].notna()], per_part[inside].sum(1), per_part[inside].sum(1), exact[inside]),
+            )
+        ],
+        ignore_index=True,
+    ).assign(n_exact=len(few))
+    is_edge = totals["part"].isna()
     edges = ranked(totals[is_edge], ranking)
     train = Evaluator(model, pairs, universe_of(model))
     circuit, _ = smallest(train, edges, target)
     edges["kept"] = edges["rank"] <= len(circuit)
     held = train if held_out is None else Evaluator(model, held_out, train.universe)
-    rows = _circuits.faithfulness_rows(train, held, circuit, edges, _circuits.share_of(progress, 0.8, 1))
-    rows += _circuits.jaccard_rows(everywhere[torch.tensor(is_edge.to_numpy())], len(circuit), ranking)
+    rows = _circuits.faithfulness_rows(train, held, circuit, edges, stage(0.8, 1))
+    rows += _circuits.jaccard_rows(everywhere, len(circuit), ranking)
     large = edges[edges["exact"].abs() >= LARGE]
     for name, chosen in (("edges", edges), (LARGE_EDGES, large), ("edges and parts", totals)):
         rows += [_spearman_row(name, chosen)] if len(chosen) > 2 else []

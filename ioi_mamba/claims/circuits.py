@@ -18,7 +18,7 @@ LARGE_DROP = 0.045
 
 
 def _edges(table: pd.DataFrame) -> pd.DataFrame:
-    return table[table["part"].isna()].sort_values("rank")
+    return table[table["part"].isna() & table["rank"].notna()].sort_values("rank")
 
 
 def _first_row(table: pd.DataFrame, layer: int, column: str) -> Value:
