@@ -42,24 +42,7 @@ METHOD = (
     "prompts, pruned alike, evaluated on held-out pairs; intervals are 95 % over pairs, drawn for both together."
 )
 NEEDS_MAMBA = True
-COLUMNS = (
-    "source",
-    "target",
-    "part",
-    "kept",
-    "drop",
-    "score",
-    "threshold",
-    "what",
-    "circuit",
-    "size",
-    "sample",
-    "measure",
-    "value",
-    "low",
-    "high",
-    "n",
-)
+COLUMNS = ("source", "target", "part", "kept", "drop")
 SEARCH, ATTRIBUTION, DIFFERENCE = "search", "attribution", "attribution - search"
 """Circuits of the comparison, and the difference of the two."""
 THRESHOLDS = (1e-3, 1e-2, 1e-1)

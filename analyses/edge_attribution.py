@@ -41,28 +41,7 @@ METHOD = (
     "Edges outside the circuit are patched; accuracy is among the names of the pair; intervals are 95 % over pairs."
 )
 NEEDS_MAMBA = True
-COLUMNS = (
-    "source",
-    "target",
-    "part",
-    "position",
-    "label",
-    "score",
-    "low",
-    "high",
-    "n",
-    "rank",
-    "kept",
-    "exact",
-    "estimate",
-    "n_exact",
-    "what",
-    "circuit",
-    "size",
-    "sample",
-    "measure",
-    "value",
-)
+COLUMNS = ("source", "target", "score", "rank", "kept")
 
 LARGE = 0.001  # of the normalized logit diff: smaller exact effects are told apart by attribution, and do not matter
 LARGE_EDGES = f"edges with an effect of {LARGE} or more"

@@ -37,25 +37,7 @@ METHOD = (
     "Bottleneck: the one given, or the layer after 0 with the most |score| on edges into it before the last position."
 )
 NEEDS_MAMBA = True
-COLUMNS = (
-    "source",
-    "target",
-    "position",
-    "label",
-    "score",
-    "low",
-    "high",
-    "n",
-    "rank",
-    "kept",
-    "bottleneck",
-    "what",
-    "circuit",
-    "size",
-    "sample",
-    "measure",
-    "value",
-)
+COLUMNS = ("source", "target", "position", "label", "score", "rank", "kept")
 LAST_ONLY = "kept, bottleneck at last only"
 
 
