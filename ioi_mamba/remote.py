@@ -116,7 +116,8 @@ class _Courier(RemoteBackend):
 class Jobs:
     """What `call` sends requests through; `model.jobs` of a model opened with a backend.
 
-    store: a directory in which finished results are kept, so that a run that was cut off sends nothing twice. wait: False hands a request over and raises `Submitted`; the next run with the same store fetches it.
+    store: a directory in which finished results are kept, so that a run that was cut off sends nothing twice.
+    wait: False, with a store, hands a request over and raises `Submitted`; the next run with the same store fetches it.
     records: for each request its work, bytes up and down, and seconds in the queue, running and on the way.
     backend: its name, for the record.
     """
@@ -192,14 +193,13 @@ class Jobs:
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _once(self, model, work, args, record: dict[str, Any], kept: Path | None) -> Any:
-        if self.wait and not (kept and kept.with_suffix(".job").is_file()):
+        ticket = kept.with_suffix(".job") if kept else None
+        if ticket is None or (self.wait and not ticket.is_file()):
             courier = _Courier(self, record)
             result = self._session(model, work, args, courier)
             record.update(courier.times())
             return result
-        if kept is None:
-            raise InputError("Nothing can be submitted without a directory to keep the job in: give --out.")
-        return self._submit_or_fetch(model, work, args, record, kept.with_suffix(".job"))
+        return self._submit_or_fetch(model, work, args, record, ticket)
 
     def _session(self, model, work, args, backend) -> Any:
         self.busy = True
