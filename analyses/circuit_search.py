@@ -35,11 +35,9 @@ LOOK_FOR = (
     "where the intervals of search and attribution part: there one of them chooses better at the same size."
 )
 METHOD = (
-    "Start: edges whose EAP-IG circuit keeps the target accuracy, pruned to paths from embed to output.\n"
-    "Working back from the output, patch each item on top of all removed so far (equation 11 for edges).\n"
+    "From the edges that EAP-IG keeps, back from the output: patch each item on top of all removed so far (eq. 11).\n"
     "A drop of the normalized logit diff of at most the threshold removes it; else it is kept with its drop.\n"
-    "Comparison: search from the whole graph against as many first items of EAP-IG with parts, chosen on the same "
-    "prompts, pruned alike, evaluated on held-out pairs; intervals are 95 % over pairs, drawn for both together."
+    "Comparison, on held-out pairs: a search of the whole graph and as many first items of EAP-IG with parts."
 )
 NEEDS_MAMBA = True
 COLUMNS = ("source", "target", "part", "kept", "drop")

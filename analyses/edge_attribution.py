@@ -34,10 +34,8 @@ LOOK_FOR = (
     "curve falls when fewer edges are kept."
 )
 METHOD = (
-    "Score of i -> j: gradient at input_j times (corrupted output_i - output_i), summed (equation 12),\n"
-    "averaged over 5 points of the path on which all edges are patched by alpha (equation 13, EAP-IG).\n"
-    "Exact effect: the change of the normalized logit diff when the edge or part alone is patched (equation 11), on "
-    "fewer prompts; it is held against the attribution on the same prompts.\n"
+    "Score of i -> j: gradient at input_j times (corrupted output_i - output_i), averaged over 5 points (EAP-IG).\n"
+    "Exact effect: change of the normalized logit diff with the edge or part alone patched (eq. 11), on fewer prompts.\n"
     "Edges outside the circuit are patched; accuracy is among the names of the pair; intervals are 95 % over pairs."
 )
 NEEDS_MAMBA = True

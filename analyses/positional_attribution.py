@@ -31,14 +31,14 @@ LOOK_FOR = (
     "it: what is left when the busiest are gone is the rest of the mechanism. The strips show which names a layer gets."
 )
 METHOD = (
-    "Score of i -> j at a position: gradient at input_j times (corrupted output_i - output_i), summed over D only.\n"
-    "EAP-IG with 5 points (equations 12 and 13); items are patched at single positions (equation 11).\n"
-    "The circuit is the smallest with train accuracy above the target, found by binary search.\n"
+    "Score of i -> j at a position: EAP-IG with 5 points, summed over D only (equations 12 and 13).\n"
+    "The circuit is the smallest with train accuracy above the target; the rest is patched, each item at its position.\n"
     "Bottleneck: the one given, or the layer after 0 with the most |score| on edges into it before the last position."
 )
 NEEDS_MAMBA = True
 COLUMNS = ("source", "target", "position", "label", "score", "rank", "kept")
-LAST_ONLY = "kept, bottleneck at last only"
+LAST_ONLY, LOST = "kept, bottleneck at last only", "kept - bottleneck at last only"
+"""The circuit without the edges that leave the bottleneck before the last position, and what it loses by that."""
 
 
 default_pairs = _circuits.default_pairs
@@ -59,8 +59,8 @@ def run(
 ) -> pd.DataFrame:
     """Scores of all (edge, position) items; `kept` marks the smallest circuit with train accuracy > target.
 
-    Rows of circuits as in `analyses._circuits`, and LAST_ONLY: the circuit without the edges that leave the
-    bottleneck `layer` before the last position. Raises InputError for a layer the model does not have.
+    Rows of circuits as in `analyses._circuits`, and LAST_ONLY and LOST, the bottleneck being `layer`. Raises
+    InputError for a layer the model does not have.
     """
     n_layers = config_of(model).num_hidden_layers
     if layer is not None and not 0 <= layer < n_layers:
@@ -90,8 +90,11 @@ def run(
     rows += _circuits.jaccard_rows(per_item, len(circuit), ranking)
     reduced = without_early_output(circuit, table["bottleneck"].iloc[0])
     for sample, evaluator in (("train", train), ("held out", held)):
-        estimates = evaluator.estimates([reduced.patched()])
-        rows += _circuits.circuit_rows(LAST_ONLY, len(reduced), sample, estimates, len(evaluator.pairs))
+        both = evaluator.estimates([circuit.patched(), reduced.patched()])
+        without = {measure: estimate[[1]] for measure, estimate in both.items()}
+        lost = {measure: estimate[[0]] - estimate[[1]] for measure, estimate in both.items()}
+        for name, estimates in ((LAST_ONLY, without), (LOST, lost)):
+            rows += _circuits.circuit_rows(name, len(reduced), sample, estimates, len(evaluator.pairs))
     return _circuits.table_of(table.assign(ranking=ranking, method=method), rows)
 
 

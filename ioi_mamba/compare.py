@@ -46,13 +46,14 @@ PUBLISHED_SIZES = {"num_hidden_layers": 48, "hidden_size": 1024}
 PUBLISHED_LAYER = 39
 OTHER_MODEL = f"a number of {PUBLISHED_MODEL} alone"
 
+ATTRIBUTION = {"target": 0.85, "steps": 5, "variant": "paper", "method": "eap-ig", "ranking": "signed"}
 QUESTION: dict[str, dict[str, Any]] = {
     "layer-ablation": {"site": "layer_input"},
     "cross-talk": {"threshold": 0.9},
     "state-ablation": {"with_conv": False},
-    "edge-attribution": {"target": 0.85, "steps": 5, "variant": "paper", "ranking": "signed"},
-    "circuit-search": {"target": 0.85, "threshold": 1e-4},
-    "positional-attribution": {"target": 0.85, "steps": 5, "variant": "paper", "ranking": "signed"},
+    "edge-attribution": ATTRIBUTION,
+    "circuit-search": {"target": 0.85, "threshold": 1e-4, "method": "eap-ig"},
+    "positional-attribution": ATTRIBUTION,
 }
 """Options, with the paper's values, that make an experiment ask something else: then its claims are not judged."""
 
@@ -128,7 +129,8 @@ def evaluate(tables: Mapping[str, pd.DataFrame], manifests: Mapping[str, Manifes
             value = _measured(claim, usable[claim.analysis], layer)
             verdict = HOLDS if claims.within(value[0], claim.at_least, claim.at_most) else FAILS
             if pd.isna(value[0]):
-                verdict, why = NOT_COMPARABLE, f"the table of {claim.analysis} has other prompts, layers or steps"
+                why = f"the table of {claim.analysis} does not hold it: other prompts, layers, steps or circuit"
+                verdict = NOT_COMPARABLE
         rows.append(
             (
                 claim.id,

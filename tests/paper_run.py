@@ -5,6 +5,8 @@ import json
 
 import pandas as pd
 
+from analyses import _circuits
+from analyses.positional_attribution import LAST_ONLY, LOST
 from ioi_mamba import doctor, paper
 from ioi_mamba.claims.interventions import NOTEBOOK_PROMPT
 from ioi_mamba.graph import Universe
@@ -97,24 +99,49 @@ def output_ablation():
     return effects(lambda c, name, layer, at: 0.5 if (layer, at) == (39, 19) else 0.01)
 
 
-def _items():
-    items = pd.DataFrame(Universe(48, 4, parts=True).items()).drop(columns="position")
-    return items.astype({"source": "object", "target": "object"})
+def _items(parts=True):
+    items = pd.DataFrame(Universe(48, 4, parts=parts).items()).drop(columns="position")
+    return items.astype({"source": "str", "target": "str", "part": "str"})
+
+
+def _scores(circuit, size, sample, accuracy, nld, n=400):
+    """The rows of a circuit, with intervals of 0.04; f and kl, which the paper does not have, are made up."""
+    values = {"accuracy": accuracy, "normalized_logit_diff": nld, "f": nld, "kl": 0.1}
+    rows = [
+        {"measure": measure, "value": value, "low": value - 0.02, "high": value + 0.02}
+        for measure, value in values.items()
+    ]
+    return [{"what": "circuit", "circuit": circuit, "size": size, "sample": sample, "n": n} | row for row in rows]
+
+
+def _circuit(size, train, held, curve=()):
+    """The rows that every circuit experiment has; train, held: (accuracy, normalized logit diff), curve: (size, both)."""
+    rows = _scores("kept", size, "train", *train) + _scores("kept", size, "held out", *held)
+    rows += _scores("all but kept", size, "held out", 0.25, 0.05)
+    rows += [row for _ in range(_circuits.N_RANDOM) for row in _scores("random", size, "held out", 0.3, 0.1, 60)]
+    for point in curve:
+        rows += _scores("first k", point[0], "held out", *point[1:], 60)
+    areas = {"cpr": 0.9, "cmd": 0.1} if curve else {}
+    area = {"what": "circuit", "circuit": "first k", "sample": "held out", "n": 60}
+    return rows + [area | {"measure": m, "value": v, "low": v - 0.02, "high": v + 0.02} for m, v in areas.items()]
 
 
 def edge_attribution():
-    ranks = paper.table("edges").set_index(["source", "target"])["rank"]
+    published = paper.table("edges").set_index(["source", "target"])
     items = _items()
-    edges = items[items["part"].isna()]
-    found = [ranks.get(key) for key in zip(edges["source"], edges["target"], strict=True)]
-    rest = iter(range(len(ranks) + 1, len(edges) + 1))
-    edges = edges.assign(rank=[next(rest) if rank is None else rank for rank in found])
-    table = pd.concat([edges, items[items["part"].notna()].assign(rank=pd.NA)], ignore_index=True)
-    table["rank"] = table["rank"].astype("Int64")
-    table["score"] = -1.0 / table["rank"].astype(float).fillna(2000.0)
-    table["kept"] = (table["rank"] <= 188).fillna(False).astype(bool)
-    scores = {"size": 188, "train_accuracy": 0.8524, "accuracy": 0.8786, "normalized_logit_diff": 0.8359, "n": 400}
-    return table.sort_values("rank", ignore_index=True).assign(**scores, ranking="signed")
+    edges = items[items["part"].isna()].merge(published["rank"].reset_index(), "left", on=["source", "target"])
+    missing = edges["rank"].isna()
+    edges.loc[missing, "rank"] = range(len(published) + 1, len(edges) + 1)
+    table = pd.concat([edges, items[items["part"].notna()]], ignore_index=True)
+    drops = published["drop"].fillna(0.0).reindex(pd.MultiIndex.from_frame(table[["source", "target"]])).fillna(0.0)
+    table = table.assign(score=-1.0 / table["rank"].fillna(2000), exact=-drops.to_numpy(), kept=table["rank"] <= 188)
+    table = table.assign(low=table["score"], high=table["score"], estimate=table["score"], n=400, n_exact=30)
+    table = table.assign(position=pd.NA, label=None, ranking="signed", method="eap-ig").sort_values("rank")
+    counts = paper.table("edge-counts").sort_values("size")[["size", "accuracy", "normalized_logit_diff"]]
+    curve = [(0, 0.2, 0.0), *counts.itertuples(index=False, name=None), (len(edges), 0.95, 1.0)]
+    rows = _circuit(188, (0.8524, 0.8433), (0.8786, 0.8359), curve)
+    spearman = {"what": "circuit", "circuit": "edges", "size": len(edges), "sample": "train", "measure": "spearman"}
+    return _circuits.table_of(table, [*rows, spearman | {"value": 0.9, "n": 30}])
 
 
 def circuit_search():
@@ -124,22 +151,29 @@ def circuit_search():
     table = _items()
     keys = list(zip(table["source"], table["target"], table["part"].fillna(""), strict=True))
     table = table.assign(kept=[key in drops for key in keys], drop=[drops.get(key) for key in keys])
-    scores = {"train_accuracy": 0.85, "accuracy": 0.8825, "train_nld": 0.845, "normalized_logit_diff": 0.8399}
-    return table.astype({"drop": float}).assign(**scores, tests=3000, n=400)
+    table = table.astype({"drop": float}).assign(score=-1.0, started=True, method="eap-ig")
+    tests = {"what": "circuit", "circuit": "kept", "size": len(drops), "sample": "train", "measure": "tests"}
+    rows = [*_circuit(len(drops), (0.85, 0.8454), (0.8825, 0.8399)), tests | {"value": 3000.0, "n": 400}]
+    return _circuits.table_of(table, rows, columns=("threshold",))
 
 
 def positional_attribution():
     kept = set(paper.table("positional-edges").itertuples(index=False, name=None))
     rows = [
         (source, target, position, LABELS[position], (source, target, position) in kept)
-        for source, target, part in _items().itertuples(index=False, name=None)
-        if part is None or pd.isna(part)
+        for source, target, _ in _items(parts=False).itertuples(index=False, name=None)
         for position in range(20)
     ]
     table = pd.DataFrame(rows, columns=["source", "target", "position", "label", "kept"])
     table = table.sort_values("kept", ascending=False, kind="stable", ignore_index=True)
-    scores = {"size": 700, "train_accuracy": 0.852, "accuracy": 0.85, "normalized_logit_diff": 0.877, "n": 400}
-    return table.assign(rank=range(1, len(table) + 1), score=-1.0, **scores, ranking="signed")
+    table = table.assign(rank=range(1, len(table) + 1), score=-1.0, low=-1.0, high=-1.0, n=400, bottleneck=39)
+    curve = [(0, 0.2, 0.0), (700, 0.852, 0.877), (len(table), 0.95, 1.0)]
+    circuits = _circuit(700, (0.852, 0.877), (0.85, 0.877), curve)
+    early = sum(source == "39" and position < 19 for source, _, position in kept)
+    for sample in ("train", "held out"):
+        circuits += _scores(LAST_ONLY, 700 - early, sample, 0.838, 0.873)
+        circuits += _scores(LOST, 700 - early, sample, 0.852 - 0.838, 0.877 - 0.873)
+    return _circuits.table_of(table.assign(ranking="signed", method="eap-ig"), circuits)
 
 
 def tables():

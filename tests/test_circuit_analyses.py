@@ -9,7 +9,7 @@ import torch
 import ioi_mamba as im
 from analyses import _circuits, load
 from analyses.circuit_search import ATTRIBUTION, DIFFERENCE, SEARCH, first_pruned
-from analyses.positional_attribution import LAST_ONLY, busiest_layer, without_early_output
+from analyses.positional_attribution import LAST_ONLY, LOST, busiest_layer, without_early_output
 from ioi_mamba import metrics
 from ioi_mamba.attribution import ranked
 from ioi_mamba.errors import InputError
@@ -223,6 +223,9 @@ def test_removing_early_output_leaves_the_last_position_of_the_bottleneck(mini, 
     assert early[1] in reduced
     want = im.evaluate(mini, sets[1], without_early_output(circuit, layer))
     assert value(table, LAST_ONLY, "accuracy")["value"] == pytest.approx(want["accuracy"])
+    lost = value(table, "kept", "accuracy")["value"] - value(table, LAST_ONLY, "accuracy")["value"]
+    assert value(table, LOST, "accuracy")["value"] == pytest.approx(lost)
+    assert value(table, LOST, "accuracy")["low"] <= lost <= value(table, LOST, "accuracy")["high"]
 
 
 def test_a_bottleneck_that_is_given_is_used_and_a_layer_that_is_not_there_refused(mini, sets):

@@ -7,11 +7,12 @@ import paper_run
 import pytest
 
 import analyses
+from analyses.positional_attribution import LAST_ONLY, LOST
 from ioi_mamba import claims, compare, paper, report
 from ioi_mamba.cli import main
 from ioi_mamba.errors import InputError
 
-UNMEASURED = {"gpt2_small_removal", "steer_counts", "prune_39_nonlast"}
+UNMEASURED = {"gpt2_small_removal", "steer_counts"}
 CIRCUIT = ["template", "corruption"]
 EARLY, LATE = range(1, 4), range(4, 6)
 
@@ -30,7 +31,7 @@ def where(table, name, value, **conditions):
     """The table with the column `name` set to a value, or a function of the old, in the rows that meet all conditions."""
     rows = pd.Series(True, index=table.index)
     for key, wanted in conditions.items():
-        rows &= table[key].isin(list(wanted)) if isinstance(wanted, range | list) else table[key] == wanted
+        rows &= table[key].isin(list(wanted) if isinstance(wanted, range | list) else [wanted])
     assert rows.any()
     new = table[name].map(value) if callable(value) else value
     return table.assign(**{name: table[name].mask(rows, new)})
@@ -56,6 +57,16 @@ def first_swapped(table):
 
 def ranks_swapped(first, second):
     return lambda t: t.assign(rank=t["rank"].replace({first: second, second: first}))
+
+
+def first_kept(first, last):
+    """The circuit of the edges that rank from first to last."""
+    return lambda t: t.assign(kept=t["rank"].between(first, last).fillna(False).astype(bool))
+
+
+def scored(circuit, sample, measure, value):
+    """Another score of a circuit."""
+    return lambda t: where(t, "value", value, circuit=circuit, sample=sample, measure=measure)
 
 
 def without(table, layer, n):
@@ -100,11 +111,11 @@ SPOILT = {
     "h_before": ("state-ablation", lambda t: where(t, "effect", 0.1, corruption=CAB, layer=39, position=2)),
     "h_after": ("state-ablation", lambda t: where(t, "effect", 0.1, corruption=CAB, layer=39, position=10)),
     "outproj_last_only": ("output-ablation", lambda t: where(t, "effect", -0.1, corruption=CAB, layer=39, position=3)),
-    "eap_size": ("edge-attribution", lambda t: t.assign(size=500)),
-    "eap_jaccard": ("edge-attribution", lambda t: t.assign(kept=(t["rank"] <= 120).fillna(False).astype(bool))),
-    "eap_train_accuracy": ("edge-attribution", lambda t: t.assign(train_accuracy=0.9)),
-    "eap_accuracy": ("edge-attribution", lambda t: t.assign(accuracy=0.8)),
-    "eap_nld": ("edge-attribution", lambda t: t.assign(normalized_logit_diff=0.9)),
+    "eap_size": ("edge-attribution", first_kept(1, 261)),
+    "eap_jaccard": ("edge-attribution", first_kept(60, 247)),
+    "eap_train_accuracy": ("edge-attribution", scored("kept", "train", "accuracy", 0.9)),
+    "eap_accuracy": ("edge-attribution", scored("kept", "held out", "accuracy", 0.8)),
+    "eap_nld": ("edge-attribution", scored("kept", "held out", "normalized_logit_diff", 0.9)),
     "eap_top": ("edge-attribution", ranks_swapped(2, 3)),
     "eap_spearman": (
         "edge-attribution",
@@ -120,14 +131,16 @@ SPOILT = {
     "acdc_39_now": ("circuit-search", lambda t: where(t, "drop", 0.03, part="conv0", source="39")),
     "acdc_minus3": ("circuit-search", lambda t: where(t, "kept", True, part="conv-3", source="39")),
     "acdc_drops": ("circuit-search", lambda t: where(t, "drop", 0.4, part="skip", source="0")),
-    "acdc_accuracy": ("circuit-search", lambda t: t.assign(accuracy=0.8)),
-    "acdc_nld": ("circuit-search", lambda t: t.assign(normalized_logit_diff=0.9)),
+    "acdc_accuracy": ("circuit-search", scored("kept", "held out", "accuracy", 0.8)),
+    "acdc_nld": ("circuit-search", scored("kept", "held out", "normalized_logit_diff", 0.9)),
     "pos_jaccard": ("positional-attribution", lambda t: where(t, "kept", False, source=OTHER_LAYERS)),
     "pos_embed": ("positional-attribution", lambda t: where(t, "kept", True, source="embed", target="45", position=3)),
     "pos_39_out": (
         "positional-attribution",
         lambda t: where(t, "kept", True, source="39", target=["40", "41"], position=19),
     ),
+    "prune_39_nonlast": ("positional-attribution", scored(LOST, "train", "accuracy", 0.04)),
+    "prune_39_nonlast_nld": ("positional-attribution", scored(LOST, "train", "normalized_logit_diff", 0.03)),
 }
 """One claim each, broken in the table of its experiment."""
 
@@ -232,6 +245,31 @@ def test_a_search_cut_off_before_accuracy_falls_decides_nothing(published):
     assert judge({"layer-removal": enough}).loc["half_layers_removable", "verdict"] == compare.HOLDS
 
 
+def test_a_circuit_without_early_output_of_the_layer_tells_nothing_about_it(published):
+    pruned = ["prune_39_nonlast", "prune_39_nonlast_nld"]
+    table = published["positional-attribution"]
+    nothing_removed = where(table, "size", 700, circuit=LAST_ONLY)
+    for changed in (nothing_removed, table.assign(bottleneck=20.0)):
+        judged = judge({"positional-attribution": changed}).loc[pruned]
+        assert judged["verdict"].tolist() == [compare.NOT_COMPARABLE] * 2
+        assert judged["why"].str.endswith("other prompts, layers, steps or circuit").all()
+
+
+def test_scores_of_circuits_come_with_the_intervals_of_their_tables(published):
+    table = judge(published)
+    assert table.loc["eap_accuracy", ["value", "low", "high"]].tolist() == pytest.approx([0.8786, 0.8586, 0.8986])
+    assert table.loc["acdc_nld", ["value", "low", "high"]].tolist() == pytest.approx([0.8399, 0.8199, 0.8599])
+    assert table.loc["prune_39_nonlast", ["value", "low", "high"]].tolist() == pytest.approx([0.014, -0.006, 0.034])
+
+
+def test_an_attribution_of_another_method_is_not_judged(published):
+    names = ("edge-attribution", "circuit-search", "positional-attribution")
+    table = judge({name: published[name] for name in names}, options={"method": "exact"})
+    own = paper.table("claims").query("analysis in @names")["id"]
+    assert (table.loc[own, "verdict"] == compare.NOT_COMPARABLE).all()
+    assert (table.loc[own, "why"].str.endswith("was run with method=exact")).all()
+
+
 def test_another_model_is_asked_only_what_makes_sense_of_its_own_layer(published):
     """The published tables, but of a smaller model whose layer 5 does what 39 does."""
     moved = published["layer-ablation"].replace({"layer": {39: 5, 5: 39}})
@@ -262,7 +300,7 @@ def test_the_command_prints_the_table_and_writes_it_whole(published, tmp_path, c
     assert lines[0].split()[:2] == ["verdict", "claim"]
     row = next(line for line in lines if " eap_size " in line)
     assert row.startswith("does not hold")
-    assert "Of 60 claims that could be judged 59 hold" in lines[-1]
+    assert "Of 62 claims that could be judged 61 hold" in lines[-1]
     assert set(directory.iterdir()) - before == {directory / "compare.parquet"}
     table = pd.read_parquet(directory / "compare.parquet")
     assert tuple(table.columns) == compare.COLUMNS
@@ -296,8 +334,8 @@ def test_the_report_has_the_claims_first_and_what_carries_the_names_second(publi
     order = [page.index(f'<section id="{name}"') for name in ("claims", "names-summary", *analyses.available())]
     assert order == sorted(order)
     section = page[order[0] : order[1]]
-    assert section.count('<td class="holds">holds</td>') == 60
-    assert section.count('<th scope="row">') == 63
+    assert section.count('<td class="holds">holds</td>') == 62
+    assert section.count('<th scope="row">') == 64
     assert "<caption>" in section
     assert 'data-chart="names-summary-chart"' in page
     few = tmp_path / "few"

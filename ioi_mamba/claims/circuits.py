@@ -1,4 +1,7 @@
-"""The numbers of section 5 and appendix D: edges, parts and positions that a circuit keeps."""
+"""The numbers of section 5 and appendix D: edges, parts and positions that a circuit keeps, and how it does.
+
+The tables have rows of items and rows of circuits, as `analyses._circuits` describes them.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,38 @@ from itertools import takewhile
 
 import pandas as pd
 
+import analyses
+from analyses._circuits import item_rows, of_circuit
 from ioi_mamba import paper
 
-from .values import NONE, Measure, Value, accuracy, largest_difference, one
+from .values import NONE, Measure, Value, largest_difference, one
 
 LARGE_DROP = 0.045
+
+
+def _score(table: pd.DataFrame, layer: int, measure: str, sample: str, circuit: str = "kept") -> Value:
+    """A measure of one circuit with its interval."""
+    rows = of_circuit(table, circuit, measure, sample)
+    return NONE if rows.empty else (rows["value"].iloc[0], rows["low"].iloc[0], rows["high"].iloc[0])
+
+
+def _kept(table: pd.DataFrame) -> pd.DataFrame:
+    """The items of the circuit."""
+    items = item_rows(table)
+    return items[items["kept"]]
 
 
 # D.1, edge-attribution
 
 
 def _edges(table: pd.DataFrame) -> pd.DataFrame:
-    return table[table["part"].isna() & table["rank"].notna()].sort_values("rank")
+    """Edges over all positions by rank."""
+    items = item_rows(table)
+    return items[items["part"].isna() & items["position"].isna()].sort_values("rank")
 
 
-def _first_row(table: pd.DataFrame, layer: int, column: str) -> Value:
-    row = table.iloc[0]
-    return accuracy(row) if column == "accuracy" else one(row[column])
+def _size(table: pd.DataFrame, layer: int) -> Value:
+    return one(len(_kept(table)))
 
 
 def _jaccard(own: pd.DataFrame, published: pd.DataFrame, on: list[str]) -> Value:
@@ -32,7 +50,7 @@ def _jaccard(own: pd.DataFrame, published: pd.DataFrame, on: list[str]) -> Value
 
 
 def _same_edges(table: pd.DataFrame, layer: int) -> Value:
-    return _jaccard(table[table["kept"]], paper.table("edges"), ["source", "target"])
+    return _jaccard(_kept(table), paper.table("edges"), ["source", "target"])
 
 
 def _rank_to_output(table: pd.DataFrame, layer: int) -> Value:
@@ -58,12 +76,13 @@ def _order_correlation(table: pd.DataFrame, layer: int) -> Value:
 
 def _n_kept(table: pd.DataFrame, layer: int, part: str | None) -> Value:
     """Items kept: edges (part None), or parts whose name begins so."""
-    kept = table.loc[table["kept"], "part"]
+    kept = _kept(table)["part"]
     return one(kept.isna().sum() if part is None else kept.dropna().str.startswith(part).sum())
 
 
 def _part_drop(table: pd.DataFrame, layer: int, part: str) -> Value:
-    own = table[(table["source"] == str(layer)) & (table["part"] == part)]
+    items = item_rows(table)
+    own = items[(items["source"] == str(layer)) & (items["part"] == part)]
     return one(own["drop"].fillna(0.0).iloc[0]) if len(own) else NONE
 
 
@@ -71,7 +90,7 @@ def _drops(table: pd.DataFrame, layer: int) -> Value:
     edges, parts = paper.table("edges"), paper.table("circuit-parts").query("kept == 1")
     parts = parts.assign(source=parts["layer"].astype(str), target=parts["layer"].astype(str))
     published = pd.concat([edges.assign(part=""), parts])[["source", "target", "part", "drop"]]
-    own = table.assign(part=table["part"].fillna(""), drop=table["drop"].fillna(0.0))
+    own = item_rows(table).fillna({"part": "", "drop": 0.0})
     large = published[published["drop"] >= LARGE_DROP]
     return largest_difference(own, large, ["source", "target", "part"], ("drop_published", "drop"))
 
@@ -88,14 +107,14 @@ def _published_positions(table: pd.DataFrame) -> bool:
 def _same_items(table: pd.DataFrame, layer: int) -> Value:
     if not _published_positions(table):
         return NONE
-    return _jaccard(table[table["kept"]], paper.table("positional-edges"), ["source", "target", "position"])
+    return _jaccard(_kept(table), paper.table("positional-edges"), ["source", "target", "position"])
 
 
 def _embedding_readers(table: pd.DataFrame, layer: int) -> Value:
     if not _published_positions(table):
         return NONE
     names, sets = [3, 5, 7, 13, 15], []
-    for items in (table[table["kept"]], paper.table("positional-edges")):
+    for items in (_kept(table), paper.table("positional-edges")):
         own = items[(items["source"] == "embed") & items["position"].isin(names)]
         sets.append(set(own["target"]) - {"output"})
     return one(len(sets[0] ^ sets[1]))
@@ -105,17 +124,30 @@ def _last_targets(table: pd.DataFrame, layer: int) -> Value:
     if not _published_positions(table):
         return NONE
     sets = []
-    for items in (table[table["kept"]], paper.table("positional-edges")):
+    for items in (_kept(table), paper.table("positional-edges")):
         sets.append(set(items[(items["source"] == str(layer)) & (items["position"] == 19)]["target"]))
     return one(len(sets[0] ^ sets[1]))
 
 
+def _lost_without_early_output(table: pd.DataFrame, layer: int, measure: str) -> Value:
+    """What the circuit loses, on the pairs it was chosen on, without the edges that leave the layer too early.
+
+    NONE where the edges removed were another layer's, or there were none.
+    """
+    module = analyses.load("positional-attribution")
+    reduced = of_circuit(table, module.LAST_ONLY, measure, "train")
+    is_other = item_rows(table)["bottleneck"].iloc[0] != layer
+    if is_other or reduced.empty or reduced["size"].iloc[0] == len(_kept(table)):
+        return NONE
+    return _score(table, layer, measure, "train", module.LOST)
+
+
 MEASURES: dict[str, Measure] = {
-    "eap_size": partial(_first_row, column="size"),
+    "eap_size": _size,
     "eap_jaccard": _same_edges,
-    "eap_train_accuracy": partial(_first_row, column="train_accuracy"),
-    "eap_accuracy": partial(_first_row, column="accuracy"),
-    "eap_nld": partial(_first_row, column="normalized_logit_diff"),
+    "eap_train_accuracy": partial(_score, measure="accuracy", sample="train"),
+    "eap_accuracy": partial(_score, measure="accuracy", sample="held out"),
+    "eap_nld": partial(_score, measure="normalized_logit_diff", sample="held out"),
     "eap_first": _rank_to_output,
     "eap_top": _same_order,
     "eap_spearman": _order_correlation,
@@ -127,9 +159,11 @@ MEASURES: dict[str, Measure] = {
     "acdc_39_now": partial(_part_drop, part="conv0"),
     "acdc_minus3": partial(_n_kept, part="conv-3"),
     "acdc_drops": _drops,
-    "acdc_accuracy": partial(_first_row, column="accuracy"),
-    "acdc_nld": partial(_first_row, column="normalized_logit_diff"),
+    "acdc_accuracy": partial(_score, measure="accuracy", sample="held out"),
+    "acdc_nld": partial(_score, measure="normalized_logit_diff", sample="held out"),
     "pos_jaccard": _same_items,
     "pos_embed": _embedding_readers,
     "pos_39_out": _last_targets,
+    "prune_39_nonlast": partial(_lost_without_early_output, measure="accuracy"),
+    "prune_39_nonlast_nld": partial(_lost_without_early_output, measure="normalized_logit_diff"),
 }
