@@ -19,6 +19,10 @@ from ioi_mamba.errors import InputError
 from ioi_mamba.tasks.base import Pairs
 from ioi_mamba.tasks.prompts import PromptPair, single_token_ids
 
+TASK = "ioi"
+TITLE = "How the model works out who is given something"
+VARIES = "a name"
+
 NAME, PLACE, OBJECT = "[NAME]", "[PLACE]", "[OBJECT]"
 
 TEMPLATES = (
