@@ -238,7 +238,7 @@ def test_compare_without_a_directory_takes_the_newest_run(mini, tmp_path, monkey
 
 def test_a_task_offers_what_is_asked_of_one():
     for name, module in tasks.available().items():
-        assert module.TASK == name
+        assert name == module.TASK
         assert module.TITLE
         assert module.VARIES
         assert list(inspect.signature(module.generate).parameters)[:3] == ["tokenizer", "n_pairs", "seed"]
