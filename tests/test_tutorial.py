@@ -21,7 +21,9 @@ def outputs(tmp_path_factory):
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.delenv("NDIF_HOST", raising=False)
         notebook = jupytext.read(TUTORIAL)
-        client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path_factory.mktemp("nb"))}})
+        client = nbclient.NotebookClient(
+            notebook, timeout=600, resources={"metadata": {"path": str(tmp_path_factory.mktemp("nb"))}}
+        )
         # Whatever kernels are installed, this Python is the one that has the package's dependencies.
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         client.create_kernel_manager()
