@@ -61,7 +61,13 @@ def generate(tokenizer: Any, n_pairs: int, seed: int) -> Pairs:
     """`n_pairs` pairs drawn from `seed`, without swapped copies: the corrupted prompt has no wrong later years.
 
     Roles: `noun`, `century` and `year` (of the first date; `year+1` if it has two tokens), `out`. The labels are the
-    same for all. Raises InputError for a tokenizer that does not cut a year into its century and its last two digits.
+    same for all.
+
+    >>> from ioi_mamba import open_model
+    >>> generate(open_model("mini", device="cpu").tokenizer, 1, 27).texts[0]
+    ('The debate lasted from the year 1455 to the year 14', 'The debate lasted from the year 1401 to the year 14')
+
+    Raises InputError for a tokenizer that does not cut a year into its century and its last two digits.
     """
     if n_pairs < 1:
         raise InputError(f"n_pairs is {n_pairs}; ask for at least one pair.")
