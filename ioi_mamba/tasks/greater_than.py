@@ -63,9 +63,9 @@ def generate(tokenizer: Any, n_pairs: int, seed: int) -> Pairs:
     Roles: `noun`, `century` and `year` (of the first date; `year+1` if it has two tokens), `out`. The labels are the
     same for all.
 
-    >>> from ioi_mamba import open_model
-    >>> generate(open_model("mini", device="cpu").tokenizer, 1, 27).texts[0]
-    ('The debate lasted from the year 1455 to the year 14', 'The debate lasted from the year 1401 to the year 14')
+        >>> from ioi_mamba import open_model
+        >>> generate(open_model("mini", device="cpu").tokenizer, 1, 27).texts[0]
+        ('The debate lasted from the year 1455 to the year 14', 'The debate lasted from the year 1401 to the year 14')
 
     Raises InputError for a tokenizer that does not cut a year into its century and its last two digits.
     """

@@ -107,10 +107,10 @@ def generate(
     templates: texts with [NAME], [PLACE] and [OBJECT]; one [NAME] for each letter before the answer.
     corruptions: such as "ABC AB C -> ABC AC B".
 
-    >>> from ioi_mamba import open_model
-    >>> pairs = generate(open_model("mini", device="cpu").tokenizer, 1, 27, symmetric=False)
-    >>> pairs.texts[0][0]
-    'Friends Donovan, Isabel and Leah went to the office. Donovan and Isabel gave a necklace to'
+        >>> from ioi_mamba import open_model
+        >>> pairs = generate(open_model("mini", device="cpu").tokenizer, 1, 27, symmetric=False)
+        >>> pairs.texts[0][0]
+        'Friends Donovan, Isabel and Leah went to the office. Donovan and Isabel gave a necklace to'
 
     The global random state is neither read nor changed. Labels are "template" (its first words) and
     "corruption". Raises InputError for templates and corruptions that do not fit each other.
