@@ -30,7 +30,7 @@ def clean_accuracies(model, sets: Sequence[Pairs]) -> list[dict[str, Any]]:
     samples = [pairs[:: -(-len(pairs) // MAX_PAIRS)].without_text() for pairs in sets]
     found = call(model, _accuracies, samples)
     return [
-        {"accuracy": float(right.mean()), "n": len(right), "bound": round((1 + _guessing(pairs)) / 2, 4)}
+        {"accuracy": float(right.double().mean()), "n": len(right), "bound": round((1 + _guessing(pairs)) / 2, 4)}
         for right, pairs in zip(found, samples, strict=True)
     ]
 

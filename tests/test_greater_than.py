@@ -106,10 +106,20 @@ def test_a_seed_gives_the_same_pairs_and_leaves_the_global_generators_alone(whol
 def test_a_tokenizer_that_does_not_cut_years_is_refused(tiny_mamba):
     with pytest.raises(InputError, match="does not cut years"):
         task.generate(tokenizer_of([*task.YEARS, *(f" {c}{y}" for c in task.CENTURIES for y in task.YEARS)]), 4, 0)
-    with pytest.raises(InputError, match="alike"):
-        task.generate(tokenizer_of([*"0123456789", "32"]), 4, 0)
     with pytest.raises(InputError, match="n_pairs"):
         task.generate(tiny_mamba.tokenizer, 0, 0)
+
+
+def test_a_year_written_in_another_way_than_most_takes_no_part(whole_years):
+    odd = tokenizer_of([year for year in task.YEARS if year not in ("32", "77")] + [*"0123456789"])
+    pairs = task.generate(odd, 400, 0)
+    tokens = task.year_tokens(odd)
+    assert [year for year in range(100) if tokens[year] < 0] == [32, 77]
+    assert not {32, 77} & set(shown_years(pairs))
+    words = odd.convert_ids_to_tokens([*pairs.answer.tolist(), *pairs.wrong.tolist()])
+    assert all(len(word) == 2 for word in words)
+    assert not {"32", "77"} & set(words)
+    assert task.probability_difference(torch.zeros(400, len(odd)), pairs, tokens).abs().max() < 1
 
 
 def test_the_probability_difference_is_the_one_counted_year_by_year(whole_years):
@@ -243,3 +253,13 @@ def test_a_task_offers_what_is_asked_of_one():
         assert module.VARIES
         assert list(inspect.signature(module.generate).parameters)[:3] == ["tokenizer", "n_pairs", "seed"]
         assert module is tasks.ioi or module.DEFAULT_PAIRS > 0
+
+
+@pytest.mark.remote
+def test_on_a_server_in_a_sandbox_it_gives_what_it_gives_here(sandboxed_ndif_server, mini, tmp_path):
+    there = im.open_model("mini", backend="ndif", host=sandboxed_ndif_server.url)
+    pairs = task.generate(mini.tokenizer, 6, 27)
+    assert baseline.clean_accuracies(there, [pairs]) == baseline.clean_accuracies(mini, [pairs])
+    assert task.measures(there, pairs) == pytest.approx(task.measures(mini, pairs), abs=1e-7)
+    study.run_study(there, ["layer-removal"], tmp_path, task="greater-than", n_pairs=6, progress=False)
+    assert read_manifest(tmp_path / "layer-removal.json")["requests"]["count"] == 1

@@ -9,21 +9,20 @@ import pytest
 TUTORIAL = Path(__file__).parent.parent / "docs" / "tutorial.py"
 
 
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
+def run(folder, host=None):
     """What each cell printed or showed, as text, from a fresh kernel of this Python."""
     jupytext = pytest.importorskip("jupytext")
     nbclient = pytest.importorskip("nbclient")
     specs = pytest.importorskip("jupyter_client.kernelspec")
+    pytest.importorskip("ipykernel")
     with pytest.MonkeyPatch.context() as patch:
-        root = str(TUTORIAL.parent.parent)
-        patch.setenv("PYTHONPATH", root)
+        patch.setenv("PYTHONPATH", str(TUTORIAL.parent.parent))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.delenv("NDIF_HOST", raising=False)
+        if host is not None:
+            patch.setenv("NDIF_HOST", host)
         notebook = jupytext.read(TUTORIAL)
-        client = nbclient.NotebookClient(
-            notebook, timeout=600, resources={"metadata": {"path": str(tmp_path_factory.mktemp("nb"))}}
-        )
+        client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
         # Whatever kernels are installed, this Python is the one that has the package's dependencies.
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         client.create_kernel_manager()
@@ -35,6 +34,11 @@ def outputs(tmp_path_factory):
             assert output["output_type"] != "error"
             texts.append(output.get("text") or output["data"].get("text/plain", ""))
     return "\n".join(texts)
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("notebook"))
 
 
 def test_it_runs_and_its_numbers_are_the_ones_the_text_speaks_of(outputs):
@@ -51,3 +55,9 @@ def test_it_runs_and_its_numbers_are_the_ones_the_text_speaks_of(outputs):
 
 def test_it_draws_its_charts(outputs):
     assert len(re.findall(r"alt\.\w*Chart\(\.\.\.\)", outputs)) >= 2
+
+
+@pytest.mark.remote
+def test_its_last_section_runs_on_a_server(ndif_server, tmp_path):
+    outputs = run(tmp_path, host=ndif_server.url)
+    assert float(re.search(r"largest difference of a score: (\S+)", outputs)[1]) < 1e-5
