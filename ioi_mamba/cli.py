@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(call=_run)
     report = commands.add_parser("report", help="write the report of finished tables again")
     report.add_argument("directory", type=Path, metavar="DIR")
+    report.add_argument("--charts", metavar="FORM", help="also write DIR/charts/NAME-of-MODEL.FORM: svg or png")
     report.set_defaults(call=_report)
     compare = commands.add_parser("compare", help="hold finished tables against the published numbers")
     compare.add_argument(
@@ -252,8 +253,11 @@ def _coerce(key: str, text: str, hint: Any) -> Any:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from .report import write_report
+    from .report import save_charts, write_report
 
+    if arguments.charts is not None:
+        for path in save_charts(arguments.directory, arguments.charts):
+            print(f"Chart: {path}")
     print(f"Report: {write_report(arguments.directory)}")
     return 0
 

@@ -31,6 +31,7 @@ from .results import read_result
 
 PREVIEW_ROWS = 12
 MAX_BYTES = 8 * 2**20
+CHART_FORMS = ("svg", "png")
 _GLOBALS = "window.vegaEmbed = vegaEmbed;"
 _VEGALITE = re.sub(r"^v(\d+\.\d+).*", r"\1", alt.SCHEMA_VERSION)
 
@@ -63,11 +64,7 @@ def write_report(directory: str | Path) -> Path:
     page over 8 MB.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise InputError(f"{str(directory)!r} is not a directory: give the --out directory of a run.")
-    sections = [section for name in analyses.available() if (section := _section(directory, name)) is not None]
-    if not sections:
-        raise InputError(f"{str(directory)!r} holds no finished table: run an analysis with --out {directory} first.")
+    sections = _sections(directory)
     task = tasks.load(sections[0].manifest.get("task", tasks.ioi.TASK))
     is_ioi = task is tasks.ioi  # what the paper claims is about this task
     page = _template().render(
@@ -89,6 +86,45 @@ def write_report(directory: str | Path) -> Path:
     with written_whole(directory / "index.html") as path:
         path.write_text(page, encoding="utf-8")
     return directory / "index.html"
+
+
+def save_charts(directory: str | Path, form: str) -> list[Path]:
+    """Write `charts/NAME-of-MODEL.FORM` of every experiment that has a finished table, for papers and slides; gives the paths.
+
+    form: "svg" or "png", black on white. A chart shows what it shows before anything is chosen in it. Raises
+    InputError for another form and as `write_report`; an experiment whose chart cannot be drawn is left out.
+    """
+    if form not in CHART_FORMS:
+        raise InputError(f"Charts cannot be written as {form!r}: use one of {', '.join(CHART_FORMS)}.")
+    sections = _sections(Path(directory))
+    folder, written = Path(directory) / "charts", []
+    folder.mkdir(exist_ok=True)
+    for section in sections:
+        if section.spec is None:
+            continue
+        spec = json.loads(section.spec)
+        spec["config"] = spec.get("config", {}) | {"background": "white"}
+        image = (
+            vl_convert.vegalite_to_svg(spec, _VEGALITE).encode()
+            if form == "svg"
+            else vl_convert.vegalite_to_png(spec, _VEGALITE, scale=2)
+        )
+        model = re.sub(r"[^\w.-]", "-", _short_name(section.manifest["model"]["id"]))
+        target = folder / f"{section.module.NAME}-of-{model}.{form}"
+        with written_whole(target) as path:
+            path.write_bytes(image)
+        written.append(target)
+    return written
+
+
+def _sections(directory: Path) -> list[Section]:
+    """Those of every finished experiment, in the paper's order. Raises InputError where there is none."""
+    if not directory.is_dir():
+        raise InputError(f"{str(directory)!r} is not a directory: give the --out directory of a run.")
+    sections = [section for name in analyses.available() if (section := _section(directory, name)) is not None]
+    if not sections:
+        raise InputError(f"{str(directory)!r} holds no finished table: run an analysis with --out {directory} first.")
+    return sections
 
 
 def _section(directory: Path, name: str) -> Section | None:
