@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup report test test-remote lint clean
+.PHONY: setup report test test-remote docs lint clean
 
 setup: $(VENV)/.done
 
@@ -22,6 +22,10 @@ test: setup
 # Against real NDIF servers that the tests start on loopback; see docs/ndif-test-server.md for what that needs.
 test-remote: setup
 	$(BIN)/python -m pytest -m remote -rs
+
+# The documentation site, in build/site; a broken link or an unknown name is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: setup
 	$(BIN)/ruff check .

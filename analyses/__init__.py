@@ -1,8 +1,8 @@
 """The experiments, one module each, and the registry that finds them.
 
 A module is named after its experiment (`layer_removal` for "layer-removal") and offers NAME, TITLE, PAPER,
-QUESTION, LOOK_FOR, METHOD, NEEDS_MAMBA, COLUMNS, `default_pairs`, `run`, `chart` and `findings`. Adding an
-experiment is adding a module and its name to ORDER.
+QUESTION, LOOK_FOR, METHOD, NEEDS_MAMBA, COLUMNS, `default_pairs`, `run`, `chart` and `findings`; NEEDS_NAMES = True
+says that it only makes sense for prompts with names. Adding an experiment is adding a module and its name to ORDER.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def run(
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Effects by slice; `layer` None is the bottleneck, `all_layers` sweeps every layer."""
-    layers = None if all_layers else [find_layer(model) if layer is None else layer]
+    layers = None if all_layers else [find_layer(model, pairs) if layer is None else layer]
     tables, width = [], config_of(model).conv_kernel
     for k, s in enumerate(range(1 - width, 1)):
         report = (lambda n, total, k=k: progress(k * total + n, width * total)) if progress else None

@@ -56,6 +56,7 @@ METHOD = (
     "Wilson intervals."
 )
 NEEDS_MAMBA = True
+NEEDS_NAMES = True
 COLUMNS = ("method", "slot", "source_slot", "success", "n", "low", "high", "layer", "offset")
 
 DEFAULT_PAIRS = 10_000

@@ -77,7 +77,7 @@ def run(
     `row_label`, `column_label`: the tokens; `after_name`: the row is one token after (the first token of) a name.
     Raises InputError for a layer out of range and an empty prompt.
     """
-    layer = find_layer(model) if layer is None else layer
+    layer = find_layer(model, pairs) if layer is None else layer
     prompts = _of_pairs(model.tokenizer, pairs) if prompt is None else [_of_text(model.tokenizer, prompt, names)]
     similarities = call(model, _similarities, [tokens for _, tokens, _ in prompts], layer, progress=progress)
     tables = []

@@ -12,7 +12,7 @@ from .interventions import mixer, read, run
 from .models import open_model
 from .patching import patch_edges
 from .steering import steer
-from .tasks import ioi
+from .tasks import greater_than, ioi
 from .tasks.base import Pairs
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "acdc",
     "attribute",
     "evaluate",
+    "greater_than",
     "ioi",
     "mixer",
     "open_model",

@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--max-upload", type=float, default=64, metavar="MIB", help="of one request (default: 64)")
     run.add_argument("--max-download", type=float, default=256, metavar="MIB", help="of one result (default: 256)")
     run.add_argument("--retries", type=int, default=5, metavar="N", help="after failures that may pass (default: 5)")
+    run.add_argument("--task", default="ioi", help="what the prompts ask: ioi or greater-than (default: ioi)")
     source = run.add_mutually_exclusive_group()
     source.add_argument("--pairs", type=Path, metavar="FILE", help="prompts of one's own, one JSON object a line")
     source.add_argument("--n-pairs", type=int, metavar="N", help="pairs to draw (default: each experiment's own)")
@@ -66,9 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(call=_run)
     report = commands.add_parser("report", help="write the report of finished tables again")
     report.add_argument("directory", type=Path, metavar="DIR")
+    report.add_argument("--charts", metavar="FORM", help="also write DIR/charts/NAME-of-MODEL.FORM: svg or png")
     report.set_defaults(call=_report)
     compare = commands.add_parser("compare", help="hold finished tables against the published numbers")
-    compare.add_argument("directory", type=Path, metavar="DIR")
+    compare.add_argument(
+        "directory", type=Path, nargs="?", metavar="DIR", help="default: the newest run under reports/"
+    )
     compare.set_defaults(call=_compare)
     sites = commands.add_parser("sites", help="list the hook names: every value that can be read and written")
     sites.set_defaults(call=_sites)
@@ -131,8 +135,12 @@ def _run(arguments: argparse.Namespace) -> int:
     import analyses
 
     names = list(dict.fromkeys(arguments.analysis))
-    names = list(analyses.available()) if names == ["all"] else names
+    if names == ["all"]:
+        about_names = arguments.task == "ioi"
+        names = [n for n in analyses.available() if about_names or not getattr(analyses.load(n), "NEEDS_NAMES", False)]
     modules = [analyses.load(name) for name in names]
+    if arguments.pairs is not None and arguments.task != "ioi":
+        raise InputError(f"--pairs reads prompts with names, not those of {arguments.task}: give one of the two.")
     options = _options(modules, arguments.option)
     for flag, value in (("--n-pairs", arguments.n_pairs), ("--threads", arguments.threads)):
         if value is not None and value < 1:
@@ -144,9 +152,10 @@ def _run(arguments: argparse.Namespace) -> int:
         raise InputError("--submit and --collect are for --backend ndif: leave them out.")
     if arguments.pairs is not None and not arguments.pairs.is_file():
         raise InputError(f"There is no file {str(arguments.pairs)!r} to read pairs from: give --pairs an existing one.")
-    from . import study
+    from . import study, tasks
 
-    out = arguments.out or _default_out(arguments.model)
+    tasks.load(arguments.task)
+    out = arguments.out or _default_out(arguments.model, arguments.task)
     study.check_out_dir(out)
 
     import torch
@@ -172,6 +181,7 @@ def _run(arguments: argparse.Namespace) -> int:
         model,
         names,
         out,
+        task=arguments.task,
         pairs=pairs,
         n_pairs=arguments.n_pairs,
         seed=arguments.seed,
@@ -183,9 +193,20 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _default_out(model: str) -> Path:
+def _default_out(model: str, task: str) -> Path:
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(model).name).strip(".") or "model"
+    name += "" if task == "ioi" else f"-{task}"
     return Path("reports") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _newest_run() -> Path:
+    """The directory under reports/ whose table was written last. Raises InputError where there is none."""
+    from .results import read_manifest
+
+    manifests = [path for path in Path("reports").glob("*/*.json") if read_manifest(path) is not None]
+    if not manifests:
+        raise InputError("There is no run under reports/ to compare: name the --out directory of one.")
+    return max(manifests, key=lambda path: path.stat().st_mtime).parent
 
 
 def _options(modules: Sequence[ModuleType], texts: Sequence[str]) -> dict[str, Any]:
@@ -232,8 +253,11 @@ def _coerce(key: str, text: str, hint: Any) -> Any:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from .report import write_report
+    from .report import save_charts, write_report
 
+    if arguments.charts is not None:
+        for path in save_charts(arguments.directory, arguments.charts):
+            print(f"Chart: {path}")
     print(f"Report: {write_report(arguments.directory)}")
     return 0
 
@@ -241,7 +265,10 @@ def _report(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     from . import compare
 
-    table = compare.compare(arguments.directory)
+    directory = arguments.directory or _newest_run()
+    table = compare.compare(directory)
+    if arguments.directory is None:
+        print(f"{directory}\n")
     print(_columns(compare.text_rows(table)))
     print("\n" + "\n".join(compare.about(table)))
     return 0

@@ -127,6 +127,13 @@ class Circuit:
     """Items kept clean; every other item of the universe is patched when the circuit is evaluated.
 
     Circuits of one universe combine with `|`, `&`, `-` and compare with `jaccard` and `overlap`.
+
+        >>> universe = Universe(n_layers=2)
+        >>> a = Circuit(frozenset({Item("embed", "0"), Item("0", "output"), Item("embed", "1")}), universe)
+        >>> len(Circuit.full(universe)), len(a), len(a.pruned())  # embed -> 1 leads nowhere
+        (6, 3, 2)
+        >>> round(a.jaccard(a.pruned()), 3)
+        0.667
     """
 
     items: frozenset[Item]

@@ -38,6 +38,12 @@ def logit_diff(logits: Tensor, answer: Tensor | None = None, wrong: Tensor | Non
 def normalized_logit_diff(patched: Tensor, clean: Tensor, corrupted: Tensor) -> Tensor:
     """Appendix B: (d_patched - d_corrupted) / |d_clean - d_corrupted|, a range of 0 counted as 1; no unit.
 
+        >>> patched, clean, corrupted = torch.tensor([2.0]), torch.tensor([5.0]), torch.tensor([-5.0])
+        >>> round(float(normalized_logit_diff(patched, clean, corrupted).mean()), 3)  # keeps 70 % of the range
+        0.7
+        >>> round(float(effect(patched, clean, corrupted).mean()), 3)  # of which 30 % are gone
+        0.3
+
     All three are logit differences A - B of the clean prompt's A and B, Float[..., pair]. 1 acts like the
     clean run, 0 like the corrupted one; where the clean difference is the smaller one, the clean run has -1.
     """
@@ -94,7 +100,13 @@ def kl_divergence(patched: Tensor, clean: Tensor) -> Tensor:
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, (low, high) in 0..1; z = 1.96 is 95 %."""
+    """Wilson's score interval of a proportion, (low, high) in 0..1.
+
+    z: 1.96 is 95 %.
+
+        >>> [round(end, 3) for end in wilson_interval(19, 20)]
+        [0.764, 0.991]
+    """
     if not 0 <= successes <= n or n == 0:
         raise InputError(f"{successes} successes of {n} is no proportion; give 0 <= successes <= n and n >= 1.")
     share, weight = successes / n, z * z / n

@@ -24,13 +24,14 @@ from markupsafe import Markup
 
 import analyses
 
-from . import charts, compare
+from . import baseline, charts, compare, tasks
 from .errors import InputError
 from .files import written_whole
 from .results import read_result
 
 PREVIEW_ROWS = 12
 MAX_BYTES = 8 * 2**20
+CHART_FORMS = ("svg", "png")
 _GLOBALS = "window.vegaEmbed = vegaEmbed;"
 _VEGALITE = re.sub(r"^v(\d+\.\d+).*", r"\1", alt.SCHEMA_VERSION)
 
@@ -39,7 +40,7 @@ _VEGALITE = re.sub(r"^v(\d+\.\d+).*", r"\1", alt.SCHEMA_VERSION)
 class Section:
     """What the page shows of one experiment, or of a summary of several, whose manifest is empty.
 
-    `spec` None: there is no chart, and `trouble` says why.
+    `spec` None: there is no chart, and `trouble` says why. warning: that the model cannot do the task, or empty.
     """
 
     module: ModuleType
@@ -52,6 +53,7 @@ class Section:
     preview: list[list[str]]
     n_rows: int
     code: str
+    warning: str
 
 
 def write_report(directory: str | Path) -> Path:
@@ -62,14 +64,15 @@ def write_report(directory: str | Path) -> Path:
     page over 8 MB.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise InputError(f"{str(directory)!r} is not a directory: give the --out directory of a run.")
-    sections = [section for name in analyses.available() if (section := _section(directory, name)) is not None]
-    if not sections:
-        raise InputError(f"{str(directory)!r} holds no finished table: run an analysis with --out {directory} first.")
+    sections = _sections(directory)
+    task = tasks.load(sections[0].manifest.get("task", tasks.ioi.TASK))
+    is_ioi = task is tasks.ioi  # what the paper claims is about this task
     page = _template().render(
-        claims=_claims(sections),
-        summaries=_summaries(sections),
+        task=task,
+        is_ioi=is_ioi,
+        claims=_claims(sections) if is_ioi else None,
+        summaries=_summaries(sections) if is_ioi else [],
+        warnings=list(dict.fromkeys(section.warning for section in sections if section.warning)),
         sections=sections,
         provenance=_provenance([section.manifest for section in sections]),
         is_mini=any(section.manifest["model"]["id"] == "mini" for section in sections),
@@ -83,6 +86,45 @@ def write_report(directory: str | Path) -> Path:
     with written_whole(directory / "index.html") as path:
         path.write_text(page, encoding="utf-8")
     return directory / "index.html"
+
+
+def save_charts(directory: str | Path, form: str) -> list[Path]:
+    """Write `charts/NAME-of-MODEL.FORM` of every experiment that has a finished table, for papers and slides; gives the paths.
+
+    form: "svg" or "png", black on white. A chart shows what it shows before anything is chosen in it. Raises
+    InputError for another form and as `write_report`; an experiment whose chart cannot be drawn is left out.
+    """
+    if form not in CHART_FORMS:
+        raise InputError(f"Charts cannot be written as {form!r}: use one of {', '.join(CHART_FORMS)}.")
+    sections = _sections(Path(directory))
+    folder, written = Path(directory) / "charts", []
+    folder.mkdir(exist_ok=True)
+    for section in sections:
+        if section.spec is None:
+            continue
+        spec = json.loads(section.spec)
+        spec["config"] = spec.get("config", {}) | {"background": "white"}
+        image = (
+            vl_convert.vegalite_to_svg(spec, _VEGALITE).encode()
+            if form == "svg"
+            else vl_convert.vegalite_to_png(spec, _VEGALITE, scale=2)
+        )
+        model = re.sub(r"[^\w.-]", "-", _short_name(section.manifest["model"]["id"]))
+        target = folder / f"{section.module.NAME}-of-{model}.{form}"
+        with written_whole(target) as path:
+            path.write_bytes(image)
+        written.append(target)
+    return written
+
+
+def _sections(directory: Path) -> list[Section]:
+    """Those of every finished experiment, in the paper's order. Raises InputError where there is none."""
+    if not directory.is_dir():
+        raise InputError(f"{str(directory)!r} is not a directory: give the --out directory of a run.")
+    sections = [section for name in analyses.available() if (section := _section(directory, name)) is not None]
+    if not sections:
+        raise InputError(f"{str(directory)!r} holds no finished table: run an analysis with --out {directory} first.")
+    return sections
 
 
 def _section(directory: Path, name: str) -> Section | None:
@@ -112,6 +154,7 @@ def _drawn(module: ModuleType, manifest: dict[str, Any], table: pd.DataFrame, co
         preview=[[_cell(value) for value in row] for row in head.itertuples(index=False)],
         n_rows=len(table),
         code=code,
+        warning=baseline.note(manifest) if baseline.is_below(manifest) else "",
     )
 
 
@@ -221,6 +264,7 @@ def _provenance(manifests: list[dict[str, Any]]) -> list[tuple[str, str]]:
         *_server_lines(manifests),
         ("Compiled kernels", each(lambda m: ", ".join(m["kernels"]) or "none")),
         ("Seed", each(lambda m: m["seed"])),
+        *_clean_scores(manifests),
         ("Time", f"{wall:.1f} s for {len(manifests)} analys{'is' if len(manifests) == 1 else 'es'}"),
         ("Peak memory", f"{max(m['peak_memory_mib'] for m in manifests):,.0f} MiB"),
         ("Made", max(m["created"] for m in manifests).replace("T", " ").replace("+00:00", " UTC")),
@@ -248,6 +292,16 @@ def _server_lines(manifests: list[dict[str, Any]]) -> list[tuple[str, str]]:
         note = f"weights in {', '.join(coarse)}: expect differences of about 1 % from float32; the scan runs in float32"
         lines.append(("Precision", note))
     return lines
+
+
+def _clean_scores(manifests: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What the unpatched model does on the prompts: its accuracy, and what the task measures besides."""
+    found: dict[str, list[float]] = {}
+    for manifest in manifests:
+        for what, value in manifest.get("clean", {}).items():
+            if what not in ("n", "bound"):
+                found.setdefault(f"Unpatched: {what}", []).append(value)
+    return [(what, " to ".join(f"{v:.3f}" for v in sorted({min(vs), max(vs)}))) for what, vs in found.items()]
 
 
 def _day(created: str) -> str:

@@ -144,6 +144,12 @@ def _known_names(n_layers: int) -> list[str]:
 def parse(hook: str, n_layers: int, n_positions: int, conv_width: int) -> Address:
     """The address of a MambaLens hook name.
 
+        >>> parse("blocks.3.hook_h.7", n_layers=8, n_positions=20, conv_width=4)
+        Address(layer=3, site='h', index=7)
+        >>> parse("blocks.3.hook_B_baar", n_layers=8, n_positions=20, conv_width=4)
+        Traceback (most recent call last):
+        ioi_mamba.errors.InputError: Unknown hook name 'blocks.3.hook_B_baar': did you mean 'blocks.3.hook_B_bar'? `ioi-mamba sites` lists them all.
+
     Raises InputError for an unknown name (with the nearest known one), a layer, position or slice out of range.
     """
     match = _HOOK.fullmatch(hook)

@@ -256,16 +256,18 @@ def _continued(
     return row[0, len(tokens) :]
 
 
-def find_layer(model) -> int:
+def find_layer(model, pairs: Pairs | None = None) -> int:
     """The bottleneck: of the layers after 0, the one whose resampled input has the largest effect (4.1.1).
 
-    Measured on 8 pairs of each corruption of the paper's templates with equal positions: of a layer, the largest
-    |1 - normalized logit diff| before the last position (where every layer can write the answer straight to the
-    output), mean over corruptions. Raises InputError for a model of one layer.
+    Measured on 8 pairs of each corruption of the paper's templates with equal positions, or, where `pairs` are of a
+    task without names, on up to 40 of these: of a layer, the largest |1 - normalized logit diff| before the last
+    position (where every layer can write the answer straight to the output), mean over corruptions. Raises InputError
+    for a model of one layer.
     """
     if layer_count(model) < 2:
         raise InputError("The bottleneck is looked for after layer 0; this model has no other layer.")
-    pairs = _sample(model)
+    named = pairs is None or any(map(is_name, pairs.roles))
+    pairs = _sample(model) if named else pairs.layouts()[0][:40]
     layers, positions = list(range(1, layer_count(model))), list(range(pairs.clean.shape[1] - 1))
     effects = _effects(model, pairs, "layer_input", layers, positions)
     return layers[int(torch.stack([one.amax(-1) for one in effects.values()]).mean(0).argmax())]
@@ -294,7 +296,7 @@ def _sample(model) -> Pairs:
 def _effects(model, pairs: Pairs, site: str, layers: list[int], positions: list[int]) -> dict[str, Tensor]:
     """By corruption: |1 - normalized logit diff|, mean over the pairs, Float[layer, position]."""
     effects = effect(**swept_logit_diffs(model, pairs, site, layers=layers, positions=positions))
-    corruptions = pairs.labels["corruption"]
+    corruptions = pairs.labels.get("corruption", ("all",) * len(pairs))
     here = {c: torch.tensor([other == c for other in corruptions]) for c in dict.fromkeys(corruptions)}
     return {c: effects[..., rows].mean(-1).abs().nan_to_num(0.0, posinf=0.0) for c, rows in here.items()}
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,13 +30,15 @@ from tqdm import tqdm
 
 import analyses
 
-from . import doctor, report
+from . import doctor, report, tasks
+from .baseline import clean_accuracies
 from .errors import InputError, Submitted
 from .files import written_whole
 from .jobs import config_of, runs_here
 from .models import MINI
 from .probe import probe
 from .results import read_manifest
+from .steering import is_name
 from .tasks.base import Pairs
 
 # Arguments of an experiment's `run` that a study gives it and that are not the user's to set.
@@ -67,6 +70,7 @@ def run_study(
     names: Sequence[str],
     out_dir: str | Path,
     *,
+    task: str = "ioi",
     pairs: Pairs | None = None,
     n_pairs: int | None = None,
     seed: int = 27,
@@ -77,25 +81,30 @@ def run_study(
 ) -> Path:
     """Run experiments and write their tables, manifests and report into `out_dir`; returns the report's path.
 
-    names: of `analyses.ORDER`, run in that order. pairs: the prompts of every experiment; None lets each
+    names: of `analyses.ORDER`, run in that order. task: of `tasks.available()`, what the prompts ask, also
+    those of `pairs`. pairs: the prompts of every experiment; None lets each
     choose its own from `n_pairs` (None: its default) and `seed`. Experiments that want held-out prompts get
     those of the next seed, unless `pairs` is given. options: for every named experiment that takes them.
     model_id: how the manifest names the model. resume: keep a table that is whole and was made from the same
     weights, pairs, options and seed. Raises InputError before anything is written for an unknown name or
-    option, an `out_dir` that cannot be written or holds tables of another model, and pairs that do not fit
-    the model. An experiment that fails leaves the tables finished before it, and a report of them.
+    option, an `out_dir` that cannot be written or holds tables of another model or task, pairs that do not fit the
+    model, and an experiment on names with pairs that have none. An experiment that fails leaves the tables finished
+    before it, and a report of them.
     With a model on a server, finished requests are kept in `out_dir/jobs` until their experiment is done. Raises
     ServerError for a server that fails, and Submitted where requests were handed over and not waited for.
     """
     out = Path(out_dir)
     check_out_dir(out)
-    plans = _plan(model, names, pairs, n_pairs, seed, dict(options or {}))
+    chosen = tasks.load(task)
+    plans = _plan(model, names, chosen, pairs, n_pairs, seed, dict(options or {}))
     found = probe(model)
     # A server that does not show its weights is taken at its word: one name, one model.
     weights = found["weights_sha256"] or hashlib.sha256(model.jobs.model_key.encode()).hexdigest()
-    _refuse_other_model(out, weights)
+    _refuse_other_run(out, weights, task)
     about = describe_model(model, model_id) | {"weights_sha256": weights}
-    run = _Run(model, out, about, found, seed, resume, progress)
+    # Asked for by the first experiment that is not finished yet, and then for all of them at once.
+    clean = cache(lambda: _clean_scores(model, chosen, plans))
+    run = _Run(model, out, about, found, task, clean, seed, resume, progress)
     if not resume and not runs_here(model):
         model.jobs.forget(out / "jobs")
     done, waiting = False, []
@@ -125,20 +134,44 @@ def check_out_dir(out: Path) -> None:
         raise InputError(f"The out directory {str(out)!r} cannot be written: choose one that you may write.")
 
 
-def _plan(model, names, pairs: Pairs | None, n_pairs: int | None, seed: int, options: dict[str, Any]) -> list[_Plan]:
+def _plan(
+    model, names, task: ModuleType, pairs: Pairs | None, n_pairs: int | None, seed: int, options: dict[str, Any]
+) -> list[_Plan]:
     modules = {name: analyses.load(name) for name in names}
     check_options(list(modules.values()), options)
     plans = []
     for name in sorted(modules, key=analyses.ORDER.index):
         module = modules[name]
-        chosen = pairs if pairs is not None else module.default_pairs(model.tokenizer, n_pairs, seed)
+        chosen = pairs if pairs is not None else _draw(module, task, model.tokenizer, n_pairs, seed)
+        if getattr(module, "NEEDS_NAMES", False) and not any(map(is_name, chosen.roles)):
+            raise InputError(f"{name} is about names, and these prompts have none: leave it out.")
         chosen.check_vocab(config_of(model).vocab_size)
         held_out = None
         if pairs is None and "held_out" in inspect.signature(module.run).parameters:
-            held_out = module.default_pairs(model.tokenizer, n_pairs, seed + 1)
+            held_out = _draw(module, task, model.tokenizer, n_pairs, seed + 1)
         own = {key: value for key, value in options.items() if key in options_of(module)}
         plans.append(_Plan(module, chosen, held_out, own))
     return plans
+
+
+def _draw(module: ModuleType, task: ModuleType, tokenizer, n_pairs: int | None, seed: int) -> Pairs:
+    """The experiment's own choice of IOI prompts, as in the paper; of another task the same kind of pairs for all."""
+    if task is tasks.ioi:
+        return module.default_pairs(tokenizer, n_pairs, seed)
+    most = min(task.DEFAULT_PAIRS, getattr(module, "DEFAULT_PAIRS", task.DEFAULT_PAIRS))
+    return task.generate(tokenizer, n_pairs or most, seed)
+
+
+def _clean_scores(model, task: ModuleType, plans: Sequence[_Plan]) -> dict[str, dict[str, Any]]:
+    """What the unpatched model does on the pairs of each experiment, by its name: accuracy and the task's own measures.
+
+    Equal pairs are measured once.
+    """
+    sets = {plan.pairs.hash(): plan.pairs for plan in plans}
+    found = dict(zip(sets, clean_accuracies(model, list(sets.values())), strict=True))
+    if hasattr(task, "measures"):
+        found = {key: found[key] | task.measures(model, pairs) for key, pairs in sets.items()}
+    return {plan.module.NAME: found[plan.pairs.hash()] for plan in plans}
 
 
 def check_options(modules: Sequence[ModuleType], options: Mapping[str, Any]) -> None:
@@ -151,12 +184,17 @@ def check_options(modules: Sequence[ModuleType], options: Mapping[str, Any]) -> 
 
 @dataclass(frozen=True)
 class _Run:
-    """What the experiments of one call of `run_study` have in common. found: what `probe` gives."""
+    """What the experiments of one call of `run_study` have in common.
+
+    found: what `probe` gives. clean: what the unpatched model does, by experiment, from a request of its own.
+    """
 
     model: Any
     out: Path
     about: dict[str, Any]
     found: dict[str, Any]
+    task: str
+    clean: Callable[[], dict[str, dict[str, Any]]]
     seed: int
     resume: bool
     progress: bool
@@ -191,11 +229,15 @@ class _Run:
         with _progress_bar(module.NAME, self.progress) as advance, self._jobs() as requests:
             table = module.run(self.model, plan.pairs, progress=advance, **arguments)
         seconds = time.perf_counter() - started
+        with self._jobs():
+            clean = self.clean()[module.NAME]
         missing = [column for column in module.COLUMNS if column not in table]
         if missing:
             raise RuntimeError(f"{module.NAME} made a table without the column {missing[0]!r}.")
         manifest = identity | {
             "paper": module.PAPER,
+            "task": self.task,
+            "clean": clean,
             "backend": "local" if runs_here(self.model) else self.model.jobs.backend,
             "device": self.found["device"],
             "dtype": self.found["dtype"],
@@ -289,9 +331,13 @@ def _without_name(identity: dict[str, Any]) -> dict[str, Any]:
     return identity | {"model": (identity["model"] or {}).get("weights_sha256")}
 
 
-def _refuse_other_model(out: Path, weights: str) -> None:
+def _refuse_other_run(out: Path, weights: str, task: str) -> None:
     for path in sorted(out.glob("*.json")):
         manifest = read_manifest(path)
+        if manifest is not None and manifest.get("task", task) != task:
+            raise InputError(
+                f"{str(out)!r} holds {path.name} of the task {manifest['task']}: choose another out directory."
+            )
         if manifest is not None and manifest["model"]["weights_sha256"] != weights:
             raise InputError(
                 f"{str(out)!r} holds {path.name} of another model ({manifest['model']['id']}, or other "

@@ -23,11 +23,18 @@ VOCAB = 40
 def tiny_mamba_dir(tmp_path_factory):
     """A directory with a random Mamba of 4 layers, all sizes different; its prompts are token ids."""
     path = tmp_path_factory.mktemp("tiny-mamba")
+    save_mamba(path, vocab_size=VOCAB, n_layers=4)
+    _token_ids_tokenizer(VOCAB).save_pretrained(path)
+    return path
+
+
+def save_mamba(path, *, vocab_size, n_layers):
+    """Write a random Mamba, without a tokenizer; all sizes are different."""
     config = MambaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab_size,
         hidden_size=24,
         state_size=5,
-        num_hidden_layers=4,
+        num_hidden_layers=n_layers,
         expand=2,
         time_step_rank=3,
         pad_token_id=0,
@@ -35,7 +42,6 @@ def tiny_mamba_dir(tmp_path_factory):
         eos_token_id=0,
     )
     _save(config, path)
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +58,7 @@ def tiny_gpt2_dir(tmp_path_factory):
         vocab_size=VOCAB, n_embd=24, n_layer=3, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
     )
     _save(config, path)
+    _token_ids_tokenizer(VOCAB).save_pretrained(path)
     return path
 
 
@@ -70,4 +77,3 @@ def _save(config, path):
             if parameter.ndim >= 2:
                 parameter.data.mul_(4.0)
         model.save_pretrained(path)
-    _token_ids_tokenizer(VOCAB).save_pretrained(path)

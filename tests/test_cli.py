@@ -180,8 +180,8 @@ def test_bad_input_in_a_process_of_its_own_writes_one_line(tmp_path):
 
 
 def test_the_default_directory_names_model_and_time():
-    assert str(cli._default_out("state-spaces/mamba-370m-hf")).startswith("reports/mamba-370m-hf-2")
-    assert str(cli._default_out("..")).startswith("reports/model-2")
+    assert str(cli._default_out("state-spaces/mamba-370m-hf", "ioi")).startswith("reports/mamba-370m-hf-2")
+    assert str(cli._default_out("..", "ioi")).startswith("reports/model-2")
 
 
 @pytest.mark.parametrize(

@@ -233,3 +233,19 @@ def test_a_browser_without_network_draws_every_chart(directory, tmp_path, width)
     assert "could not be drawn" not in own_part(done.stdout).split("<main")[1].split("</main>")[0]
     assert "CONSOLE" not in done.stderr, done.stderr
     assert "<title>broken" not in done.stdout
+
+
+@pytest.mark.parametrize(("form", "begins"), [("svg", b"<svg"), ("png", b"\x89PNG")])
+def test_charts_are_written_as_pictures_on_white(directory, form, begins):
+    written = report.save_charts(directory, form)
+    assert [path.name for path in written] == [f"layer-removal-of-x.{form}", f"state-ablation-of-model.{form}"]
+    for path in written:
+        assert path.read_bytes().startswith(begins)
+        if form == "svg":
+            assert 'fill="white"' in path.read_text()[:800]
+
+
+def test_charts_in_another_form_are_refused(directory):
+    with pytest.raises(InputError, match="svg, png"):
+        report.save_charts(directory, "gif")
+    assert not (directory / "charts").exists()

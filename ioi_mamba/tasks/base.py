@@ -1,4 +1,4 @@
-"""Pairs of prompts: one the model should read as it is, one that differs in a name, and the answers to both.
+"""Pairs of prompts: one the model should read as it is, one that differs in a word, and the answers to both.
 
 Every analysis takes `Pairs` and nothing else about the task, so a new task is a new way to make `Pairs`.
 """
@@ -30,12 +30,12 @@ class Pairs:
 
     clean, corrupted: Int64[pair, pos], BOS at position 0, padded on the right where lengths differ.
     answer, wrong: Int64[pair], the token that continues the clean and the corrupted prompt.
-    candidates: Int64[pair, choice] or None, every name of the pair, each once, padded with -1; accuracy is
-        among these.
+    candidates: Int64[pair, choice] or None, the tokens to choose among (of IOI: every name of the pair), each
+        once, padded with -1; accuracy is among these.
     lengths: Int64[pair] or None, tokens with BOS; the two prompts of a pair are equally long. None: all full.
     labels: text of each pair, such as "template" and "corruption".
     roles: Int64[pair] for each semantic position, a token index, or -1 in a row that has no such position.
-        `n1`, `n2`, ... are the names in order of mention, `place` and `object` the two other words that vary,
+        Of IOI: `n1`, `n2`, ... are the names in order of mention, `place` and `object` the two other words that vary,
         `n3+1` is the token after `n3` and `n1-1` the one before `n1`, `BOS` is 0 and `out` the last token. A
         word of several tokens has its role on the first of them, so `n1+1` may be the rest of a long name.
     texts: (clean, corrupted) of each pair, or None.

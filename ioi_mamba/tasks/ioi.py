@@ -19,6 +19,10 @@ from ioi_mamba.errors import InputError
 from ioi_mamba.tasks.base import Pairs
 from ioi_mamba.tasks.prompts import PromptPair, single_token_ids
 
+TASK = "ioi"
+TITLE = "How the model works out who is given something"
+VARIES = "a name"
+
 NAME, PLACE, OBJECT = "[NAME]", "[PLACE]", "[OBJECT]"
 
 TEMPLATES = (
@@ -102,6 +106,11 @@ def generate(
         left out, which changes what a seed gives; GPT-NeoX and `mini` keep all.
     templates: texts with [NAME], [PLACE] and [OBJECT]; one [NAME] for each letter before the answer.
     corruptions: such as "ABC AB C -> ABC AC B".
+
+        >>> from ioi_mamba import open_model
+        >>> pairs = generate(open_model("mini", device="cpu").tokenizer, 1, 27, symmetric=False)
+        >>> pairs.texts[0][0]
+        'Friends Donovan, Isabel and Leah went to the office. Donovan and Isabel gave a necklace to'
 
     The global random state is neither read nor changed. Labels are "template" (its first words) and
     "corruption". Raises InputError for templates and corruptions that do not fit each other.

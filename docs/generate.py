@@ -1,0 +1,115 @@
+"""What the documentation takes from the code: mkdocs calls `on_files` and `on_page_markdown` while it builds.
+
+In a page, a line `<!-- from the code: NAME -->` becomes the text that the function NAME of this module gives.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jupytext
+
+import analyses
+from ioi_mamba import glossary, tasks
+from ioi_mamba.sites import MODEL_SITES, SITES
+
+TUTORIAL = Path(__file__).parent / "tutorial.py"
+MARK = re.compile(r"^<!-- from the code: (\w+) -->$", re.MULTILINE)
+
+
+def on_files(files, config):
+    """Add the tutorial as a page, without outputs, and as a notebook to download."""
+    from mkdocs.structure.files import File
+
+    notebook = jupytext.read(TUTORIAL)
+    text = "".join(_cell(cell) for cell in notebook.cells)
+    title, _, rest = text.partition("\n\n")
+    link = "This page is a notebook: [tutorial.ipynb](tutorial.ipynb). Its outputs appear when it is run."
+    files.append(File.generated(config, "tutorial.md", content=f"{title}\n\n{link}\n\n{rest}"))
+    files.append(File.generated(config, "tutorial.ipynb", content=jupytext.writes(notebook, fmt="ipynb")))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Fill in what the page asks of the code. Raises KeyError for a function that is not there."""
+    return MARK.sub(lambda mark: PARTS[mark[1]](), markdown)
+
+
+def dimensions() -> str:
+    """The letters of shapes."""
+    rows = [(f"`{term.letter}`", term.name, term.paper, term.meaning) for term in glossary.DIMENSIONS]
+    return _table(("in shapes", "name", "paper", "meaning"), rows)
+
+
+def quantities() -> str:
+    """The letters of the state space model."""
+    rows = [(f"`{term.letter}`", term.name, term.paper, term.meaning) for term in glossary.QUANTITIES]
+    return _table(("here", "name", "paper", "meaning"), rows)
+
+
+def sites() -> str:
+    """Every hook name with its shape, place and meaning, in the order of a forward pass."""
+    indexed = {"h": "h` and `blocks.I.hook_h.POS", "conv_slice": "conv_slice.S"}
+    rows = [("`hook_embed`", "`batch pos D`", f"`{MODEL_SITES['embed']}`", "token embedding")]
+    for site in SITES.values():
+        name = f"`blocks.I.hook_{indexed.get(site.name, site.name)}`"
+        rows.append((name, f"`{site.shape}`", site.place, site.meaning))
+    rows.append(("`hook_norm`", "`batch pos D`", f"`{MODEL_SITES['norm']}`", "after the last RMSNorm"))
+    rows.append(("`hook_logits`", "`batch pos vocab`", f"`{MODEL_SITES['logits']}`", "logits"))
+    return _table(("hook name", "shape", "where it is", "meaning"), rows)
+
+
+def experiments() -> str:
+    """One section an experiment: its question, method, docstring and table."""
+    return "\n\n".join(_experiment(analyses.load(name)) for name in analyses.available())
+
+
+def task_table() -> str:
+    """The built-in tasks."""
+    rows = [(f"`{name}`", module.TITLE, module.VARIES) for name, module in tasks.available().items()]
+    return _table(("task", "what a report of it is about", "the prompts of a pair differ in"), rows)
+
+
+def greater_than() -> str:
+    """The source of the second task."""
+    return f"```python\n{Path(tasks.greater_than.__file__).read_text(encoding='utf-8')}```"
+
+
+def output_ablation() -> str:
+    """The source of the shortest experiment."""
+    module = analyses.load("output-ablation")
+    return f"```python\n{Path(module.__file__).read_text(encoding='utf-8')}```"
+
+
+PARTS = {
+    part.__name__: part
+    for part in (dimensions, quantities, sites, experiments, task_table, greater_than, output_ablation)
+}
+
+
+def _experiment(module) -> str:
+    about = (module.__doc__ or "").partition("\n\n")[2].strip()
+    method = "\n".join(f"{k}. {line.strip()}" for k, line in enumerate(module.METHOD.strip().splitlines(), 1))
+    options = ", ".join(f"`{name}`" for name in _options(module)) or "none"
+    return (
+        f"## {module.TITLE}\n\n`ioi-mamba run {module.NAME}` · paper {module.PAPER}\n\n"
+        f"**{module.QUESTION}**\n\n{method}\n\n*What to look for.* {module.LOOK_FOR}\n\n{about}\n\n"
+        f"Options (`--option KEY=VALUE`): {options}. Columns: {', '.join(f'`{c}`' for c in module.COLUMNS)}.\n\n"
+        f"::: analyses.{module.NAME.replace('-', '_')}.run\n    options:\n      heading_level: 3\n"
+    )
+
+
+def _options(module) -> list[str]:
+    from ioi_mamba.study import options_of
+
+    return list(options_of(module))
+
+
+def _cell(cell) -> str:
+    return f"```python\n{cell.source}\n```\n\n" if cell.cell_type == "code" else f"{cell.source}\n\n"
+
+
+def _table(header, rows) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

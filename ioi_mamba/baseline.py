@@ -1,0 +1,74 @@
+"""Can the model do the task at all? Its accuracy on the prompts of a run, before anything is done to it.
+
+Every effect is relative to what the whole model does, so of a model that guesses it means nothing. A run keeps this
+accuracy in each manifest, and a report says loudly where it is below the bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import nnsight
+import torch
+from torch import Tensor
+
+from .jobs import call, device_of
+from .metrics import accuracy
+from .tasks.base import Pairs
+
+MAX_PAIRS = 200
+ROWS = 16  # prompts in one pass: their logits are kept whole, 4 MB each at 20 tokens of mamba-370m
+
+
+def clean_accuracies(model, sets: Sequence[Pairs]) -> list[dict[str, Any]]:
+    """For each set of pairs, of the unpatched model on its clean prompts, all from one job.
+
+    accuracy: the share of prompts whose answer has the largest logit of its candidates (of answer and wrong where
+    there are none), in 0..1; n: how many prompts, at most 200, evenly spaced; bound: half way between guessing and 1.
+    """
+    samples = [pairs[:: -(-len(pairs) // MAX_PAIRS)].without_text() for pairs in sets]
+    found = call(model, _accuracies, samples)
+    return [
+        {"accuracy": float(right.double().mean()), "n": len(right), "bound": round((1 + _guessing(pairs)) / 2, 4)}
+        for right, pairs in zip(found, samples, strict=True)
+    ]
+
+
+def is_below(manifest: Mapping[str, Any]) -> bool:
+    """Whether the model of a run cannot do its task; False where a manifest does not say."""
+    clean = manifest.get("clean")
+    return clean is not None and clean["accuracy"] < clean["bound"]
+
+
+def note(manifest: Mapping[str, Any]) -> str:
+    """The sentence to show above figures of a model that cannot do the task."""
+    clean = manifest["clean"]
+    return (
+        f"{manifest['model']['id']} cannot do this task: unpatched, it is right in {clean['accuracy']:.0%} of "
+        f"{clean['n']} prompts, and guessing would be right in {2 * clean['bound'] - 1:.0%}. "
+        "What the figures show is not how it does the task."
+    )
+
+
+def _candidates(pairs: Pairs) -> Tensor:
+    return torch.stack([pairs.answer, pairs.wrong], 1) if pairs.candidates is None else pairs.candidates
+
+
+def _guessing(pairs: Pairs) -> float:
+    return float((1 / (_candidates(pairs) >= 0).sum(1)).mean())
+
+
+def _accuracies(model, sets: list[Pairs], *, progress=None) -> list[Tensor]:
+    """Float32[pair] of each set, 1 where the answer wins. Any causal language model, so it is traced as one."""
+    found = []
+    for pairs in sets:
+        parts = []
+        for rows in torch.arange(len(pairs)).split(ROWS):
+            part = pairs[rows]
+            with torch.no_grad(), model.trace(part.clean.to(device_of(model)), use_cache=False):
+                logits = model.output.logits
+                last = nnsight.save(logits[torch.arange(len(rows)), part.last.to(logits.device)])
+            parts.append(accuracy(last.float().cpu(), part.answer, _candidates(part)))
+        found.append(torch.cat(parts))
+    return found

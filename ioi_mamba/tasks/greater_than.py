@@ -1,0 +1,167 @@
+"""Greater-than: what lasted from 1732 ended in a later year of that century (Hanna, Liu and Variengien, 2023).
+
+"The war lasted from the year 1732 to the year 17" goes on with 33 to 99. The corrupted prompt has 01 in place of 32,
+after which nearly every year is right. Nouns and centuries vary; all prompts of a call have the same layout.
+
+What is measured. Each pair has one year above the clean prompt's, its `answer`, and one below it (but above 01), its
+`wrong`, both drawn evenly. The experiments take the logit difference of the two, as for every task; its mean over
+pairs is how much likelier, in logits, a later year is than an earlier one. Accuracy is between these two, so guessing
+gives 0.5. The literature's measure, the probability of all years above minus that of all others, is
+`probability_difference`; a run keeps it for the clean prompts.
+
+With a tokenizer that writes years in single digits, all of this is about the tens digit. GPT-NeoX's was not at hand
+when this was written; years and centuries that a tokenizer cuts elsewhere are left out.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from statistics import mode
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ioi_mamba.errors import InputError
+from ioi_mamba.interventions import forward
+from ioi_mamba.jobs import call
+from ioi_mamba.tasks.base import ABSENT, Pairs
+from ioi_mamba.tasks.prompts import bos_id
+
+TASK = "greater-than"
+TITLE = "How the model works out which year is later"
+VARIES = "the last two digits of the first year"
+DEFAULT_PAIRS = 100
+
+START, MIDDLE = "The {noun} lasted from the year {century}", " to the year {century}"
+CENTURIES = tuple(range(11, 18))
+CORRUPTED_YEAR = 1
+YEARS = tuple(f"{year:02d}" for year in range(100))
+NOUNS = tuple(
+    """
+    war siege reign voyage project trial campaign conflict dispute journey mission plague famine truce peace strike
+    revolt debate drought marriage alliance expedition rebellion revolution occupation construction negotiation
+    partnership investigation experiment
+    """.split()  # noqa: SIM905
+)
+ROWS = 64
+
+
+def year_tokens(tokenizer: Any) -> Tensor:
+    """Int64[100], the token that begins each of the years 00 to 99: the whole year, or its tens digit.
+
+    A year that is written with more or fewer tokens than most is -1 and takes no part.
+    """
+    rows = _ids(tokenizer, YEARS)
+    usual = mode(len(row) for row in rows)
+    return torch.tensor([row[0] if len(row) == usual else ABSENT for row in rows])
+
+
+def generate(tokenizer: Any, n_pairs: int, seed: int) -> Pairs:
+    """`n_pairs` pairs drawn from `seed`, without swapped copies: the corrupted prompt has no wrong later years.
+
+    Roles: `noun`, `century` and `year` (of the first date; `year+1` if it has two tokens), `out`. The labels are the
+    same for all.
+
+        >>> from ioi_mamba import open_model
+        >>> generate(open_model("mini", device="cpu").tokenizer, 1, 27).texts[0]
+        ('The debate lasted from the year 1455 to the year 14', 'The debate lasted from the year 1401 to the year 14')
+
+    Raises InputError for a tokenizer that does not cut a year into its century and its last two digits.
+    """
+    if n_pairs < 1:
+        raise InputError(f"n_pairs is {n_pairs}; ask for at least one pair.")
+    first = {year: token for year, token in enumerate(year_tokens(tokenizer).tolist()) if token != ABSENT}
+    order = list(dict.fromkeys(first.values()))
+    rank = {year: order.index(token) for year, token in first.items()}
+    years = _years(tokenizer, rank)
+    nouns = _nouns(tokenizer)
+    rng, prompts, answer, wrong = random.Random(seed), [], [], []
+    for _ in range(n_pairs):
+        noun = rng.choice(nouns)
+        century, year = rng.choice(years)
+        start = START.format(noun=noun, century=century)
+        middle = MIDDLE.format(century=century)
+        prompts.append([f"{start}{YEARS[shown]}{middle}" for shown in (year, CORRUPTED_YEAR)])
+        answer.append(first[rng.choice([other for other in rank if rank[other] > rank[year]])])
+        wrong.append(first[rng.choice([y for y in rank if rank[CORRUPTED_YEAR] < rank[y] < rank[year]])])
+    clean, corrupted = (torch.tensor(_ids(tokenizer, side)) for side in zip(*prompts, strict=True))
+    bos = torch.full((n_pairs, 1), bos_id(tokenizer))
+    begin = START.format(noun=nouns[0], century=CENTURIES[0])
+    at = {"BOS": 0, "noun": 1 + len(_ids(tokenizer, ["The"])[0])}
+    at["century"] = 1 + len(_ids(tokenizer, [begin.rsplit(" ", 1)[0]])[0])
+    at["year"] = 1 + len(_ids(tokenizer, [begin])[0])
+    at |= {f"year+{k}": at["year"] + k for k in range(1, len(_ids(tokenizer, [YEARS[years[0][1]]])[0]))}
+    at["out"] = clean.shape[1]
+    return Pairs(
+        clean=torch.cat([bos, clean], 1),
+        corrupted=torch.cat([bos, corrupted], 1),
+        answer=torch.tensor(answer),
+        wrong=torch.tensor(wrong),
+        candidates=torch.tensor([answer, wrong]).T,
+        labels={"template": ("lasted",) * n_pairs, "corruption": (f"YY -> {YEARS[CORRUPTED_YEAR]}",) * n_pairs},
+        roles={role: torch.full((n_pairs,), index) for role, index in at.items()},
+        texts=tuple((clean, corrupted) for clean, corrupted in prompts),
+    )
+
+
+def probability_difference(logits: Tensor, pairs: Pairs, tokens: Tensor) -> Tensor:
+    """P(a year above the prompt's) - P(any other year), over the whole vocabulary; Float[..., pair], in -1..1.
+
+    logits: Float[..., pair, vocab] at the last position of clean prompts. tokens: what `year_tokens` gives.
+    """
+    choices = torch.tensor(list(dict.fromkeys(tokens[tokens != ABSENT].tolist())))
+    own = pairs.clean[torch.arange(len(pairs)), pairs.roles["year"]]
+    rank = (choices == own[:, None]).int().argmax(1)
+    above = (torch.arange(len(choices)) > rank[:, None]).to(logits.device)
+    probabilities = logits.softmax(-1)[..., choices.to(logits.device)]
+    return torch.where(above, probabilities, -probabilities).sum(-1)
+
+
+def measures(model, pairs: Pairs) -> dict[str, float]:
+    """What a run keeps of the unpatched model besides its accuracy: the mean `probability_difference`."""
+    found = call(model, _differences, pairs.without_text(), year_tokens(model.tokenizer))
+    return {"probability difference": float(found.mean())}
+
+
+def _differences(model, pairs: Pairs, tokens: Tensor, *, progress=None) -> Tensor:
+    parts = []
+    for rows in torch.arange(len(pairs)).split(ROWS):
+        part = pairs[rows]
+        logits = forward(model, part.clean, logits_at=part.last)["hook_logits"][:, 0]
+        parts.append(probability_difference(logits.float().cpu(), part, tokens))
+    return torch.cat(parts)
+
+
+def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+
+def _nouns(tokenizer: Any) -> list[str]:
+    """Nouns of one length in tokens, the commonest, so that all prompts have one layout."""
+    by_length: dict[int, list[str]] = {}
+    for noun, ids in zip(NOUNS, _ids(tokenizer, [f" {noun}" for noun in NOUNS]), strict=True):
+        by_length.setdefault(len(ids), []).append(noun)
+    return max(by_length.values(), key=len)
+
+
+def _years(tokenizer: Any, rank: Mapping[int, int]) -> list[tuple[int, int]]:
+    """(century, year) to draw from: cut where they should be, with a wrong year between 01 and it and one above."""
+    found, ranks, lowest = [], rank.values(), rank.get(CORRUPTED_YEAR, len(YEARS))
+    years = [year for year in rank if any(lowest < other < rank[year] for other in ranks) and rank[year] < max(ranks)]
+    endings = _ids(tokenizer, YEARS)
+    for century in CENTURIES:
+        start = START.format(noun=NOUNS[0], century=century)
+        (before,) = _ids(tokenizer, [start])
+        whole = _ids(tokenizer, [start + year for year in YEARS])
+        cut = [row == before + ending for row, ending in zip(whole, endings, strict=True)]
+        found += [(century, year) for year in years if cut[year] and cut[CORRUPTED_YEAR]]
+    lengths = {century: len(_ids(tokenizer, [f" {century}"])[0]) for century in CENTURIES}
+    found = [(century, year) for century, year in found if lengths[century] == lengths[CENTURIES[0]]]
+    if not found:
+        raise InputError(
+            "This tokenizer does not cut years such as 1732 into 17 and 32: greater-than needs one that does, "
+            "such as GPT-NeoX's."
+        )
+    return found

@@ -1,0 +1,118 @@
+"""What the documentation says is so: examples run, tables are those of the code, the site builds without a warning."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import analyses
+import ioi_mamba
+from ioi_mamba.sites import MODEL_SITES, SITES
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+
+def modules():
+    for package in (ioi_mamba, analyses):
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not found.name.endswith("__main__"):
+                yield importlib.import_module(found.name)
+
+
+def code_of(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_the_examples_in_docstrings_give_what_they_say():
+    results = [doctest.testmod(module) for module in modules()]
+    assert sum(result.failed for result in results) == 0
+    assert sum(result.attempted for result in results) >= 12
+
+
+def test_the_ten_lines_of_the_readme_run(tmp_path):
+    # nnsight reads the source of a traced block, so the lines must be in a file.
+    (code,) = code_of(ROOT / "README.md")
+    path = tmp_path / "ten_lines.py"
+    path.write_text(code)
+    names = {"__name__": "ten_lines", "__file__": str(path)}
+    exec(compile(code, str(path), "exec"), names)
+    pairs = names["pairs"]
+    stock = ioi_mamba.run(names["model"], pairs.clean, {})
+    assert names["edited"].shape == names["logits"].shape == stock.shape
+    assert not torch.allclose(names["logits"], stock)
+    assert not torch.allclose(names["edited"], stock)
+    assert torch.allclose(names["edited"][:, :4], stock[:, :4], atol=1e-4)
+    assert {"source", "target", "part", "score"} <= set(names["scores"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_in_pages_is_python_and_names_what_there_is(page):
+    for code in code_of(page):
+        compile(code.replace("...ndif_server.url...", "ndif_server.url"), str(page), "exec")
+        for name in re.findall(r"\bim\.([a-z_]+)", code):
+            assert hasattr(ioi_mamba, name), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+        generated = page.parent == DOCS and target in ("tutorial.md", "tutorial.ipynb")
+        assert generated or (page.parent / target).exists(), target
+
+
+def test_every_command_and_experiment_is_in_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in analyses.available():
+        assert f"| {name} |" in text
+    from ioi_mamba.cli import _parser
+
+    for action in _parser()._subparsers._group_actions[0].choices:
+        assert re.search(rf"\b{action}\b", text), action
+
+
+def test_the_picture_is_one_that_the_code_draws_and_says_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    import picture
+
+    picture.draw(2, tmp_path / "drawn.svg")
+    kept, drawn = (
+        (folder / name).read_text() for folder, name in ((DOCS, "layer-ablation-of-mini.svg"), (tmp_path, "drawn.svg"))
+    )
+    for svg in (kept, drawn):
+        assert "mini (not mamba-370m)" in svg
+
+    assert re.sub(r"[-\d.e]+", "", kept)[:500] == re.sub(r"[-\d.e]+", "", drawn)[:500]
+    assert len(kept) < 200_000
+
+
+def test_the_site_builds_strictly_and_has_every_site_and_experiment(tmp_path, monkeypatch):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    pytest.importorskip("jupytext")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site"), strict=True))
+    site = tmp_path / "site"
+    concepts = (site / "concepts" / "index.html").read_text()
+    for name in (*SITES, *MODEL_SITES):
+        assert f"hook_{name}" in concepts
+    experiments = (site / "experiments" / "index.html").read_text()
+    for name in analyses.available():
+        assert f"ioi-mamba run {name}" in experiments
+        assert f"analyses.{name.replace('-', '_')}.run" in experiments
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        assert "from the code:" not in text
+        loaded = re.findall(r'(?:src|<link[^>]* href)="(https?://[^"]+)"', text)
+        assert not loaded, loaded
+    assert '"cells"' in (site / "tutorial.ipynb").read_text()
