@@ -266,8 +266,8 @@ def find_layer(model, pairs: Pairs | None = None) -> int:
     """
     if layer_count(model) < 2:
         raise InputError("The bottleneck is looked for after layer 0; this model has no other layer.")
-    named = pairs is None or any(map(is_name, pairs.roles))
-    pairs = _sample(model) if named else pairs.layouts()[0][:40]
+    unnamed = None if pairs is None or any(map(is_name, pairs.roles)) else pairs
+    pairs = _sample(model) if unnamed is None else unnamed.layouts()[0][:40]
     layers, positions = list(range(1, layer_count(model))), list(range(pairs.clean.shape[1] - 1))
     effects = _effects(model, pairs, "layer_input", layers, positions)
     return layers[int(torch.stack([one.amax(-1) for one in effects.values()]).mean(0).argmax())]

@@ -22,7 +22,8 @@ import ioi_mamba as im
 from analyses import layer_ablation
 from ioi_mamba import checkpoints
 from ioi_mamba.errors import InputError
-from ioi_mamba.study import describe_model, weights_hash
+from ioi_mamba.probe import probe
+from ioi_mamba.study import describe_model
 
 D, LAYERS, ROWS = 32, 3, 632  # width; layers; 630 tokens (some of no tokenizer), padded to a multiple of 8
 LAYOUTS = ["hf", "original"]
@@ -84,7 +85,7 @@ def test_both_layouts_are_one_model_to_a_manifest_but_for_its_name(directories, 
     assert original.pop("id") == str(directories["original"])
     assert hf.pop("id") == str(directories["hf"])
     assert original == hf
-    assert weights_hash(models["original"]) == weights_hash(models["hf"])
+    assert probe(models["original"])["weights_sha256"] == probe(models["hf"])["weights_sha256"]
 
 
 def test_an_experiment_gives_one_table_whatever_the_layout(models, prompts):
@@ -147,7 +148,7 @@ def test_half_precision_files_open_in_the_dtype_asked_for(tmp_path):
 def test_a_bin_in_the_format_before_torch_1_6_opens(directories, models, tensors, prompts, tmp_path):
     shutil.copytree(directories["original"], tmp_path, dirs_exist_ok=True)
     torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    assert weights_hash(opened(tmp_path)) == weights_hash(models["hf"])
+    assert probe(opened(tmp_path))["weights_sha256"] == probe(models["hf"])["weights_sha256"]
 
 
 # -- padding, tying, BOS ------------------------------------------------------------------------------------------
@@ -238,7 +239,7 @@ def hub(tmp_path, monkeypatch):
 
 def test_both_layouts_open_by_hub_id_and_the_original_takes_the_tokenizer_of_gpt_neox(hub):
     hf, original = opened("state-spaces/mamba-130m-hf"), opened("state-spaces/mamba-130m")
-    assert weights_hash(hf) == weights_hash(original)
+    assert probe(hf)["weights_sha256"] == probe(original)["weights_sha256"]
     text = "Then, Aaron and Adam went to the store."
     assert hf.tokenizer(text).input_ids == original.tokenizer(text).input_ids
     assert original.tokenizer.decode(original.tokenizer(text).input_ids) == text

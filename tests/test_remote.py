@@ -281,8 +281,8 @@ def test_without_the_object_store_small_results_still_come(fragile, few_pairs):
     try:
         assert im.read(model, few_pairs.clean, ["hook_embed"])["hook_embed"].shape[0] == len(few_pairs)
         model.jobs.limit(retries=0)
+        tokens = torch.randint(1, 800, (60, 20), generator=torch.Generator().manual_seed(0))
         with pytest.raises(ServerError):  # more than 8 MiB goes by the store
-            tokens = torch.randint(1, 800, (60, 20), generator=torch.Generator().manual_seed(0))
             im.read(model, tokens, [f"blocks.{i}.hook_h" for i in range(2)])
     finally:
         fragile.restart("object store")
