@@ -43,7 +43,7 @@ def main() -> None:
         plain, steered = (im.steer(model, prompt, each, averages=means, max_new_tokens=1) for each in ({}, {slot: new}))
         by_slot[slot].append(plain.strip() == answer and steered.strip() == new)
     print(f"{options.model}: layer {layer}, {offset} tokens after the name, {len(pairs)} prompts")
-    for slot, wins in [*by_slot.items(), ("all", sum(by_slot.values(), []))]:
+    for slot, wins in [*by_slot.items(), ("all", [win for each in by_slot.values() for win in each])]:
         if wins:
             low, high = wilson_interval(sum(wins), len(wins))
             print(f"{slot}: {sum(wins)} of {len(wins)}, {sum(wins) / len(wins):.1%} ({low:.1%} to {high:.1%})")

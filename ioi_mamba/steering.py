@@ -315,8 +315,9 @@ def read_up_to(model, tokens: Tensor, layer: int, site: str) -> Tensor:
         here.finish()
         # Nothing above is needed. (Stopping the pass here would be simpler, but in a server's sandbox it also stops the
         # next one.)
+        after = blocks[layer].output
         for i in range(layer + 1, n_layers):
-            blocks[i].skip(blocks[layer].output)
+            blocks[i].skip(after)
         model.lm_head.input = model.lm_head.input[:, :1]
     return value
 
