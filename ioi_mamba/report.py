@@ -41,6 +41,7 @@ class Section:
     """What the page shows of one experiment, or of a summary of several, whose manifest is empty.
 
     `spec` None: there is no chart, and `trouble` says why. warning: that the model cannot do the task, or empty.
+    examples: prompts to show for a position that is chosen, as JSON, where the table has positions.
     """
 
     module: ModuleType
@@ -54,6 +55,7 @@ class Section:
     n_rows: int
     code: str
     warning: str
+    examples: Markup | None
 
 
 def write_report(directory: str | Path) -> Path:
@@ -155,6 +157,7 @@ def _drawn(module: ModuleType, manifest: dict[str, Any], table: pd.DataFrame, co
         n_rows=len(table),
         code=code,
         warning=baseline.note(manifest) if baseline.is_below(manifest) else "",
+        examples=script_json(manifest["examples"]) if "label" in table and manifest.get("examples") else None,
     )
 
 

@@ -174,6 +174,21 @@ def _clean_scores(model, task: ModuleType, plans: Sequence[_Plan]) -> dict[str, 
     return {plan.module.NAME: found[plan.pairs.hash()] for plan in plans}
 
 
+def _examples(pairs: Pairs, tokenizer) -> list[dict[str, Any]]:
+    """Up to two pairs of each of five corruptions, for a report to show: tokens as text, and a label for each position."""
+    corruptions = pairs.labels.get("corruption", ("",) * len(pairs))
+    found = []
+    for corruption in list(dict.fromkeys(corruptions))[:5]:
+        for row in [row for row, own in enumerate(corruptions) if own == corruption][:2]:
+            pair, end = pairs[row], int(pairs.last[row]) + 1
+            clean, corrupted = (
+                [tokenizer.decode([t]) for t in ids[0, :end].tolist()] for ids in (pair.clean, pair.corrupted)
+            )
+            labels = pair.position_labels()[:end]
+            found.append({"corruption": corruption, "positions": labels, "clean": clean, "corrupted": corrupted})
+    return found
+
+
 def check_options(modules: Sequence[ModuleType], options: Mapping[str, Any]) -> None:
     """Raise InputError for an option that none of the experiments takes."""
     for key in options:
@@ -238,6 +253,7 @@ class _Run:
             "paper": module.PAPER,
             "task": self.task,
             "clean": clean,
+            "examples": _examples(plan.pairs, self.model.tokenizer),
             "backend": "local" if runs_here(self.model) else self.model.jobs.backend,
             "device": self.found["device"],
             "dtype": self.found["dtype"],

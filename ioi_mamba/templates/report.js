@@ -8,11 +8,45 @@ function columnsThatFit(spec, element) {
   return Math.max(1, Math.floor(element.clientWidth / (spec.spec.width + AXIS_WIDTH)));
 }
 
+// The prompts of a section with the token at one position marked; corruption: only those of this one, if given.
+function showPrompts(box, examples, label, corruption) {
+  box.querySelector("select").value = label;
+  const shown = examples.filter(e => e.positions.includes(label) && (corruption === undefined || e.corruption === corruption));
+  box.querySelector("[role=status]").replaceChildren(...shown.map(example => {
+    const paragraph = document.createElement("p");
+    for (const side of ["clean", "corrupted"]) {
+      paragraph.append(side + ":\t");
+      example[side].forEach((token, index) => {
+        const marked = example.positions[index] === label;
+        const place = marked ? document.createElement("mark") : document.createElement("span");
+        place.textContent = token;
+        paragraph.append(place);
+      });
+      paragraph.append("\n");
+    }
+    return paragraph;
+  }));
+}
+
+const prompts = new Map();
+for (const box of document.querySelectorAll("[data-prompts]")) {
+  const examples = JSON.parse(box.querySelector("script").textContent);
+  const select = box.querySelector("select");
+  const labels = new Set(examples.flatMap(example => example.positions));
+  select.append(new Option("none", ""), ...[...labels].map(label => new Option(label, label)));
+  select.addEventListener("change", () => showPrompts(box, examples, select.value));
+  prompts.set(box.dataset.prompts, (datum) => {
+    if (labels.has(datum.label)) showPrompts(box, examples, datum.label, datum.corruption);
+  });
+}
+
 async function draw(element, spec) {
   try {
     // Vega-Embed shrinks the element it is given to its chart; the outer one keeps the width of the page.
     const frame = element.querySelector("div") || element.appendChild(document.createElement("div"));
-    await vegaEmbed(frame, spec, options);
+    const {view} = await vegaEmbed(frame, spec, options);
+    const show = prompts.get(element.id);
+    if (show) view.addEventListener("click", (_, item) => item && item.datum && show(item.datum));
     element.dataset.drawn = "yes";
   } catch (error) {
     element.dataset.drawn = "no";

@@ -1,0 +1,111 @@
+"""What a reader does with the page, done in a real browser with the network off: a cell clicked, a position chosen."""
+
+import json
+import shutil
+import subprocess
+import time
+import urllib.request
+
+import pytest
+import websocket
+
+from ioi_mamba import report, study
+
+pytestmark = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
+
+HOSTILE = "</script><img src=x onerror=document.title='broken'>"
+
+
+class Browser:
+    """A page in Chromium, driven through its debugging protocol."""
+
+    def __init__(self, url, folder):
+        flags = "headless no-sandbox disable-gpu no-first-run remote-debugging-port=0 remote-allow-origins=*"
+        command = ["chromium", *(f"--{flag}" for flag in flags.split()), "--window-size=1000,1400"]
+        command += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", f"--user-data-dir={folder}", url]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        port_file = folder / "DevToolsActivePort"
+        self.until(lambda: port_file.is_file() and port_file.read_text().strip())
+        port = port_file.read_text().split()[0]
+        tabs = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json"))
+        (address,) = [tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page"]
+        self.socket, self.sent = websocket.create_connection(address, timeout=60), 0
+
+    @staticmethod
+    def until(done, seconds=60.0):
+        end = time.monotonic() + seconds
+        while not done():
+            assert time.monotonic() < end, "waited in vain"
+            time.sleep(0.2)
+
+    def command(self, method, **parameters):
+        self.sent += 1
+        self.socket.send(json.dumps({"id": self.sent, "method": method, "params": parameters}))
+        while True:
+            answer = json.loads(self.socket.recv())
+            if answer.get("id") == self.sent:
+                return answer["result"]
+
+    def value(self, expression):
+        return self.command("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def click(self, x, y):
+        for kind in ("mousePressed", "mouseReleased"):
+            self.command("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def close(self):
+        self.socket.close()
+        self.process.terminate()
+        self.process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def browser(mini, tmp_path_factory):
+    """The report of a small run, one of whose prompts tries to break the page."""
+    out = tmp_path_factory.mktemp("run")
+    study.run_study(mini, ["layer-ablation"], out, n_pairs=2, progress=False)
+    path = out / "layer-ablation.json"
+    manifest = json.loads(path.read_text())
+    first = manifest["examples"][0]
+    first["clean"][first["positions"].index("n1")] = HOSTILE
+    path.write_text(json.dumps(manifest))
+    page = Browser(report.write_report(out).as_uri(), tmp_path_factory.mktemp("browser"))
+    try:
+        page.until(lambda: page.value("document.querySelectorAll('#layer-ablation-chart[data-drawn=yes]').length") == 1)
+        yield page
+    finally:
+        page.close()
+
+
+MARKED = "[...document.querySelectorAll('.prompts mark')].map(mark => mark.textContent)"
+SHOWN = "document.querySelector('.prompts select').value"
+CELL = """(() => {
+  const cells = [...document.querySelectorAll("#layer-ablation-chart .mark-rect path")];
+  const cell = cells.find(c => WORDS.every(word => (c.getAttribute("aria-label") || "").includes(word)));
+  cell.scrollIntoView({block: "center", behavior: "instant"});
+  const box = cell.getBoundingClientRect();
+  return [box.x + box.width / 2, box.y + box.height / 2];
+})()"""
+
+
+def test_a_clicked_cell_shows_its_prompts_with_the_token_marked(browser):
+    words = ["layer: 3;", "corruption: ABC AB C -> ABC AC B", "label: n5;"]
+    browser.click(*browser.value(CELL.replace("WORDS", json.dumps(words))))
+    browser.until(lambda: browser.value(SHOWN) == "n5")
+    marked = browser.value(MARKED)
+    assert len(marked) == 4  # two pairs of this corruption, both prompts of each
+    assert marked[0] != marked[1]  # n5 is the name that differs
+    assert all(token.strip().isalpha() for token in marked)
+
+
+def test_a_position_chosen_from_the_list_shows_every_corruption_and_no_prompt_breaks_the_page(browser):
+    title = browser.value("document.title")
+    browser.value(
+        "(() => { const s = document.querySelector('.prompts select'); s.value = 'n1'; "
+        "s.dispatchEvent(new Event('change')); })()"
+    )
+    marked = browser.value(MARKED)
+    assert len(marked) == 20
+    assert HOSTILE in marked
+    assert browser.value("document.querySelectorAll('.prompts img').length") == 0
+    assert browser.value("document.title") == title
