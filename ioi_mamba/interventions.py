@@ -35,7 +35,7 @@ class Start:
     state, so this is exact: below `layer` and before the first token nothing can have changed.
     resid_pre: [batch, pos, D], the clean residual stream entering `layer` at the positions still to be run.
     conv_start, h_start: per layer >= `layer`, the K-1 conv inputs [batch, K-1, E] and the state [batch, E, N]
-    before the first of these positions.
+    before the first of these positions; layers without one begin at zeros, as at the first position of a prompt.
     """
 
     layer: int
@@ -185,10 +185,10 @@ def forward(
     n_layers, first, stream_in = config_of(model).num_hidden_layers, 0, None
     if start is not None:
         first, stream_in = start.layer, start.resid_pre
-        for i in range(first, n_layers):
-            for site, values in (("conv_start", start.conv_start), ("h_start", start.h_start)):
+        for site, values in (("conv_start", start.conv_start), ("h_start", start.h_start)):
+            for i, value in values.items():
                 name = f"blocks.{i}.hook_{site}"
-                edits[name] = values[i]
+                edits[name] = value
                 where[name] = Address(i, site, None)
     plans = {i: _LayerPlan() for i in range(first if own_scan else n_layers, n_layers)}
     for name, address in where.items():

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .graph import Item, Masks, masks_of, universe_of
-from .interventions import Edit, Observer, forward
+from .interventions import Edit, Observer, Start, forward
 from .jobs import call, config_of, device_of
 from .portable import portable
 from .scan import selective_scan
@@ -42,6 +42,27 @@ class CorruptedRun:
     outputs: list[Tensor]
     sites: dict[str, Tensor]
     logits: Tensor  # [pair, vocab] at the last position
+
+
+@portable
+@dataclass(frozen=True)
+class PatchedRun:
+    """A run with one set of items patched, which other sets can go on from.
+
+    Where two sets agree on everything that enters or lies in the layers below some layer, so do their runs there.
+    outputs: per source node [pair, pos, D].
+    """
+
+    masks: Masks
+    outputs: list[Tensor]
+
+    def agrees_below(self, masks: Masks) -> int:
+        """The lowest layer into which, or in which, any of these sets patches other items; the last if none does."""
+        n_layers = masks.skip.shape[1]
+        edges, conv, ssm, skip = (mask != other for mask, other in zip(masks, self.masks, strict=True))
+        differs = edges.any(3).any(1)[:, :n_layers] | conv.flatten(2).any(2) | ssm.any(2) | skip.any(2)
+        layers = torch.nonzero(differs.any(0))[:, 0].tolist()
+        return min([*layers, n_layers - 1])
 
 
 def source_hooks(n_layers: int) -> list[str]:
@@ -80,23 +101,29 @@ def corrupted_run(model, pairs: Pairs, *, parts: bool) -> CorruptedRun:
 class Patch:
     """Edits and observers of one pass that carries out `masks` (see `graph.Masks`).
 
-    Rows of the pass are sets x pairs, sets first. detach: stop gradients through output_i in the sum.
+    Rows of the pass are sets x pairs, sets first. detach: stop gradients through output_i in the sum. known: outputs
+    [pair, pos, D] of the first source nodes, the same in all sets; the pass then begins at layer len(known) - 1.
     After the pass `outputs` holds output_i and `sinks` input_j, both as this pass had them.
     """
 
-    def __init__(self, model, corrupted: CorruptedRun, masks: Masks, *, detach: bool = False):
+    def __init__(
+        self, model, corrupted: CorruptedRun, masks: Masks, *, detach: bool = False, known: Sequence[Tensor] = ()
+    ):
         self.n_layers, self.conv_width = config_of(model).num_hidden_layers, config_of(model).conv_kernel
         self.corrupted, self.detach = corrupted, detach
         self.masks = Masks(*(mask.to(device_of(model)) for mask in masks))
-        self.outputs: list[Tensor] = []
+        self.outputs: list[Tensor] = list(known)
         self.sinks: dict[int, Tensor] = {}
         self._now: dict[str, Tensor] = {}
+        self._differences: list[Tensor] = []  # corrupted output_i - output_i, [set or 1, pair, pos, D]
+        self._n_known, first = len(known), max(0, len(known) - 1)
         self.edits: dict[str, Edit] = {}
-        self.observe: dict[str, Observer] = dict.fromkeys(source_hooks(self.n_layers), self.outputs.append)
+        observed = source_hooks(self.n_layers)[len(known) :]
+        self.observe: dict[str, Observer] = dict.fromkeys(observed, self.outputs.append)
         for j, name in enumerate(sink_hooks(self.n_layers)):
-            if self.masks.edges[:, :, j].any():
+            if j >= first and self.masks.edges[:, :, j].any():
                 self.edits[name] = self._sink(j)
-        for layer in range(self.n_layers):
+        for layer in range(first, self.n_layers):
             self._parts(layer)
 
     def _rows(self, mask: Tensor, value: Tensor) -> Tensor:
@@ -105,24 +132,37 @@ class Patch:
 
     def _toward(self, mask: Tensor, value: Tensor, target: Tensor) -> Tensor:
         """value + mask (target - value), target given once per pair."""
-        n_sets = mask.shape[0]
-        target = target.repeat(n_sets, *[1] * (target.ndim - 1)) if n_sets > 1 else target
-        return value + self._rows(mask, value) * (target - value)
+        sets = value.unflatten(0, (mask.shape[0], -1))
+        return torch.lerp(sets, target.expand_as(sets), mask[:, None, :, None].to(value.dtype)).flatten(0, 1)
+
+    def _difference(self, i: int) -> Tensor:
+        while len(self._differences) <= i:
+            k = len(self._differences)
+            output = self.outputs[k].detach() if self.detach else self.outputs[k]
+            output = output[None] if k < self._n_known else output.unflatten(0, (self.masks.edges.shape[0], -1))
+            self._differences.append(self.corrupted.outputs[k] - output)
+        return self._differences[i]
 
     def _sink(self, j: int) -> Edit:
-        mask = self.masks.edges[:, :, j]
+        mask = self.masks.edges[:, :, j, None, :, None]
+        patched = [i for i in range(j + 1) if mask[:, i].any()]
+        # What all sets add alike, from sources that are the same in all of them, is summed once.
+        alike = [i for i in patched if i < self._n_known and bool((mask[:, i] == mask[:1, i]).all())]
 
-        def patched(x: Tensor) -> Tensor:
-            n_sets = mask.shape[0]
-            for i in range(j + 1):
-                if mask[:, i].any():
-                    output = self.outputs[i].detach() if self.detach else self.outputs[i]
-                    difference = self.corrupted.outputs[i] - output.unflatten(0, (n_sets, -1))
-                    x = x + (mask[:, i, None, :, None] * difference).flatten(0, 1)
-            self.sinks[j] = x
+        def write(x: Tensor) -> Tensor:
+            x = x.unflatten(0, (mask.shape[0], -1))
+            if alike:
+                shared = mask[:1, alike[0]] * self._difference(alike[0])
+                for i in alike[1:]:
+                    shared = torch.addcmul(shared, mask[:1, i], self._difference(i))
+                x = x + shared
+            for i in patched:
+                if i not in alike:
+                    x = torch.addcmul(x, mask[:, i], self._difference(i))
+            self.sinks[j] = x = x.flatten(0, 1)
             return x
 
-        return patched
+        return write
 
     def _parts(self, layer: int) -> None:
         for tap in range(self.conv_width):
@@ -164,17 +204,41 @@ def needs_parts(masks: Masks) -> bool:
 
 def patched_logits(model, pairs: Pairs, corrupted: CorruptedRun, masks: Masks, *, everywhere: bool = False) -> Tensor:
     """Logits [set, pair, vocab] at the last position, or with `everywhere` [set, pair, pos, vocab]."""
-    n_sets = masks.edges.shape[0]
-    patch = Patch(model, corrupted, masks)
-    last = None if everywhere else pairs.last.repeat(n_sets)
+    return _patched(model, pairs, masks, Patch(model, corrupted, masks), everywhere)
+
+
+def patched_run(
+    model, pairs: Pairs, corrupted: CorruptedRun, masks: Masks, before: PatchedRun | None = None
+) -> tuple[Tensor, PatchedRun]:
+    """Logits [set, pair, vocab] at the last position, and the run of the first set.
+
+    before: an earlier run of the same pairs: the pass starts at the first layer where a set differs from it.
+    """
+    known = [] if before is None else before.outputs[: before.agrees_below(masks) + 1]
+    patch = Patch(model, corrupted, masks, known=known)
+    logits = _patched(model, pairs, masks, patch, False)
+    # Copies, so that the rows of the other sets are let go.
+    own = [output[: len(pairs)].clone() for output in patch.outputs[len(known) :]]
+    return logits, PatchedRun(Masks(*(mask[:1] for mask in masks)), [*known, *own])
+
+
+def _patched(model, pairs: Pairs, masks: Masks, patch: Patch, everywhere: bool) -> Tensor:
+    n_sets, first, start = masks.edges.shape[0], len(patch.outputs) - 1, None
+    if first > 0:
+        # The residual stream is the sum of all outputs below.
+        stream = patch.outputs[0]
+        for output in patch.outputs[1:]:
+            stream = stream + output
+        start = Start(first, stream.repeat(n_sets, 1, 1), {}, {})
     with torch.no_grad():
         logits = forward(
             model,
             pairs.clean.repeat(n_sets, 1),
             patch.edits,
             observe=patch.observe,
-            logits_at=last,
+            logits_at=None if everywhere else pairs.last.repeat(n_sets),
             own_scan=True,
+            start=start,
         )["hook_logits"]
     return (logits if everywhere else logits[:, 0]).unflatten(0, (n_sets, -1))
 
