@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 import ioi_mamba as im
-from analyses import cross_talk
+from analyses import _circuits, cross_talk
 from ioi_mamba.attribution import attributions
 from ioi_mamba.sites import SITES
 from ioi_mamba.sweep import resample_sweep
@@ -41,7 +41,8 @@ TARGETS = {
 class Bench:
     """One model, and what is measured on it. Every method gives the arguments of `timing.measure`, and a note."""
 
-    def __init__(self, model, shape: str):
+    def __init__(self, model, shape: str, resume: bool):
+        self.shape, self.resume = shape, resume
         self.model, self.stock = model, shapes.stock(model)
         self.n_pairs = PAIRS.get(shape, 16)
         self.large = shape in ("mamba-130m", "mamba-370m")
@@ -92,7 +93,7 @@ class Bench:
 
     def sweep(self):
         def run(pairs, tick=None) -> float:
-            return resample_sweep(self.model, pairs, "layer_input", progress=tick)[..., 0].numel() / len(pairs)
+            return resample_sweep(self.model, pairs, "layer_input", resume=self.resume, progress=tick)[..., 0].numel() / len(pairs)
 
         def warm():
             resample_sweep(self.model, self.pairs, "layer_input", positions=[shapes.POSITIONS - 2])
@@ -110,16 +111,17 @@ class Bench:
 
     def edge_tests(self):
         note = {}
+        # On mini a search as circuit-search makes it; random weights have no circuit, there items go one by one.
+        options = {"recursive": self.shape == "mini"}
+        pairs = _circuits.default_pairs(self.model.tokenizer, 8, 27) if self.shape == "mini" else self.few
 
         def work(tick) -> float:
-            table = im.acdc(self.model, self.few, threshold=self.threshold(), progress=tick)
-            note["text"] = f"whole search, {len(self.few)} pairs, {len(table)} items, {table['kept'].sum()} kept"
-            return table.attrs["tests"]
+            table = im.acdc(self.model, pairs, threshold=1e-3, progress=tick, resume=self.resume, **options)
+            tests, kept = table.attrs["tests"], table["kept"].sum()
+            note["text"] = f"whole search, {len(pairs)} pairs, {len(table)} items, {kept} kept, {tests} tests"
+            return tests
 
-        return self.forward(self.few), work, self._warm, lambda: note["text"]
-
-    def threshold(self) -> float:
-        return 1e-3
+        return self.forward(pairs), work, self._warm, lambda: note["text"]
 
     def candidates(self):
         def work(tick) -> float:
@@ -143,10 +145,10 @@ WORK = {
 }
 
 
-def rows_of(shape: str, only: list[str], seconds: float) -> Iterator[dict]:
+def rows_of(shape: str, only: list[str], seconds: float, resume: bool) -> Iterator[dict]:
     """One row a measurement."""
     with shapes.opened(shape) as model:
-        bench = Bench(model, shape)
+        bench = Bench(model, shape, resume)
         for name, method in WORK.items():
             if only and not any(text in name for text in only):
                 continue
@@ -179,10 +181,11 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="measurements with TEXT in the name")
     parser.add_argument("--seconds", type=float, default=20, help="about how long each is repeated (default: 20)")
     parser.add_argument("--no-write", action="store_true", help="leave RESULTS.md as it is")
+    parser.add_argument("--no-resume-points", action="store_true", help="sweeps and edge tests the plain way")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        for row in rows_of(arguments.shape[0], arguments.only, arguments.seconds):
+        for row in rows_of(arguments.shape[0], arguments.only, arguments.seconds, not arguments.no_resume_points):
             print(json.dumps(row), flush=True)
         return
     print(f"{timing.machine()}\n\n{HEAD}", flush=True)
@@ -190,6 +193,7 @@ def main() -> None:
     for shape in [*arguments.shape, *(["mamba-370m"] if arguments.large else [])]:
         command = [sys.executable, "-m", "bench.ratios", shape, "--child", "--seconds", str(arguments.seconds)]
         command += [word for text in arguments.only for word in ("--only", text)]
+        command += ["--no-resume-points"] if arguments.no_resume_points else []
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
             assert child.stdout is not None
             for text in child.stdout:

@@ -84,12 +84,13 @@ def _differentiable_pass(model, pairs: Pairs, corrupted: CorruptedRun, alpha: fl
 
         return edit
 
-    def keep(name: str, then):
-        def edit(x: Tensor) -> Tensor:
-            point.values[name] = x
-            return then(x)
+    def keep(name: str, then=None):
+        def observer(value: Tensor) -> None:
+            point.values[name] = value
+            if then:
+                then(value)
 
-        return edit
+        return observer
 
     edits = dict(patch.edits)
     edits["hook_embed"] = leaf(("embed",))
@@ -98,17 +99,12 @@ def _differentiable_pass(model, pairs: Pairs, corrupted: CorruptedRun, alpha: fl
     observe = dict(patch.observe)
     if parts:
         for i in range(n):
-            edits[f"blocks.{i}.hook_conv"] = leaf(("conv", i))
-            edits[f"blocks.{i}.hook_y"] = leaf(("y", i))
-            edits[f"blocks.{i}.hook_skip"] = leaf(("skip", i))
-            for name in (f"blocks.{i}.hook_A", f"blocks.{i}.hook_C"):
-                observe[name] = lambda value, name=name: point.values.__setitem__(name, value)
-            for name in (slice_hook(i, k, K) for k in range(K)):
-                # A slice is kept as it is before the path interpolates it: the whole difference is attributed.
-                if name in edits:
-                    edits[name] = keep(name, patch.edits[name])
-                else:
-                    observe[name] = lambda value, name=name: point.values.__setitem__(name, value)
+            for site in ("conv", "y", "skip"):
+                name = f"blocks.{i}.hook_{site}"
+                edits[name] = leaf((site, i), patch.edits.get(name))
+            slices = (slice_hook(i, k, K) for k in range(K))
+            for name in (f"blocks.{i}.hook_A", f"blocks.{i}.hook_C", *slices):
+                observe[name] = keep(name, patch.observe.get(name))
 
     with torch.enable_grad():
         return forward(
@@ -157,9 +153,9 @@ def _chunk_scores(model, pairs: Pairs, alphas: list[float], steps: int, variant:
             outputs = patch.outputs if here else clean["outputs"]
             values = point.values if here else clean["values"]
             change = [c - o for c, o in zip(corrupted.outputs, outputs, strict=True)]
-            for j in range(n + 1):
-                for i in range(j + 1):
-                    total["edges"][:, i, j] += (gradient["sink", j] * change[i]).sum(-1)
+            # [pair, pos, sink, source]; also for sources above a sink, which are no edges and not read.
+            at_sinks = torch.stack([gradient["sink", j] for j in range(n + 1)], dim=2)
+            total["edges"] += (at_sinks @ torch.stack(change, dim=3)).permute(0, 3, 2, 1)
             for i in range(n if parts else 0):
                 for k in range(K):
                     name = slice_hook(i, k, K)

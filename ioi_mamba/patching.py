@@ -50,11 +50,12 @@ class PatchedRun:
     """A run with one set of items patched, which other sets can go on from.
 
     Where two sets agree on everything that enters or lies in the layers below some layer, so do their runs there.
-    outputs: per source node [pair, pos, D].
+    outputs: per source node [pair, pos, D]. dropped: the layers that were not run, see `dropped_layers`.
     """
 
     masks: Masks
     outputs: list[Tensor]
+    dropped: list[int]
 
     def agrees_below(self, masks: Masks) -> int:
         """The lowest layer into which, or in which, any of these sets patches other items; the last if none does."""
@@ -62,7 +63,16 @@ class PatchedRun:
         edges, conv, ssm, skip = (mask != other for mask, other in zip(masks, self.masks, strict=True))
         differs = edges.any(3).any(1)[:, :n_layers] | conv.flatten(2).any(2) | ssm.any(2) | skip.any(2)
         layers = torch.nonzero(differs.any(0))[:, 0].tolist()
-        return min([*layers, n_layers - 1])
+        needed = set(self.dropped) - set(dropped_layers(masks))
+        return min([*layers, *needed, n_layers - 1])
+
+
+def dropped_layers(masks: Masks) -> list[int]:
+    """The layers all of whose edges to later nodes are patched, at all positions in all sets.
+
+    Whoever reads such a layer gets the corrupted run's output in place of its own, so the layer need not be run.
+    """
+    return [i for i in range(masks.skip.shape[1]) if bool((masks.edges[:, i + 1, i + 1 :] == 1).all())]
 
 
 def source_hooks(n_layers: int) -> list[str]:
@@ -103,15 +113,23 @@ class Patch:
 
     Rows of the pass are sets x pairs, sets first. detach: stop gradients through output_i in the sum. known: outputs
     [pair, pos, D] of the first source nodes, the same in all sets; the pass then begins at layer len(known) - 1.
+    dropped: layers that are not run, see `dropped_layers`; their output is the corrupted run's.
     After the pass `outputs` holds output_i and `sinks` input_j, both as this pass had them.
     """
 
     def __init__(
-        self, model, corrupted: CorruptedRun, masks: Masks, *, detach: bool = False, known: Sequence[Tensor] = ()
+        self,
+        model,
+        corrupted: CorruptedRun,
+        masks: Masks,
+        *,
+        detach: bool = False,
+        known: Sequence[Tensor] = (),
+        dropped: Sequence[int] = (),
     ):
         self.n_layers, self.conv_width = config_of(model).num_hidden_layers, config_of(model).conv_kernel
         self.corrupted, self.detach = corrupted, detach
-        self.masks = Masks(*(mask.to(device_of(model)) for mask in masks))
+        self.masks = Masks(*(mask.to(device_of(model), copy=True) for mask in masks))
         self.outputs: list[Tensor] = list(known)
         self.sinks: dict[int, Tensor] = {}
         self._now: dict[str, Tensor] = {}
@@ -120,11 +138,18 @@ class Patch:
         self.edits: dict[str, Edit] = {}
         observed = source_hooks(self.n_layers)[len(known) :]
         self.observe: dict[str, Observer] = dict.fromkeys(observed, self.outputs.append)
+        # A reader of a dropped layer has nothing left to exchange.
+        for layer in dropped:
+            self.masks.edges[:, layer + 1] = 0
         for j, name in enumerate(sink_hooks(self.n_layers)):
-            if j >= first and self.masks.edges[:, :, j].any():
+            if j >= first and j not in dropped and self.masks.edges[:, :, j].any():
                 self.edits[name] = self._sink(j)
         for layer in range(first, self.n_layers):
-            self._parts(layer)
+            if layer in dropped:
+                n_sets = self.masks.edges.shape[0]
+                self.edits[f"blocks.{layer}.hook_out_proj"] = corrupted.outputs[layer + 1].repeat(n_sets, 1, 1)
+            else:
+                self._parts(layer)
 
     def _rows(self, mask: Tensor, value: Tensor) -> Tensor:
         """A mask [set, pos] against rows [set x pair, pos, width]."""
@@ -165,12 +190,12 @@ class Patch:
         return write
 
     def _parts(self, layer: int) -> None:
-        for tap in range(self.conv_width):
-            mask = self.masks.conv[:, layer, tap]
-            if mask.any():
-                name = slice_hook(layer, tap, self.conv_width)
-                target = self.corrupted.sites[name]
-                self.edits[name] = lambda x, mask=mask, target=target: self._toward(mask, x, target)
+        taps = [tap for tap in range(self.conv_width) if self.masks.conv[:, layer, tap].any()]
+        for tap in taps:
+            name = slice_hook(layer, tap, self.conv_width)
+            self.observe[name] = self._keep(name)
+        if taps:
+            self.edits[f"blocks.{layer}.hook_conv"] = lambda x, layer=layer, taps=taps: self._conv(layer, taps, x)
         name, mask = f"blocks.{layer}.hook_skip", self.masks.skip[:, layer]
         if mask.any():
             self.edits[name] = lambda x, mask=mask, target=self.corrupted.sites[name]: self._toward(mask, x, target)
@@ -181,6 +206,16 @@ class Patch:
 
     def _keep(self, key: str) -> Observer:
         return lambda value: self._now.__setitem__(key, value)
+
+    def _conv(self, layer: int, taps: list[int], x: Tensor) -> Tensor:
+        """The convolution is the sum of its slices, so what changes in these is added to it."""
+        mask = self.masks.conv[:, layer, :, None, :, None]
+        for tap in taps:
+            name = slice_hook(layer, tap, self.conv_width)
+            sets = self._now[name].unflatten(0, (mask.shape[0], -1))
+            change = mask[:, tap] * (self.corrupted.sites[name] - sets)
+            x = x + change.flatten(0, 1)
+        return x
 
     def _ssm(self, layer: int, y: Tensor) -> Tensor:
         mask = self._rows(self.masks.ssm[:, layer], y)
@@ -212,14 +247,16 @@ def patched_run(
 ) -> tuple[Tensor, PatchedRun]:
     """Logits [set, pair, vocab] at the last position, and the run of the first set.
 
-    before: an earlier run of the same pairs: the pass starts at the first layer where a set differs from it.
+    before: an earlier run of the same pairs: the pass starts at the first layer where a set differs from it, and runs
+    no layer that nobody reads. None: everything is run.
     """
     known = [] if before is None else before.outputs[: before.agrees_below(masks) + 1]
-    patch = Patch(model, corrupted, masks, known=known)
+    dropped = [] if before is None else dropped_layers(masks)
+    patch = Patch(model, corrupted, masks, known=known, dropped=dropped)
     logits = _patched(model, pairs, masks, patch, False)
     # Copies, so that the rows of the other sets are let go.
     own = [output[: len(pairs)].clone() for output in patch.outputs[len(known) :]]
-    return logits, PatchedRun(Masks(*(mask[:1] for mask in masks)), [*known, *own])
+    return logits, PatchedRun(Masks(*(mask[:1] for mask in masks)), [*known, *own], dropped)
 
 
 def _patched(model, pairs: Pairs, masks: Masks, patch: Patch, everywhere: bool) -> Tensor:
