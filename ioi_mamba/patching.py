@@ -134,22 +134,25 @@ class Patch:
         self.sinks: dict[int, Tensor] = {}
         self._now: dict[str, Tensor] = {}
         self._differences: list[Tensor] = []  # corrupted output_i - output_i, [set or 1, pair, pos, D]
-        self._n_known, first = len(known), max(0, len(known) - 1)
-        self.edits: dict[str, Edit] = {}
-        observed = source_hooks(self.n_layers)[len(known) :]
-        self.observe: dict[str, Observer] = dict.fromkeys(observed, self.outputs.append)
+        self._n_known, self._dropped = len(known), dropped
         # A reader of a dropped layer has nothing left to exchange.
         for layer in dropped:
             self.masks.edges[:, layer + 1] = 0
+
+    def hooks(self) -> tuple[dict[str, Edit], dict[str, Observer]]:
+        """The edits and the observers. Not kept here: they refer to this object, and its tensors must go with it."""
+        first, n_sets = max(0, self._n_known - 1), self.masks.edges.shape[0]
+        edits: dict[str, Edit] = {}
+        observe = dict.fromkeys(source_hooks(self.n_layers)[self._n_known :], self.outputs.append)
         for j, name in enumerate(sink_hooks(self.n_layers)):
-            if j >= first and j not in dropped and self.masks.edges[:, :, j].any():
-                self.edits[name] = self._sink(j)
+            if j >= first and j not in self._dropped and self.masks.edges[:, :, j].any():
+                edits[name] = self._sink(j)
         for layer in range(first, self.n_layers):
-            if layer in dropped:
-                n_sets = self.masks.edges.shape[0]
-                self.edits[f"blocks.{layer}.hook_out_proj"] = corrupted.outputs[layer + 1].repeat(n_sets, 1, 1)
+            if layer in self._dropped:
+                edits[f"blocks.{layer}.hook_out_proj"] = self.corrupted.outputs[layer + 1].repeat(n_sets, 1, 1)
             else:
-                self._parts(layer)
+                self._parts(layer, edits, observe)
+        return edits, observe
 
     def _rows(self, mask: Tensor, value: Tensor) -> Tensor:
         """A mask [set, pos] against rows [set x pair, pos, width]."""
@@ -189,20 +192,20 @@ class Patch:
 
         return write
 
-    def _parts(self, layer: int) -> None:
+    def _parts(self, layer: int, edits: dict[str, Edit], observe: dict[str, Observer]) -> None:
         taps = [tap for tap in range(self.conv_width) if self.masks.conv[:, layer, tap].any()]
         for tap in taps:
             name = slice_hook(layer, tap, self.conv_width)
-            self.observe[name] = self._keep(name)
+            observe[name] = self._keep(name)
         if taps:
-            self.edits[f"blocks.{layer}.hook_conv"] = lambda x, layer=layer, taps=taps: self._conv(layer, taps, x)
+            edits[f"blocks.{layer}.hook_conv"] = lambda x, layer=layer, taps=taps: self._conv(layer, taps, x)
         name, mask = f"blocks.{layer}.hook_skip", self.masks.skip[:, layer]
         if mask.any():
-            self.edits[name] = lambda x, mask=mask, target=self.corrupted.sites[name]: self._toward(mask, x, target)
+            edits[name] = lambda x, mask=mask, target=self.corrupted.sites[name]: self._toward(mask, x, target)
         if self.masks.ssm[:, layer].any():
-            self.observe[f"blocks.{layer}.hook_A"] = self._keep(f"{layer}.A")
-            self.observe[f"blocks.{layer}.hook_C"] = self._keep(f"{layer}.C")
-            self.edits[f"blocks.{layer}.hook_y"] = lambda y, layer=layer: self._ssm(layer, y)
+            observe[f"blocks.{layer}.hook_A"] = self._keep(f"{layer}.A")
+            observe[f"blocks.{layer}.hook_C"] = self._keep(f"{layer}.C")
+            edits[f"blocks.{layer}.hook_y"] = lambda y, layer=layer: self._ssm(layer, y)
 
     def _keep(self, key: str) -> Observer:
         return lambda value: self._now.__setitem__(key, value)
@@ -267,12 +270,13 @@ def _patched(model, pairs: Pairs, masks: Masks, patch: Patch, everywhere: bool) 
         for output in patch.outputs[1:]:
             stream = stream + output
         start = Start(first, stream.repeat(n_sets, 1, 1), {}, {})
+    edits, observe = patch.hooks()
     with torch.no_grad():
         logits = forward(
             model,
             pairs.clean.repeat(n_sets, 1),
-            patch.edits,
-            observe=patch.observe,
+            edits,
+            observe=observe,
             logits_at=None if everywhere else pairs.last.repeat(n_sets),
             own_scan=True,
             start=start,
