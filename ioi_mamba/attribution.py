@@ -58,7 +58,7 @@ class _Point:
     """One pass on the path: the tensors that gradients are taken at, and the differences they are multiplied with."""
 
     gradient_at: dict[tuple, Tensor]  # ("sink", j), ("conv", layer), ("y", layer), ("skip", layer)
-    values: dict[str, Tensor]
+    values: dict  # by hook name
 
 
 def _path_masks(universe: Universe, n_positions: int, alpha: float, conv: bool) -> Masks:
@@ -84,31 +84,26 @@ def _differentiable_pass(model, pairs: Pairs, corrupted: CorruptedRun, alpha: fl
 
         return edit
 
-    def keep(name: str, then):
-        def edit(x: Tensor) -> Tensor:
-            point.values[name] = x
-            return then(x)
+    def keep(name: str, then=None):
+        def observer(value: Tensor) -> None:
+            point.values[name] = value
+            if then:
+                then(value)
 
-        return edit
+        return observer
 
-    edits = dict(patch.edits)
+    edits, observe = patch.hooks()
     edits["hook_embed"] = leaf(("embed",))
     for j, name in enumerate(sink_hooks(n)):
-        edits[name] = leaf(("sink", j), patch.edits.get(name))
-    observe = dict(patch.observe)
+        edits[name] = leaf(("sink", j), edits.get(name))
     if parts:
         for i in range(n):
-            edits[f"blocks.{i}.hook_conv"] = leaf(("conv", i))
-            edits[f"blocks.{i}.hook_y"] = leaf(("y", i))
-            edits[f"blocks.{i}.hook_skip"] = leaf(("skip", i))
-            for name in (f"blocks.{i}.hook_A", f"blocks.{i}.hook_C"):
-                observe[name] = lambda value, name=name: point.values.__setitem__(name, value)
-            for name in (slice_hook(i, k, K) for k in range(K)):
-                # A slice is kept as it is before the path interpolates it: the whole difference is attributed.
-                if name in edits:
-                    edits[name] = keep(name, patch.edits[name])
-                else:
-                    observe[name] = lambda value, name=name: point.values.__setitem__(name, value)
+            for site in ("conv", "y", "skip"):
+                name = f"blocks.{i}.hook_{site}"
+                edits[name] = leaf((site, i), edits.get(name))
+            slices = (slice_hook(i, k, K) for k in range(K))
+            for name in (f"blocks.{i}.hook_A", f"blocks.{i}.hook_C", *slices):
+                observe[name] = keep(name, observe.get(name))
 
     with torch.enable_grad():
         return forward(
@@ -143,8 +138,10 @@ def _chunk_scores(model, pairs: Pairs, alphas: list[float], steps: int, variant:
         difference = logit_diff(logits, answer, wrong)
         if "logit_diff" not in clean:  # the first point is alpha = 0, the clean run
             clean["logit_diff"] = difference.detach()
-            clean["outputs"] = [output.detach() for output in patch.outputs]
-            clean["values"] = {name: value.detach() for name, value in point.values.items()}
+            if variant == "clean-difference":
+                gradient_at = {name: value for name, value in point.gradient_at.items() if name[0] in ("y", "skip")}
+                clean["outputs"] = [output.detach() for output in patch.outputs]
+                clean["values"] = {name: value.detach() for name, value in (point.values | gradient_at).items()}
         # Below rounding there is no range: dividing by it would turn noise into attributions.
         no_range = (clean["logit_diff"] - from_corrupted).abs() <= ROUNDING
         unpatched = torch.where(no_range, from_corrupted, clean["logit_diff"])
@@ -152,22 +149,21 @@ def _chunk_scores(model, pairs: Pairs, alphas: list[float], steps: int, variant:
         keys = list(point.gradient_at)
         gradients = torch.autograd.grad(metric, [point.gradient_at[key] for key in keys])
         gradient = dict(zip(keys, gradients, strict=True))
-        here = variant != "clean-difference"
         with torch.no_grad():
-            outputs = patch.outputs if here else clean["outputs"]
-            values = point.values if here else clean["values"]
+            outputs = clean.get("outputs", patch.outputs)
+            values = clean.get("values", point.values | point.gradient_at)
             change = [c - o for c, o in zip(corrupted.outputs, outputs, strict=True)]
-            for j in range(n + 1):
-                for i in range(j + 1):
-                    total["edges"][:, i, j] += (gradient["sink", j] * change[i]).sum(-1)
+            # [pair, pos, sink, source]; also for sources above a sink, which are no edges and not read.
+            at_sinks = torch.stack([gradient["sink", j] for j in range(n + 1)], dim=2)
+            total["edges"] += (at_sinks @ torch.stack(change, dim=3)).permute(0, 3, 2, 1)
             for i in range(n if parts else 0):
                 for k in range(K):
                     name = slice_hook(i, k, K)
                     total["conv"][:, i, k] += (gradient["conv", i] * (corrupted.sites[name] - values[name])).sum(-1)
                 rows = torch.arange(P, device=device_of(model))
                 A, C = (values[f"blocks.{i}.hook_{site}"] for site in "AC")
-                y = corrupted_read_out(corrupted, i, A, C, rows) - _now(point, clean, ("y", i), here)
-                skip = corrupted.sites[f"blocks.{i}.hook_skip"] - _now(point, clean, ("skip", i), here)
+                y = corrupted_read_out(corrupted, i, A, C, rows) - values["y", i]
+                skip = corrupted.sites[f"blocks.{i}.hook_skip"] - values["skip", i]
                 total["ssm"][:, i] += (gradient["y", i] * y).sum(-1)
                 total["skip"][:, i] += (gradient["skip", i] * skip).sum(-1)
         return {}
@@ -175,12 +171,6 @@ def _chunk_scores(model, pairs: Pairs, alphas: list[float], steps: int, variant:
     for alpha in alphas:
         _differentiable_pass(model, pairs, corrupted, alpha, variant, parts, score)
     return {name: value / steps for name, value in total.items()}
-
-
-def _now(point: _Point, clean: dict, key: tuple, here: bool) -> Tensor:
-    """The value at a gradient point: of this pass, or of the clean one, which was the first."""
-    clean["values"].setdefault(key, point.gradient_at[key].detach())
-    return point.gradient_at[key].detach() if here else clean["values"][key]
 
 
 def _scores(

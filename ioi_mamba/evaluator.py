@@ -15,8 +15,8 @@ from torch import Tensor
 from . import metrics
 from .graph import Item, Masks, Universe, masks_of
 from .jobs import call, config_of, runs_here
-from .patching import corrupted_run, needs_parts, patched_logits
-from .sweep import Progress, last_logits, rows_per_pass
+from .patching import corrupted_run, needs_parts, patched_run
+from .sweep import Progress, rows_per_pass
 from .tasks.base import Pairs
 
 SCORES = (
@@ -70,17 +70,28 @@ class Evaluator:
 
     rows bounds memory: so many prompts in a pass, default from an estimate. Here, clean and corrupted values of all
     pairs are kept between calls while they take less than `keep_mib` MiB; else, and on a server, each call runs the
-    clean and corrupted prompts anew. All that is returned is on the CPU.
+    clean and corrupted prompts anew. resume: a pass begins at the first layer where its sets differ from the set that
+    was run before, which is what makes a search cheap; False runs every pass in full (slower, same values).
+    All that is returned is on the CPU.
     """
 
-    def __init__(self, model, pairs: Pairs, universe: Universe, *, rows: int | None = None, keep_mib: int = 1024):
-        self.model, self.pairs, self.universe = model, pairs, universe
+    def __init__(
+        self,
+        model,
+        pairs: Pairs,
+        universe: Universe,
+        *,
+        rows: int | None = None,
+        keep_mib: int = 1024,
+        resume: bool = True,
+    ):
+        self.model, self.pairs, self.universe, self.resume = model, pairs, universe, resume
         self.rows = rows or rows_per_pass(model, pairs.clean.shape[1])
         config = config_of(model)
         floats = (
             pairs.clean.shape[1]
             * config.num_hidden_layers
-            * (config.hidden_size + (8 * config.intermediate_size if universe.parts else 0))
+            * (2 * config.hidden_size + (8 * config.intermediate_size if universe.parts else 0))
         )
         self._memory: dict | None = {} if runs_here(model) and 4 * floats * len(pairs) <= keep_mib * 2**20 else None
         self._ends: Tensor | None = None
@@ -89,7 +100,8 @@ class Evaluator:
         """Per-pair scores [set, pair] of SCORES with each set of items patched."""
         masks = masks_of([list(items) for items in patched], self.universe, self.pairs.clean.shape[1])
         pairs = self.pairs.without_text()
-        found = call(self.model, _scores, pairs, masks, self.universe.parts, self.rows, self._memory, progress=progress)
+        options = (self.universe.parts, self.rows, self._memory, self.resume)
+        found = call(self.model, _scores, pairs, masks, *options, progress=progress)
         self._ends = torch.stack([found.pop(name) for name in ENDS])
         return found
 
@@ -134,7 +146,15 @@ def candidates_of(pairs: Pairs) -> Tensor:
 
 
 def _scores(
-    model, pairs: Pairs, masks: Masks, parts: bool, rows: int, memory: dict | None, *, progress: Progress | None = None
+    model,
+    pairs: Pairs,
+    masks: Masks,
+    parts: bool,
+    rows: int,
+    memory: dict | None,
+    resume: bool,
+    *,
+    progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Scores [set, pair] by name, and the logit differences of ENDS [pair]; the logits of few sets live at a time.
 
@@ -147,20 +167,21 @@ def _scores(
         values = None if memory is None else memory.get(k)
         if values is None:
             corrupted = corrupted_run(model, chunk, parts=needs_parts(masks) if memory is None else parts)
-            with torch.no_grad():
-                values = (corrupted, last_logits(model, chunk.clean, chunk.last)[:, 0].float())
-            if memory is not None:
-                memory[k] = values
-        corrupted, clean = values
+            nothing = Masks(*(torch.zeros_like(mask[:1]) for mask in masks))
+            logits, last_run = patched_run(model, chunk, corrupted, nothing)
+            values = (corrupted, logits[0].float(), last_run)
+        corrupted, clean, last_run = values
         step = max(1, rows // len(chunk))
         of_sets: dict[str, list[Tensor]] = {name: [] for name in SCORES}
         for begin in range(0, n_sets, step):
             group = Masks(*(mask[begin : begin + step] for mask in masks))
-            logits = patched_logits(model, chunk, corrupted, group).float()
-            for name, score in _score(chunk, logits, clean, corrupted.logits.float()).items():
+            logits, last_run = patched_run(model, chunk, corrupted, group, last_run if resume else None)
+            for name, score in _score(chunk, logits.float(), clean, corrupted.logits.float()).items():
                 of_sets[name].append(score.cpu())
             if progress:
                 progress(first * n_sets + min(begin + step, n_sets) * len(chunk), len(pairs) * n_sets)
+        if memory is not None:
+            memory[k] = (corrupted, clean, last_run)
         for name, scores in of_sets.items():
             found[name].append(torch.cat(scores))
         for name, logits in zip(ENDS, (clean, corrupted.logits.float()), strict=True):

@@ -20,7 +20,7 @@ from .errors import InputError
 from .jobs import call, config_of, device_of
 from .mixer import Mixer, MixerPass, fitted
 from .portable import portable
-from .sites import SITES, Address, parse
+from .sites import SITES, STAGES, Address, parse
 
 Edit = Tensor | Callable[[Tensor], Tensor]
 Observer = Callable[[Tensor], None]
@@ -35,7 +35,7 @@ class Start:
     state, so this is exact: below `layer` and before the first token nothing can have changed.
     resid_pre: [batch, pos, D], the clean residual stream entering `layer` at the positions still to be run.
     conv_start, h_start: per layer >= `layer`, the K-1 conv inputs [batch, K-1, E] and the state [batch, E, N]
-    before the first of these positions.
+    before the first of these positions; layers without one begin at zeros, as at the first position of a prompt.
     """
 
     layer: int
@@ -123,9 +123,19 @@ class _LayerPlan:
     observers: dict[Address, Observer] = field(default_factory=dict)
     reads: dict[Address, str] = field(default_factory=dict)
 
+    def _output_is_given(self, layer: int) -> bool:
+        """Whether the mixer's output is a tensor, and nothing inside the mixer is asked for: then it need not run."""
+        output = Address(layer, "out_proj", None)
+        inside = range(STAGES.index("in_proj"), STAGES.index("mixer_output"))
+        asked = {*self.edits, *self.observers, *self.reads}
+        return isinstance(self.edits.get(output, ("", None))[1], Tensor) and not any(
+            STAGES.index(SITES[address.site].stage) in inside for address in asked
+        )
+
     def walk(self, model, layer: int, saved: dict[str, Tensor], own_scan: bool) -> None:
         """Do all of it in the order the layer computes its values; an edit precedes a read of the same site."""
         open_pass = MixerPass(model, layer)
+        own_scan = own_scan and not self._output_is_given(layer)
         wanted = sorted({*self.edits, *self.observers, *self.reads}, key=lambda a: (a.index is not None, a.index or 0))
         for site in SITES:
             if own_scan and site == "delta_2":
@@ -185,10 +195,10 @@ def forward(
     n_layers, first, stream_in = config_of(model).num_hidden_layers, 0, None
     if start is not None:
         first, stream_in = start.layer, start.resid_pre
-        for i in range(first, n_layers):
-            for site, values in (("conv_start", start.conv_start), ("h_start", start.h_start)):
+        for site, values in (("conv_start", start.conv_start), ("h_start", start.h_start)):
+            for i, value in values.items():
                 name = f"blocks.{i}.hook_{site}"
-                edits[name] = values[i]
+                edits[name] = value
                 where[name] = Address(i, site, None)
     plans = {i: _LayerPlan() for i in range(first if own_scan else n_layers, n_layers)}
     for name, address in where.items():

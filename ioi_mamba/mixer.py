@@ -102,7 +102,11 @@ class MixerPass:
         """Write `value` at `site`; everything after it in the pass follows.
 
         Raises InputError for a wrong shape, a value that is not finite, or a site the pass has already used.
+        A mixer whose output is written before anything inside it was asked for is not run.
         """
+        if site == "out_proj" and self._stage < STAGES.index("in_proj"):
+            self._replace_mixer(value)
+            return
         self._reach(site)
         self._refuse_late(site)
         current = self._like(site)
@@ -112,6 +116,13 @@ class MixerPass:
             return
         self._values[site] = value
         self._written.add(site)
+
+    def _replace_mixer(self, value: Tensor) -> None:
+        value = fitted(f"blocks.{self._layer}.hook_out_proj", value, self.get("normalized_input"))
+        self.finish()
+        self._block.mixer.skip(value)
+        self._stage = STAGES.index("mixer_output")
+        self._values["out_proj"] = value
 
     def _like(self, site: str) -> Tensor:
         """A tensor of the site's shape and dtype: the value itself, or for y the scan's input, which costs no scan."""

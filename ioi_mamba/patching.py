@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .graph import Item, Masks, masks_of, universe_of
-from .interventions import Edit, Observer, forward
+from .interventions import Edit, Observer, Start, forward
 from .jobs import call, config_of, device_of
 from .portable import portable
 from .scan import selective_scan
@@ -42,6 +42,37 @@ class CorruptedRun:
     outputs: list[Tensor]
     sites: dict[str, Tensor]
     logits: Tensor  # [pair, vocab] at the last position
+
+
+@portable
+@dataclass(frozen=True)
+class PatchedRun:
+    """A run with one set of items patched, which other sets can go on from.
+
+    Where two sets agree on everything that enters or lies in the layers below some layer, so do their runs there.
+    outputs: per source node [pair, pos, D]. dropped: the layers that were not run, see `dropped_layers`.
+    """
+
+    masks: Masks
+    outputs: list[Tensor]
+    dropped: list[int]
+
+    def agrees_below(self, masks: Masks) -> int:
+        """The lowest layer into which, or in which, any of these sets patches other items; the last if none does."""
+        n_layers = masks.skip.shape[1]
+        edges, conv, ssm, skip = (mask != other for mask, other in zip(masks, self.masks, strict=True))
+        differs = edges.any(3).any(1)[:, :n_layers] | conv.flatten(2).any(2) | ssm.any(2) | skip.any(2)
+        layers = torch.nonzero(differs.any(0))[:, 0].tolist()
+        needed = set(self.dropped) - set(dropped_layers(masks))
+        return min([*layers, *needed, n_layers - 1])
+
+
+def dropped_layers(masks: Masks) -> list[int]:
+    """The layers all of whose edges to later nodes are patched, at all positions in all sets.
+
+    Whoever reads such a layer gets the corrupted run's output in place of its own, so the layer need not be run.
+    """
+    return [i for i in range(masks.skip.shape[1]) if bool((masks.edges[:, i + 1, i + 1 :] == 1).all())]
 
 
 def source_hooks(n_layers: int) -> list[str]:
@@ -80,24 +111,48 @@ def corrupted_run(model, pairs: Pairs, *, parts: bool) -> CorruptedRun:
 class Patch:
     """Edits and observers of one pass that carries out `masks` (see `graph.Masks`).
 
-    Rows of the pass are sets x pairs, sets first. detach: stop gradients through output_i in the sum.
+    Rows of the pass are sets x pairs, sets first. detach: stop gradients through output_i in the sum. known: outputs
+    [pair, pos, D] of the first source nodes, the same in all sets; the pass then begins at layer len(known) - 1.
+    dropped: layers that are not run, see `dropped_layers`; their output is the corrupted run's.
     After the pass `outputs` holds output_i and `sinks` input_j, both as this pass had them.
     """
 
-    def __init__(self, model, corrupted: CorruptedRun, masks: Masks, *, detach: bool = False):
+    def __init__(
+        self,
+        model,
+        corrupted: CorruptedRun,
+        masks: Masks,
+        *,
+        detach: bool = False,
+        known: Sequence[Tensor] = (),
+        dropped: Sequence[int] = (),
+    ):
         self.n_layers, self.conv_width = config_of(model).num_hidden_layers, config_of(model).conv_kernel
         self.corrupted, self.detach = corrupted, detach
-        self.masks = Masks(*(mask.to(device_of(model)) for mask in masks))
-        self.outputs: list[Tensor] = []
+        self.masks = Masks(*(mask.to(device_of(model), copy=True) for mask in masks))
+        self.outputs: list[Tensor] = list(known)
         self.sinks: dict[int, Tensor] = {}
         self._now: dict[str, Tensor] = {}
-        self.edits: dict[str, Edit] = {}
-        self.observe: dict[str, Observer] = dict.fromkeys(source_hooks(self.n_layers), self.outputs.append)
+        self._differences: list[Tensor] = []  # corrupted output_i - output_i, [set or 1, pair, pos, D]
+        self._n_known, self._dropped = len(known), dropped
+        # A reader of a dropped layer has nothing left to exchange.
+        for layer in dropped:
+            self.masks.edges[:, layer + 1] = 0
+
+    def hooks(self) -> tuple[dict[str, Edit], dict[str, Observer]]:
+        """The edits and the observers. Not kept here: they refer to this object, and its tensors must go with it."""
+        first, n_sets = max(0, self._n_known - 1), self.masks.edges.shape[0]
+        edits: dict[str, Edit] = {}
+        observe = dict.fromkeys(source_hooks(self.n_layers)[self._n_known :], self.outputs.append)
         for j, name in enumerate(sink_hooks(self.n_layers)):
-            if self.masks.edges[:, :, j].any():
-                self.edits[name] = self._sink(j)
-        for layer in range(self.n_layers):
-            self._parts(layer)
+            if j >= first and j not in self._dropped and self.masks.edges[:, :, j].any():
+                edits[name] = self._sink(j)
+        for layer in range(first, self.n_layers):
+            if layer in self._dropped:
+                edits[f"blocks.{layer}.hook_out_proj"] = self.corrupted.outputs[layer + 1].repeat(n_sets, 1, 1)
+            else:
+                self._parts(layer, edits, observe)
+        return edits, observe
 
     def _rows(self, mask: Tensor, value: Tensor) -> Tensor:
         """A mask [set, pos] against rows [set x pair, pos, width]."""
@@ -105,42 +160,65 @@ class Patch:
 
     def _toward(self, mask: Tensor, value: Tensor, target: Tensor) -> Tensor:
         """value + mask (target - value), target given once per pair."""
-        n_sets = mask.shape[0]
-        target = target.repeat(n_sets, *[1] * (target.ndim - 1)) if n_sets > 1 else target
-        return value + self._rows(mask, value) * (target - value)
+        sets = value.unflatten(0, (mask.shape[0], -1))
+        return torch.lerp(sets, target.expand_as(sets), mask[:, None, :, None].to(value.dtype)).flatten(0, 1)
+
+    def _difference(self, i: int) -> Tensor:
+        while len(self._differences) <= i:
+            k = len(self._differences)
+            output = self.outputs[k].detach() if self.detach else self.outputs[k]
+            output = output[None] if k < self._n_known else output.unflatten(0, (self.masks.edges.shape[0], -1))
+            self._differences.append(self.corrupted.outputs[k] - output)
+        return self._differences[i]
 
     def _sink(self, j: int) -> Edit:
-        mask = self.masks.edges[:, :, j]
+        mask = self.masks.edges[:, :, j, None, :, None]
+        patched = [i for i in range(j + 1) if mask[:, i].any()]
+        # What all sets add alike, from sources that are the same in all of them, is summed once.
+        alike = [i for i in patched if i < self._n_known and bool((mask[:, i] == mask[:1, i]).all())]
 
-        def patched(x: Tensor) -> Tensor:
-            n_sets = mask.shape[0]
-            for i in range(j + 1):
-                if mask[:, i].any():
-                    output = self.outputs[i].detach() if self.detach else self.outputs[i]
-                    difference = self.corrupted.outputs[i] - output.unflatten(0, (n_sets, -1))
-                    x = x + (mask[:, i, None, :, None] * difference).flatten(0, 1)
-            self.sinks[j] = x
+        def write(x: Tensor) -> Tensor:
+            x = x.unflatten(0, (mask.shape[0], -1))
+            if alike:
+                shared = mask[:1, alike[0]] * self._difference(alike[0])
+                for i in alike[1:]:
+                    shared = torch.addcmul(shared, mask[:1, i], self._difference(i))
+                x = x + shared
+            for i in patched:
+                if i not in alike:
+                    x = torch.addcmul(x, mask[:, i], self._difference(i))
+            self.sinks[j] = x = x.flatten(0, 1)
             return x
 
-        return patched
+        return write
 
-    def _parts(self, layer: int) -> None:
-        for tap in range(self.conv_width):
-            mask = self.masks.conv[:, layer, tap]
-            if mask.any():
-                name = slice_hook(layer, tap, self.conv_width)
-                target = self.corrupted.sites[name]
-                self.edits[name] = lambda x, mask=mask, target=target: self._toward(mask, x, target)
+    def _parts(self, layer: int, edits: dict[str, Edit], observe: dict[str, Observer]) -> None:
+        taps = [tap for tap in range(self.conv_width) if self.masks.conv[:, layer, tap].any()]
+        for tap in taps:
+            name = slice_hook(layer, tap, self.conv_width)
+            observe[name] = self._keep(name)
+        if taps:
+            edits[f"blocks.{layer}.hook_conv"] = lambda x, layer=layer, taps=taps: self._conv(layer, taps, x)
         name, mask = f"blocks.{layer}.hook_skip", self.masks.skip[:, layer]
         if mask.any():
-            self.edits[name] = lambda x, mask=mask, target=self.corrupted.sites[name]: self._toward(mask, x, target)
+            edits[name] = lambda x, mask=mask, target=self.corrupted.sites[name]: self._toward(mask, x, target)
         if self.masks.ssm[:, layer].any():
-            self.observe[f"blocks.{layer}.hook_A"] = self._keep(f"{layer}.A")
-            self.observe[f"blocks.{layer}.hook_C"] = self._keep(f"{layer}.C")
-            self.edits[f"blocks.{layer}.hook_y"] = lambda y, layer=layer: self._ssm(layer, y)
+            observe[f"blocks.{layer}.hook_A"] = self._keep(f"{layer}.A")
+            observe[f"blocks.{layer}.hook_C"] = self._keep(f"{layer}.C")
+            edits[f"blocks.{layer}.hook_y"] = lambda y, layer=layer: self._ssm(layer, y)
 
     def _keep(self, key: str) -> Observer:
         return lambda value: self._now.__setitem__(key, value)
+
+    def _conv(self, layer: int, taps: list[int], x: Tensor) -> Tensor:
+        """The convolution is the sum of its slices, so what changes in these is added to it."""
+        mask = self.masks.conv[:, layer, :, None, :, None]
+        for tap in taps:
+            name = slice_hook(layer, tap, self.conv_width)
+            sets = self._now[name].unflatten(0, (mask.shape[0], -1))
+            change = mask[:, tap] * (self.corrupted.sites[name] - sets)
+            x = x + change.flatten(0, 1)
+        return x
 
     def _ssm(self, layer: int, y: Tensor) -> Tensor:
         mask = self._rows(self.masks.ssm[:, layer], y)
@@ -164,17 +242,44 @@ def needs_parts(masks: Masks) -> bool:
 
 def patched_logits(model, pairs: Pairs, corrupted: CorruptedRun, masks: Masks, *, everywhere: bool = False) -> Tensor:
     """Logits [set, pair, vocab] at the last position, or with `everywhere` [set, pair, pos, vocab]."""
-    n_sets = masks.edges.shape[0]
-    patch = Patch(model, corrupted, masks)
-    last = None if everywhere else pairs.last.repeat(n_sets)
+    return _patched(model, pairs, masks, Patch(model, corrupted, masks), everywhere)
+
+
+def patched_run(
+    model, pairs: Pairs, corrupted: CorruptedRun, masks: Masks, before: PatchedRun | None = None
+) -> tuple[Tensor, PatchedRun]:
+    """Logits [set, pair, vocab] at the last position, and the run of the first set.
+
+    before: an earlier run of the same pairs: the pass starts at the first layer where a set differs from it, and runs
+    no layer that nobody reads. None: everything is run.
+    """
+    known = [] if before is None else before.outputs[: before.agrees_below(masks) + 1]
+    dropped = [] if before is None else dropped_layers(masks)
+    patch = Patch(model, corrupted, masks, known=known, dropped=dropped)
+    logits = _patched(model, pairs, masks, patch, False)
+    # Copies, so that the rows of the other sets are let go.
+    own = [output[: len(pairs)].clone() for output in patch.outputs[len(known) :]]
+    return logits, PatchedRun(Masks(*(mask[:1] for mask in masks)), [*known, *own], dropped)
+
+
+def _patched(model, pairs: Pairs, masks: Masks, patch: Patch, everywhere: bool) -> Tensor:
+    n_sets, first, start = masks.edges.shape[0], len(patch.outputs) - 1, None
+    if first > 0:
+        # The residual stream is the sum of all outputs below.
+        stream = patch.outputs[0]
+        for output in patch.outputs[1:]:
+            stream = stream + output
+        start = Start(first, stream.repeat(n_sets, 1, 1), {}, {})
+    edits, observe = patch.hooks()
     with torch.no_grad():
         logits = forward(
             model,
             pairs.clean.repeat(n_sets, 1),
-            patch.edits,
-            observe=patch.observe,
-            logits_at=last,
+            edits,
+            observe=observe,
+            logits_at=None if everywhere else pairs.last.repeat(n_sets),
             own_scan=True,
+            start=start,
         )["hook_logits"]
     return (logits if everywhere else logits[:, 0]).unflatten(0, (n_sets, -1))
 
