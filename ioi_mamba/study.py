@@ -33,6 +33,7 @@ from . import doctor, report
 from .errors import InputError, Submitted
 from .files import written_whole
 from .jobs import config_of, runs_here
+from .lock import only_run
 from .models import MINI
 from .probe import probe
 from .results import read_manifest
@@ -82,14 +83,20 @@ def run_study(
     those of the next seed, unless `pairs` is given. options: for every named experiment that takes them.
     model_id: how the manifest names the model. resume: keep a table that is whole and was made from the same
     weights, pairs, options and seed. Raises InputError before anything is written for an unknown name or
-    option, an `out_dir` that cannot be written or holds tables of another model, and pairs that do not fit
-    the model. An experiment that fails leaves the tables finished before it, and a report of them.
+    option, an `out_dir` that cannot be written, is in use by another run or holds tables of another model, and
+    pairs that do not fit the model; and later for a disk that is full. An experiment that fails leaves the tables
+    finished before it, and a report of them.
     With a model on a server, finished requests are kept in `out_dir/jobs` until their experiment is done. Raises
     ServerError for a server that fails, and Submitted where requests were handed over and not waited for.
     """
     out = Path(out_dir)
     check_out_dir(out)
     plans = _plan(model, names, pairs, n_pairs, seed, dict(options or {}))
+    with only_run(out):
+        return _run_plans(model, plans, out, seed, model_id, resume, progress)
+
+
+def _run_plans(model, plans: list[_Plan], out: Path, seed: int, model_id: str | None, resume: bool, progress: bool):
     found = probe(model)
     # A server that does not show its weights is taken at its word: one name, one model.
     weights = found["weights_sha256"] or hashlib.sha256(model.jobs.model_key.encode()).hexdigest()

@@ -126,10 +126,12 @@ def resample_sweep(
     site: a site name of one layer, with index for conv slices ("conv_slice.-1"). layers, positions: default all.
     resume: start each pass at its layer and position; False runs every row in full (slower, same values).
     A cell before a pair's first differing token, or after its last token, is the clean run itself (causality) and
-    is not computed. Raises InputError for an unknown site.
+    is not computed. Raises InputError for an unknown site, and for logits that are not finite, naming the pair.
     """
     layers, positions = _checked(model, pairs, site, layers, positions)
-    return call(model, _sweep, pairs, site, layers, positions, resume, progress=progress)
+    logits = call(model, _sweep, pairs, site, layers, positions, resume, progress=progress)
+    pairs.check_finite("logits", logits.movedim(-1, 0))
+    return logits
 
 
 def _checked(model, pairs: Pairs, site: str, layers, positions) -> tuple[list[int], list[int]]:
@@ -167,8 +169,7 @@ def swept_logit_diffs(
 def _logit_diffs(
     model, pairs: Pairs, site: str, layers, positions, resume: bool, *, progress: Progress | None = None
 ) -> dict[str, Tensor]:
-    patched = logit_diff(_sweep(model, pairs, site, layers, positions, resume, progress=progress))
-    diffs = {"patched": patched}
+    diffs: dict[str, Tensor] = {}
     rows = rows_per_pass(model, pairs.clean.shape[1])
     with torch.no_grad():
         for name, tokens in (("clean", pairs.clean), ("corrupted", pairs.corrupted)):
@@ -179,6 +180,10 @@ def _logit_diffs(
                 for part in torch.arange(len(pairs)).split(rows)
             ]
             diffs[name] = torch.cat(parts).cpu()
+            # Before the sweep, which would refuse to write the value of such a pair without knowing whose it is.
+            pairs.check_finite(f"logits of its {name} prompt", diffs[name])
+    diffs["patched"] = logit_diff(_sweep(model, pairs, site, layers, positions, resume, progress=progress))
+    pairs.check_finite("logits when patched", diffs["patched"])
     return diffs
 
 
