@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import sys
+from multiprocessing import forkserver
 
 import torch
 
@@ -22,6 +23,19 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
 
 
+def start_server():
+    """Start the process that all others are forked from, once; it has to find this module to import it beforehand."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
 class Command:
     """A run of the command line. dies: the number of the file at whose renaming it is killed, "before" or "after" it.
 
@@ -29,6 +43,7 @@ class Command:
     """
 
     def __init__(self, *arguments, dies=None, largest_file=None, set_up=None):
+        start_server()
         self._reader, writer = CONTEXT.Pipe(duplex=False)
         what = [list(map(str, arguments)), dies, largest_file, set_up]
         self.process = CONTEXT.Process(target=_run, args=(writer, *what))
