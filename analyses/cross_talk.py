@@ -377,9 +377,9 @@ class _Rows:
         answer, names = self.pairs.answer, self.pairs.candidates
         if names is None:
             names = torch.stack([answer, self.pairs.wrong], 1)
-        return torch.stack(
-            [metrics.accuracy(logits, answer, names), metrics.relative_probability(logits, answer, names)]
-        )
+        probability = metrics.relative_probability(logits, answer, names)
+        self.pairs.check_finite("probabilities", probability)
+        return torch.stack([metrics.accuracy(logits, answer, names), probability])
 
     def _candidate(self, layer: int) -> Tensor:
         """Logits [row, vocab] at the last position with `layer` given back too."""

@@ -248,6 +248,7 @@ def _scores(
         logits = logits.reshape(len(removed), len(part), -1).float().cpu()
         accuracy.append(metrics.accuracy(logits, pairs.answer[part], candidates[part]))
         probability.append(metrics.relative_probability(logits, pairs.answer[part], candidates[part]))
+    pairs.check_finite("probabilities", torch.cat(probability, 1))
     columns = torch.cat(accuracy, 1).double().mean(1), torch.cat(probability, 1).double().mean(1)
     return list(zip(columns[0].tolist(), columns[1].tolist(), strict=True))
 

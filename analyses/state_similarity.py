@@ -82,6 +82,10 @@ def run(
     similarities = call(model, _similarities, [tokens for _, tokens, _ in prompts], layer, progress=progress)
     tables = []
     for (text, tokens, after), matrices in zip(prompts, similarities, strict=True):
+        if not bool(torch.isfinite(matrices).all()):
+            raise InputError(
+                f"The states of the prompt {text[:200]!r} are not finite: look at the dtype, or leave it out."
+            )
         labels = [model.tokenizer.decode([token]) for token in tokens.tolist()]
         for measure, matrix in zip(MEASURES, matrices, strict=True):
             row, column = torch.meshgrid(*[torch.arange(len(tokens))] * 2, indexing="ij")

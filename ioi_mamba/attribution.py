@@ -44,7 +44,7 @@ from .patching import (
     slice_hook,
 )
 from .portable import portable
-from .sweep import Progress
+from .sweep import Progress, pair_named
 from .tasks.base import Pairs
 
 METHODS = ("eap", "eap-ig", "exact")
@@ -285,7 +285,8 @@ def attributions(
         same_last = bool((pairs.clean[rows, pairs.last] == pairs.corrupted[rows, pairs.last]).all())
         alphas = alphas[:-1] if variant == "paper" and same_last else alphas
     options = (alphas, steps, variant, parts, positions, per_pair, pairs_per_pass)
-    scores = call(model, _scores, pairs.without_text(), *options, progress=progress)
+    with pair_named(model, pairs):
+        scores = call(model, _scores, pairs.without_text(), *options, progress=progress)
     return kinds, _stacked(scores, universe)
 
 

@@ -97,7 +97,10 @@ class Evaluator:
         self._ends: Tensor | None = None
 
     def scores(self, patched: Sequence[Sequence[Item]], progress: Progress | None = None) -> dict[str, Tensor]:
-        """Per-pair scores [set, pair] of SCORES with each set of items patched."""
+        """Per-pair scores [set, pair] of SCORES with each set of items patched.
+
+        Raises InputError for scores that are not finite, naming the pair.
+        """
         masks = masks_of([list(items) for items in patched], self.universe, self.pairs.clean.shape[1])
         pairs = self.pairs.without_text()
         options = (self.universe.parts, self.rows, self._memory, self.resume)
@@ -171,12 +174,15 @@ def _scores(
             logits, last_run = patched_run(model, chunk, corrupted, nothing)
             values = (corrupted, logits[0].float(), last_run)
         corrupted, clean, last_run = values
+        for name, logits in zip(ENDS, (clean, corrupted.logits), strict=True):
+            chunk.check_finite(f"logits of its {name} prompt", logits.sum(-1), first)
         step = max(1, rows // len(chunk))
         of_sets: dict[str, list[Tensor]] = {name: [] for name in SCORES}
         for begin in range(0, n_sets, step):
             group = Masks(*(mask[begin : begin + step] for mask in masks))
             logits, last_run = patched_run(model, chunk, corrupted, group, last_run if resume else None)
             for name, score in _score(chunk, logits.float(), clean, corrupted.logits.float()).items():
+                chunk.check_finite(f"a {name} when patched", score, first)
                 of_sets[name].append(score.cpu())
             if progress:
                 progress(first * n_sets + min(begin + step, n_sets) * len(chunk), len(pairs) * n_sets)

@@ -71,8 +71,15 @@ def check_tokens(model, tokens: Tensor) -> Tensor:
 
 
 def _addresses(model, names: Iterable[str], n_positions: int) -> dict[str, Address]:
-    config = config_of(model)
-    return {n: parse(n, config.num_hidden_layers, n_positions, config.conv_kernel) for n in names}
+    """The address of each name. Raises InputError for two names of one value, of which only one could take effect."""
+    config, where = config_of(model), {}
+    for name in dict.fromkeys(names):
+        address = parse(name, config.num_hidden_layers, n_positions, config.conv_kernel)
+        other = next((known for known, place in where.items() if place == address), None)
+        if other is not None:
+            raise InputError(f"{other!r} and {name!r} are the same value: give it once.")
+        where[name] = address
+    return where
 
 
 def _apply(edit: Edit, current: Callable[[], Tensor], name: str) -> Tensor:
@@ -198,6 +205,8 @@ def forward(
         for site, values in (("conv_start", start.conv_start), ("h_start", start.h_start)):
             for i, value in values.items():
                 name = f"blocks.{i}.hook_{site}"
+                if name in edits:
+                    raise InputError(f"{name!r} is where this pass starts from: put the value into `start`.")
                 edits[name] = value
                 where[name] = Address(i, site, None)
     plans = {i: _LayerPlan() for i in range(first if own_scan else n_layers, n_layers)}

@@ -144,7 +144,11 @@ class MixerPass:
     def finish(self) -> None:
         """Hand what was written in the current stage back to the model."""
         if self._stage >= 0:
-            self._leave()
+            try:
+                self._leave()
+            except Exception as error:
+                self._name_if_passed(min(self._written), error)
+                raise
             self._written.clear()
 
     # -- walking the stages -------------------------------------------------------------------------------------
@@ -155,7 +159,20 @@ class MixerPass:
             self.finish()
             self._raw, self._ran = {}, False
             self._stage = wanted
-            self._enter()
+            try:
+                self._enter()
+            except Exception as error:
+                self._name_if_passed(site, error)
+                raise
+
+    def _name_if_passed(self, site: str, error: Exception) -> None:
+        """Where nnsight says that the model has run past a place: InputError that names site and layer."""
+        # Told by its name: a server's sandbox has nnsight's errors, but not the class that we would import.
+        if type(error).__name__ == "OutOfOrderError":
+            raise InputError(
+                f"blocks.{self._layer}.hook_{site} can be neither read nor written any more: the model has run past "
+                "it; open the layers of a trace in their order, each once, and before anything later is used."
+            ) from error
 
     def _refuse_late(self, site: str) -> None:
         base = _base(site)

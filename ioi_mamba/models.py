@@ -142,7 +142,9 @@ def _weights(path: str, name: str, original, device: str | None, dtype: str):
     from safetensors import SafetensorError
 
     try:
-        weights = checkpoints.load_weights(path, original, getattr(torch, dtype))
+        # transformers draws first weights before it reads those of the file; the user's generator is not ours to turn.
+        with torch.random.fork_rng(devices=[]):
+            weights = checkpoints.load_weights(path, original, getattr(torch, dtype))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"The weights of {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
     try:

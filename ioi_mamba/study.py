@@ -35,6 +35,7 @@ from .baseline import clean_accuracies
 from .errors import InputError, Submitted
 from .files import written_whole
 from .jobs import config_of, runs_here
+from .lock import only_run
 from .models import MINI
 from .probe import probe
 from .results import read_manifest
@@ -87,9 +88,9 @@ def run_study(
     those of the next seed, unless `pairs` is given. options: for every named experiment that takes them.
     model_id: how the manifest names the model. resume: keep a table that is whole and was made from the same
     weights, pairs, options and seed. Raises InputError before anything is written for an unknown name or
-    option, an `out_dir` that cannot be written or holds tables of another model or task, pairs that do not fit the
-    model, and an experiment on names with pairs that have none. An experiment that fails leaves the tables finished
-    before it, and a report of them.
+    option, an `out_dir` that cannot be written, is in use by another run or holds tables of another model or task,
+    pairs that do not fit the model, and an experiment on names with pairs that have none; and later for a disk that is
+    full. An experiment that fails leaves the tables finished before it, and a report of them.
     With a model on a server, finished requests are kept in `out_dir/jobs` until their experiment is done. Raises
     ServerError for a server that fails, and Submitted where requests were handed over and not waited for.
     """
@@ -97,13 +98,20 @@ def run_study(
     check_out_dir(out)
     chosen = tasks.load(task)
     plans = _plan(model, names, chosen, pairs, n_pairs, seed, dict(options or {}))
+    with only_run(out):
+        return _run_plans(model, plans, out, task, seed, model_id, resume, progress)
+
+
+def _run_plans(
+    model, plans: list[_Plan], out: Path, task: str, seed: int, model_id: str | None, resume: bool, progress: bool
+) -> Path:
     found = probe(model)
     # A server that does not show its weights is taken at its word: one name, one model.
     weights = found["weights_sha256"] or hashlib.sha256(model.jobs.model_key.encode()).hexdigest()
     _refuse_other_run(out, weights, task)
     about = describe_model(model, model_id) | {"weights_sha256": weights}
     # Asked for by the first experiment that is not finished yet, and then for all of them at once.
-    clean = cache(lambda: _clean_scores(model, chosen, plans))
+    clean = cache(lambda: _clean_scores(model, tasks.load(task), plans))
     run = _Run(model, out, about, found, task, clean, seed, resume, progress)
     if not resume and not runs_here(model):
         model.jobs.forget(out / "jobs")

@@ -11,7 +11,8 @@ The states are rolled forward with the sweep, one token at a time (`Roll`), so n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,6 +99,26 @@ def last_logits(model, tokens: Tensor, last: Tensor) -> Tensor:
     return forward(model, tokens, logits_at=last, own_scan=True)["hook_logits"]
 
 
+@contextmanager
+def pair_named(model, pairs: Pairs) -> Iterator[None]:
+    """Where the block refuses a value that is not finite, the InputError is one that names the pair it came from."""
+    try:
+        yield
+    except InputError:
+        # Asked only now, since it takes two passes.
+        for name in ("clean", "corrupted"):
+            logits = call(model, _plain_logits, getattr(pairs, name), pairs.last)
+            pairs.check_finite(f"logits of its {name} prompt", logits.movedim(0, -1))
+        raise
+
+
+def _plain_logits(model, tokens: Tensor, last: Tensor, *, progress: Progress | None = None) -> Tensor:
+    rows = rows_per_pass(model, tokens.shape[1])
+    parts = zip(tokens.split(rows), last.split(rows), strict=True)
+    with torch.no_grad():
+        return torch.cat([last_logits(model, *part)[:, 0].cpu() for part in parts])
+
+
 def rows_per_pass(model, n_positions: int, budget_mib: int = 256) -> int:
     """How many rows keep one layer's largest activations within `budget_mib` MiB."""
     config = config_of(model)
@@ -126,10 +147,13 @@ def resample_sweep(
     site: a site name of one layer, with index for conv slices ("conv_slice.-1"). layers, positions: default all.
     resume: start each pass at its layer and position; False runs every row in full (slower, same values).
     A cell before a pair's first differing token, or after its last token, is the clean run itself (causality) and
-    is not computed. Raises InputError for an unknown site.
+    is not computed. Raises InputError for an unknown site, and for logits that are not finite, naming the pair.
     """
     layers, positions = _checked(model, pairs, site, layers, positions)
-    return call(model, _sweep, pairs, site, layers, positions, resume, progress=progress)
+    with pair_named(model, pairs):
+        logits = call(model, _sweep, pairs, site, layers, positions, resume, progress=progress)
+    pairs.check_finite("logits", logits.movedim(-1, 0))
+    return logits
 
 
 def _checked(model, pairs: Pairs, site: str, layers, positions) -> tuple[list[int], list[int]]:
@@ -167,8 +191,7 @@ def swept_logit_diffs(
 def _logit_diffs(
     model, pairs: Pairs, site: str, layers, positions, resume: bool, *, progress: Progress | None = None
 ) -> dict[str, Tensor]:
-    patched = logit_diff(_sweep(model, pairs, site, layers, positions, resume, progress=progress))
-    diffs = {"patched": patched}
+    diffs: dict[str, Tensor] = {}
     rows = rows_per_pass(model, pairs.clean.shape[1])
     with torch.no_grad():
         for name, tokens in (("clean", pairs.clean), ("corrupted", pairs.corrupted)):
@@ -179,6 +202,10 @@ def _logit_diffs(
                 for part in torch.arange(len(pairs)).split(rows)
             ]
             diffs[name] = torch.cat(parts).cpu()
+            # Before the sweep, which would refuse to write the value of such a pair without knowing whose it is.
+            pairs.check_finite(f"logits of its {name} prompt", diffs[name])
+    diffs["patched"] = logit_diff(_sweep(model, pairs, site, layers, positions, resume, progress=progress))
+    pairs.check_finite("logits when patched", diffs["patched"])
     return diffs
 
 

@@ -19,6 +19,12 @@ torch.set_num_threads(1)  # models so small that a second thread only waits
 VOCAB = 40
 
 
+@pytest.fixture
+def tried(record_property):
+    """A function tried(what, number) with which a test tells `reliability.py` what it went through."""
+    return lambda what, number: record_property("tried", [what, number])
+
+
 @pytest.fixture(scope="session")
 def tiny_mamba_dir(tmp_path_factory):
     """A directory with a random Mamba of 4 layers, all sizes different; its prompts are token ids."""

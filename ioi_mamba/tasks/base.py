@@ -251,6 +251,20 @@ class Pairs:
                     "make the pairs with the model's own tokenizer."
                 )
 
+    def check_finite(self, what: str, values: Tensor, first: int = 0) -> None:
+        """Raise InputError, naming the pair and its prompt, unless all values [..., pair] of `what` are finite.
+
+        first: the number of the first of these pairs among those that the user gave.
+        """
+        bad = ~torch.isfinite(values).reshape(-1, len(self)).all(0)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            prompt = self.clean[row].tolist() if self.texts is None else self.texts[row][0]
+            raise InputError(
+                f"Pair {first + row} gives {what} that are not finite ({str(prompt)[:200]}); look at its prompts and "
+                "at the dtype, or leave it out."
+            )
+
     def hash(self) -> str:
         """SHA-256, in hex, of all tensors with their names and shapes; the same on any device."""
         digest = hashlib.sha256()

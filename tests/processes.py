@@ -1,0 +1,112 @@
+"""The command line in processes of its own, which can be killed, and which need not import torch anew each time."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+from multiprocessing import forkserver
+
+import torch
+
+import analyses
+from ioi_mamba import cli, files, report, study
+
+for _name in analyses.ORDER:
+    analyses.load(_name)
+import nnsight  # noqa: E402, F401
+import transformers.models.mamba.modeling_mamba  # noqa: E402, F401
+
+report._bundle()  # kept, so that no forked process makes the chart library's script anew
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload([__name__])
+
+
+def start_server():
+    """Start the process that all others are forked from, once; it has to find this module to import it beforehand."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+class Command:
+    """A run of the command line. dies: the number of the file at whose renaming it is killed, "before" or "after" it.
+
+    largest_file: bytes, a file that would grow larger cannot be written. `printed` is there once it has ended.
+    """
+
+    def __init__(self, *arguments, dies=None, largest_file=None, set_up=None):
+        start_server()
+        self._reader, writer = CONTEXT.Pipe(duplex=False)
+        what = [list(map(str, arguments)), dies, largest_file, set_up]
+        self.process = CONTEXT.Process(target=_run, args=(writer, *what))
+        self.process.start()
+        writer.close()
+
+    def end(self, within=120):
+        """The exit code, negative for a signal."""
+        said = []
+        while chunk := os.read(self._reader.fileno(), 1 << 16):
+            said.append(chunk)
+        self.process.join(within)
+        self.printed = b"".join(said).decode()
+        return self.process.exitcode
+
+    def signal(self, number):
+        os.kill(self.process.pid, number)
+
+
+def _run(writer, arguments, dies, largest_file, set_up):
+    for stream in (1, 2):
+        os.dup2(writer.fileno(), stream)
+    writer.close()
+    torch.set_num_threads(1)
+    if dies is not None:
+        _die_at(*dies)
+    if set_up is not None:
+        set_up()
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    code = cli.main(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _die_at(number, when):
+    replace, seen = os.replace, []
+
+    def dying(source, target):
+        seen.append(target)
+        if len(seen) == number and when == "before":
+            os.truncate(source, os.path.getsize(source) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+        if len(seen) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    files.os.replace = dying
+
+
+def clock_runs_backwards():
+    """Every look at the clock is a day before the last one."""
+    import time
+    from datetime import datetime, timedelta
+
+    looks, genuine = [], time.time
+
+    class Backwards(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            looks.append(1)
+            return datetime.now(tz) - timedelta(days=len(looks))
+
+    study.datetime = Backwards
+    time.time = lambda: genuine() - 86400 * len(looks)

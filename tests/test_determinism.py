@@ -1,0 +1,112 @@
+"""The same inputs give the same tables, and nothing of the user's own process is changed."""
+
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import processes
+import torch
+
+import ioi_mamba as im
+from analyses import edge_attribution, layer_ablation, layer_removal, name_steering
+from ioi_mamba.study import run_study
+from ioi_mamba.tasks.base import Pairs
+
+DOCUMENTED = {"USE_HUB_KERNELS", "TORCHINDUCTOR_CACHE_DIR"}  # ours, as `models.open_model` says; and torch's own
+NAMES = ["layer-removal", "layer-ablation", "edge-attribution"]
+ACROSS_THREADS = 1e-4  # stated in docs/reliability.md: what a second thread may change, of effects near 1
+
+
+def pairs(n=3):
+    tokens = torch.arange(1, 1 + 5 * n).reshape(n, 5)
+    answer = torch.arange(n) + 20
+    return Pairs(clean=tokens, corrupted=tokens.flip(1), answer=answer, wrong=answer + 7)
+
+
+def test_two_processes_write_the_same_bytes(tiny_mamba_dir, tmp_path, tried):
+    prompts = tmp_path / "pairs.jsonl"
+    prompts.write_text(
+        '{"uncorrupted": "7 9 11 5", "corrupted": "8 9 11 5", "answer_uncorrupted": " 7", "answer_corrupted": " 8", '
+        '"incorrect_for_uncorrupted": [" 8"], "incorrect_for_corrupted": [" 7"], "corruption": "A -> B"}\n'
+    )
+    flags = ["--model", tiny_mamba_dir, "--pairs", prompts, "--device", "cpu"]
+    for out in "ab":
+        command = processes.Command("run", *NAMES[:2], *flags, "--out", tmp_path / out)
+        assert command.end() == 0, command.printed
+    for name in NAMES[:2]:
+        assert (tmp_path / f"a/{name}.parquet").read_bytes() == (tmp_path / f"b/{name}.parquet").read_bytes()
+    tried("the same table from two processes, byte for byte", 2)
+
+
+def test_a_run_repeated_in_one_process_writes_the_same_bytes(tiny_mamba, tmp_path, tried):
+    for out in "ab":
+        run_study(tiny_mamba, NAMES[:2], tmp_path / out, pairs=pairs(), progress=False)
+    for name in NAMES[:2]:
+        assert (tmp_path / f"a/{name}.parquet").read_bytes() == (tmp_path / f"b/{name}.parquet").read_bytes()
+    tried("the same table twice from one process, byte for byte", 2)
+
+
+def test_a_second_thread_changes_tables_within_the_stated_tolerance(tiny_mamba, tried):
+    tables = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            tables.append((layer_ablation.run(tiny_mamba, pairs()), layer_removal.run(tiny_mamba, pairs(), steps=1)))
+    finally:
+        torch.set_num_threads(1)
+    for one, two in zip(*tables, strict=True):
+        pd.testing.assert_frame_equal(one, two, atol=ACROSS_THREADS, rtol=ACROSS_THREADS)
+    tried("one thread and two, within the tolerance", 2)
+
+
+def test_running_touches_no_global_generator_variable_or_default(tiny_mamba_dir, tmp_path, tried):
+    def now():
+        return {
+            "torch": torch.get_rng_state().tolist(),
+            "random": random.getstate(),
+            "numpy": str(np.random.get_state()),  # noqa: NPY002  the global one is what is watched
+            "environment": {
+                key: value for key, value in os.environ.items() if key not in DOCUMENTED | {"PYTEST_CURRENT_TEST"}
+            },
+            "dtype": torch.get_default_dtype(),
+            "device": torch.get_default_device(),
+            "gradients": torch.is_grad_enabled(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "threads": torch.get_num_threads(),
+            "directory": os.getcwd(),
+        }
+
+    before = now()
+    model = im.open_model(str(tiny_mamba_dir), device="cpu")
+    assert before == now()
+    run_study(model, NAMES[:2], tmp_path, pairs=pairs(), progress=False)
+    im.attribute(model, pairs(), parts=True, steps=2)
+    im.run(model, pairs().clean, {"blocks.1.hook_B_bar": lambda x: x * 0})
+    mini = im.open_model("mini", device="cpu")
+    for module in (name_steering, edge_attribution):
+        module.default_pairs(mini.tokenizer, 2, 27)
+    assert before == now()
+    tried("global state after opening, running and drawing", 10)
+
+
+def test_importing_changes_no_variable_generator_or_default(tried):
+    code = (
+        "import os, random, torch, numpy as np, transformers, nnsight, pandas\n"
+        "now = lambda: (dict(os.environ), random.getstate(), torch.get_rng_state().tolist(), str(np.random.get_state()),"
+        " torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads())\n"
+        "before = now()\n"
+        "import ioi_mamba, analyses, ioi_mamba.cli, ioi_mamba.study, ioi_mamba.report\n"
+        "[analyses.load(name) for name in analyses.available()]\n"
+        "assert now() == before\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    tried("global state after importing", 8)

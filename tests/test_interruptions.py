@@ -1,0 +1,217 @@
+"""Runs that are killed, interrupted, starved of disk or begun twice: nothing is lost, nothing done twice."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pandas as pd
+import processes
+import pytest
+
+from ioi_mamba import cli, lock
+from ioi_mamba.errors import InputError
+from ioi_mamba.results import read_manifest
+
+NAMES = ("layer-ablation", "layer-removal", "conv-shift")
+FILES = [f"{name}{suffix}" for name in NAMES for suffix in (".parquet", ".json")] + ["index.html"]
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_mamba_dir, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [([9, 11, 5, 6], 7, 8), ([9, 12, 4, 6], 3, 2), ([10, 11, 3, 6], 5, 1)]
+    with path.open("w") as file:
+        for tokens, answer, wrong in rows:
+            pair = {
+                "uncorrupted": " ".join(map(str, [answer, *tokens])),
+                "corrupted": " ".join(map(str, [wrong, *tokens])),
+                "answer_uncorrupted": f" {answer}",
+                "answer_corrupted": f" {wrong}",
+                "incorrect_for_uncorrupted": [f" {wrong}"],
+                "incorrect_for_corrupted": [f" {answer}"],
+                "corruption": "A -> B",
+            }
+            file.write(json.dumps(pair) + "\n")
+    return ["run", *NAMES, "--model", str(tiny_mamba_dir), "--pairs", str(path), "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(arguments, tmp_path_factory):
+    """Table bytes by name of a run that nothing disturbed, and how long it took."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    processes.Command(*arguments, "--out", out).end()  # the first one starts the server that the others fork from
+    began = time.monotonic()
+    command = processes.Command(*arguments, "--out", out)
+    assert command.end() == 0, command.printed
+    seconds = time.monotonic() - began
+    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
+    return {name: (out / f"{name}.parquet").read_bytes() for name in NAMES}, seconds
+
+
+def finished(out, tables):
+    """Manifests by name of what a later run may keep; a manifest vouches for a table that is whole and right."""
+    found = {name: manifest for name in NAMES if (manifest := read_manifest(out / f"{name}.json")) is not None}
+    for name in found:
+        assert (out / f"{name}.parquet").read_bytes() == tables[name]
+    if (out / "index.html").exists():
+        assert (out / "index.html").read_text().rstrip().endswith("</html>")
+    return found
+
+
+def resumed(arguments, out, tables, kept):
+    """Take the run up again, and see that it is the undisturbed one and that what was kept was not computed anew."""
+    command = processes.Command(*arguments, "--out", out, "--resume")
+    assert command.end() == 0, command.printed
+    now = finished(out, tables)
+    assert set(now) == set(NAMES)
+    assert all(now[name] == kept[name] for name in kept)
+    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_runs_killed_at_any_moment_end_as_if_they_had_not_been(kills, arguments, undisturbed, tmp_path, tried):
+    tables, seconds = undisturbed
+    rng, number, left = random.Random(kills), 0, kills
+    kept = {}
+    while left:
+        out = tmp_path / str(number)
+        command = processes.Command(*arguments, "--out", out, "--resume")
+        time.sleep(rng.uniform(0, seconds))
+        command.signal(signal.SIGKILL)
+        if command.end() == -signal.SIGKILL:
+            left -= 1
+        now = finished(out, tables) if out.exists() else {}
+        assert all(now[name] == kept[name] for name in kept)
+        kept = now
+        if len(kept) == len(NAMES) or not left:
+            resumed(arguments, out, tables, kept)
+            number, kept = number + 1, {}
+    tried("kill -9 at a random moment", kills)
+
+
+AT = [(k, when) for k in range(1, len(FILES) + 1) for when in ("before", "after")]
+
+
+@pytest.mark.parametrize("dies", [AT[1], AT[2], *(pytest.param(a, marks=pytest.mark.slow) for a in [AT[0], *AT[3:]])])
+def test_a_run_killed_as_it_names_a_file_reads_no_half_file_as_whole(dies, arguments, undisturbed, tmp_path, tried):
+    tables, _ = undisturbed
+    assert processes.Command(*arguments, "--out", tmp_path, dies=dies).end() == -signal.SIGKILL
+    kept = finished(tmp_path, tables)
+    assert len(kept) == (dies[0] - (dies[1] == "before")) // 2
+    resumed(arguments, tmp_path, tables, kept)
+    tried("kill -9 before or after the renaming of a file, the file cut in half before", 1)
+
+
+def until(found, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_ctrl_c_is_130_and_the_run_can_be_taken_up(arguments, undisturbed, tmp_path, tried):
+    out = tmp_path / "out"
+    command = processes.Command(*arguments, "--out", out)
+    until(lambda: (out / "layer-ablation.json").exists())
+    command.signal(signal.SIGINT)
+    assert command.end() == 130
+    assert "interrupted; finished tables are kept" in command.printed.splitlines()[-1]
+    assert not [path for path in out.iterdir() if path.name not in FILES]
+    resumed(arguments, out, undisturbed[0], finished(out, undisturbed[0]))
+    tried("Ctrl-C", 1)
+
+
+def test_a_second_run_into_the_same_directory_is_refused_by_its_owner_and_age(
+    arguments, undisturbed, tmp_path, capsys, tried
+):
+    out = tmp_path / "out"
+    first = processes.Command(*arguments, "--out", out)
+    until(lambda: (out / lock.NAME).exists() and (out / lock.NAME).read_bytes())
+    first.signal(signal.SIGSTOP)
+    try:
+        held = {path.name: path.read_bytes() for path in out.iterdir()}
+        assert cli.main([*arguments, "--out", str(out)]) == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"in use by process {first.process.pid} on {lock.platform.node()}, for" in said
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == held
+    finally:
+        first.signal(signal.SIGCONT)
+    assert first.end() == 0, first.printed
+    assert finished(out, undisturbed[0]).keys() == set(NAMES)
+    tried("a second run into the same directory", 1)
+
+
+def test_the_lock_of_a_process_that_is_gone_is_taken_over(arguments, undisturbed, tmp_path, tried):
+    (tmp_path / lock.NAME).write_text(json.dumps({"pid": os.getpid(), "host": "here", "since": "2020-01-01T00:00:00"}))
+    (tmp_path / ".layer-removal.parquet.abc.part").write_text("half a tab")
+    resumed(arguments, tmp_path, undisturbed[0], {})
+    tried("a lock and half a file left by a killed run", 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (json.dumps({"pid": 5, "host": "there", "since": "2999-01-01T00:00:00+00:00"}), "process 5 on there, for 0 s"),
+        (json.dumps({"pid": 5, "host": "there", "since": "1999-01-01T00:00:00+00:00"}), "process 5 on there, for 8"),
+        ("", "a run that has just begun"),
+        ("[]", "a run that has just begun"),
+        ('{"pid": 5, "host": "there", "since": "2020-01-01"}', "a run that has just begun"),
+    ],
+    ids=["the clock was set back", "set forward", "nothing written yet", "foreign", "no time zone"],
+)
+def test_whatever_the_lock_file_tells_the_lock_holds(text, says, tmp_path):
+    with lock.only_run(tmp_path):
+        (tmp_path / lock.NAME).write_text(text)
+        with pytest.raises(InputError, match=f"is in use by {says}"), lock.only_run(tmp_path):
+            pass
+    with lock.only_run(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_made_for_nothing_is_removed_again(tmp_path):
+    with lock.only_run(tmp_path / "a/b"):
+        assert (tmp_path / "a/b").is_dir()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(lock.fcntl, "flock", no_locks)
+    with pytest.warns(UserWarning, match="keeps no locks"), lock.only_run(tmp_path):
+        pass
+
+
+def test_a_clock_that_runs_backwards_changes_no_table(arguments, undisturbed, tmp_path, tried):
+    command = processes.Command(*arguments, "--out", tmp_path, set_up=processes.clock_runs_backwards)
+    assert command.end() == 0, command.printed
+    kept = finished(tmp_path, undisturbed[0])
+    created = [kept[name]["created"] for name in NAMES]
+    assert created == sorted(created, reverse=True)
+    resumed(arguments, tmp_path, undisturbed[0], kept)
+    tried("a clock that goes back a day at each look", 1)
+
+
+@pytest.mark.parametrize(
+    "bytes_left", [0, 3000, 60000, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 100, 1000, 300_000))]
+)
+def test_a_full_disk_is_one_sentence_and_leaves_whole_files_only(bytes_left, arguments, undisturbed, tmp_path, tried):
+    out = tmp_path / "out"
+    command = processes.Command(*arguments, "--out", out, largest_file=bytes_left)
+    assert command.end() == 2
+    said = command.printed.strip().splitlines()[-1]
+    assert said.startswith("ioi-mamba: ")
+    assert "cannot be written (File too large): make room" in said
+    assert "Traceback" not in command.printed
+    kept = {}
+    if out.exists():
+        kept = finished(out, undisturbed[0])
+        assert not [path for path in out.iterdir() if path.name not in FILES]
+        for path in out.glob("*.parquet"):
+            pd.read_parquet(path)
+    resumed(arguments, out, undisturbed[0], kept)
+    tried("a disk that is full (no file may grow beyond a limit)", 1)
