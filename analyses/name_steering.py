@@ -35,7 +35,8 @@ from ioi_mamba.steering import (
     read_up_to,
     steering_edit,
 )
-from ioi_mamba.sweep import Roll, rows_per_pass
+from ioi_mamba.memory import rows_per_pass
+from ioi_mamba.sweep import Roll
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import ABSENT, Pairs
 
