@@ -24,6 +24,7 @@ from ioi_mamba import charts
 from ioi_mamba.errors import InputError
 from ioi_mamba.interventions import forward
 from ioi_mamba.jobs import call, device_of
+from ioi_mamba.memory import rows_per_pass
 from ioi_mamba.metrics import wilson_interval
 from ioi_mamba.steering import (
     METHODS,
@@ -35,7 +36,7 @@ from ioi_mamba.steering import (
     read_up_to,
     steering_edit,
 )
-from ioi_mamba.sweep import Roll, rows_per_pass
+from ioi_mamba.sweep import Roll
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import ABSENT, Pairs
 

@@ -93,7 +93,9 @@ class Bench:
 
     def sweep(self):
         def run(pairs, tick=None) -> float:
-            return resample_sweep(self.model, pairs, "layer_input", resume=self.resume, progress=tick)[..., 0].numel() / len(pairs)
+            return resample_sweep(self.model, pairs, "layer_input", resume=self.resume, progress=tick)[
+                ..., 0
+            ].numel() / len(pairs)
 
         def warm():
             resample_sweep(self.model, self.pairs, "layer_input", positions=[shapes.POSITIONS - 2])
@@ -178,7 +180,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Costs in plain forwards.")
     parser.add_argument("shape", nargs="*", default=list(DEFAULT), help=f"of {', '.join((*DEFAULT, 'mamba-370m'))}")
     parser.add_argument("--large", action="store_true", help="mamba-370m shape too")
-    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="measurements with TEXT in the name")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="TEXT", help="measurements with TEXT in the name"
+    )
     parser.add_argument("--seconds", type=float, default=20, help="about how long each is repeated (default: 20)")
     parser.add_argument("--no-write", action="store_true", help="leave RESULTS.md as it is")
     parser.add_argument("--no-resume-points", action="store_true", help="sweeps and edge tests the plain way")

@@ -2,6 +2,7 @@
 
 Processor time of one thread is wall time on an idle machine, and steadier than it on a busy one.
 """
+
 from __future__ import annotations
 
 import ctypes

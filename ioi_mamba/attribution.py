@@ -34,6 +34,7 @@ from .evaluator import Evaluator
 from .graph import Item, Masks, Universe, conv_parts, universe_of
 from .interventions import forward
 from .jobs import call, config_of, device_of
+from .memory import rows_per_pass
 from .metrics import logit_diff, normalized_logit_diff
 from .patching import (
     CorruptedRun,
@@ -215,7 +216,7 @@ def attribute(
     positions: bool = False,
     parts: bool = False,
     per_pair: bool = False,
-    pairs_per_pass: int = 64,
+    pairs_per_pass: int | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Attribution of every edge (and part): columns source, target, position, part, score (and pair).
@@ -223,6 +224,7 @@ def attribute(
     method: "eap", the gradient at the clean point; "eap-ig", the mean over `steps` points of the path; or "exact",
     which needs no gradients: each item is patched alone, at many times the cost. variant: see the module's table. positions: one score a position, else summed (position is null). parts: score conv
     slices, ssm and skip too; an edge has a null part. per_pair: one row a pair instead of the mean over pairs.
+    pairs_per_pass: default what fits into 1 GiB, on an accelerator 8 GiB.
     Score: normalized logit diff per unit of patching; negative = patching lowers the metric.
     Raises InputError for an unknown method or variant, steps < 2 with eap-ig, or scores that are not finite.
     """
@@ -251,7 +253,7 @@ def attributions(
     positions: bool = False,
     parts: bool = False,
     per_pair: bool = True,
-    pairs_per_pass: int = 64,
+    pairs_per_pass: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[tuple[str, str, str | None]], Tensor]:
     """As `attribute`: (source, target, part) of every item, and the scores Float32[item, pos, pair].
@@ -263,6 +265,9 @@ def attributions(
             f"method {method!r} with variant {variant!r} is unknown: methods are {', '.join(METHODS)}, "
             f"variants {', '.join(VARIANTS)}."
         )
+    if pairs_per_pass is None:
+        kind = "part gradients" if parts else "gradients"
+        pairs_per_pass = min(64, rows_per_pass(model, pairs.clean.shape[1], kind))
     if pairs_per_pass < 1:
         raise InputError(f"pairs_per_pass must be at least 1, not {pairs_per_pass}.")
     if method == "eap-ig" and steps < 2:

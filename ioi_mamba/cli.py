@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="CPU threads (default 1: small models are no faster with more)",
     )
+    run.add_argument("--no-resume-points", action="store_true", help="run every pass in full: slower, same values")
     run.add_argument(
         "--option",
         action="append",
@@ -142,6 +143,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.pairs is not None and arguments.task != "ioi":
         raise InputError(f"--pairs reads prompts with names, not those of {arguments.task}: give one of the two.")
     options = _options(modules, arguments.option)
+    if arguments.no_resume_points:
+        options |= _without_resume_points(modules)
     for flag, value in (("--n-pairs", arguments.n_pairs), ("--threads", arguments.threads)):
         if value is not None and value < 1:
             raise InputError(f"{flag} is {value}: give at least 1.")
@@ -191,6 +194,15 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     print(f"Report: {page}")
     return 0
+
+
+def _without_resume_points(modules: Sequence[ModuleType]) -> dict[str, Any]:
+    """The option that makes experiments run every pass in full. Raises InputError where none of them has it."""
+    from . import study
+
+    if not any("resume" in study.options_of(module) for module in modules):
+        raise InputError("None of these experiments starts passes midway: leave out --no-resume-points.")
+    return {"resume": False}
 
 
 def _default_out(model: str, task: str) -> Path:

@@ -15,8 +15,9 @@ from torch import Tensor
 from . import metrics
 from .graph import Item, Masks, Universe, masks_of
 from .jobs import call, config_of, runs_here
+from .memory import rows_per_pass
 from .patching import corrupted_run, needs_parts, patched_run
-from .sweep import Progress, rows_per_pass
+from .sweep import Progress
 from .tasks.base import Pairs
 
 SCORES = (
@@ -86,7 +87,7 @@ class Evaluator:
         resume: bool = True,
     ):
         self.model, self.pairs, self.universe, self.resume = model, pairs, universe, resume
-        self.rows = rows or rows_per_pass(model, pairs.clean.shape[1])
+        self.rows = rows or rows_per_pass(model, pairs.clean.shape[1], "parts" if universe.parts else "edges")
         config = config_of(model)
         floats = (
             pairs.clean.shape[1]

@@ -4,13 +4,14 @@
 of the same function, `forward`, which also serves every experiment: it can keep the logits of one position only,
 and it can *resume*, that is run layers >= l on positions >= p alone, from what a clean run had there.
 
-An edit is a tensor (the new value) or a function of the value (returns the new value).
+An edit is a tensor (the new value), a function of the value (returns the new value), or `Given`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import nnsight
 import torch
@@ -22,7 +23,15 @@ from .mixer import Mixer, MixerPass, fitted
 from .portable import portable
 from .sites import SITES, STAGES, Address, parse
 
-Edit = Tensor | Callable[[Tensor], Tensor]
+
+@portable
+class Given(NamedTuple):
+    """An edit whose value is made when the pass is there; what it replaces is not computed."""
+
+    make: Callable[[], Tensor]
+
+
+Edit = Tensor | Given | Callable[[Tensor], Tensor]
 Observer = Callable[[Tensor], None]
 
 
@@ -85,6 +94,8 @@ def _addresses(model, names: Iterable[str], n_positions: int) -> dict[str, Addre
 def _apply(edit: Edit, current: Callable[[], Tensor], name: str) -> Tensor:
     if isinstance(edit, Tensor):
         return edit
+    if isinstance(edit, Given):
+        return edit.make()
     if not callable(edit):
         raise InputError(f"{name}: an edit is a tensor or a function of the value, not {type(edit).__name__}.")
     value = edit(current())

@@ -298,7 +298,7 @@ class MixerPass:
         return self._raw["A"]
 
     def _A_bar(self) -> Tensor:
-        return torch.exp(self.get("delta")[..., None] * self.get("A"))
+        return (self.get("delta")[..., None] * self.get("A")).exp_()
 
     def _B_bar(self) -> Tensor:
         return self.get("delta")[..., None] * self._raw["B_in"][:, :, None, :]

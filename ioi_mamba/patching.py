@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .graph import Item, Masks, masks_of, universe_of
-from .interventions import Edit, Observer, Start, forward
+from .interventions import Edit, Given, Observer, Start, forward
 from .jobs import call, config_of, device_of
 from .portable import portable
 from .scan import selective_scan
@@ -205,7 +205,10 @@ class Patch:
         if self.masks.ssm[:, layer].any():
             observe[f"blocks.{layer}.hook_A"] = self._keep(f"{layer}.A")
             observe[f"blocks.{layer}.hook_C"] = self._keep(f"{layer}.C")
-            edits[f"blocks.{layer}.hook_y"] = lambda y, layer=layer: self._ssm(layer, y)
+            if self.masks.ssm[:, layer].eq(1).all():
+                edits[f"blocks.{layer}.hook_y"] = Given(lambda layer=layer: self._read_out(layer))
+            else:
+                edits[f"blocks.{layer}.hook_y"] = lambda y, layer=layer: self._ssm(layer, y)
 
     def _keep(self, key: str) -> Observer:
         return lambda value: self._now.__setitem__(key, value)
@@ -223,8 +226,12 @@ class Patch:
     def _ssm(self, layer: int, y: Tensor) -> Tensor:
         mask = self._rows(self.masks.ssm[:, layer], y)
         rows = torch.nonzero(mask.flatten(1).any(1))[:, 0]
-        read_out = corrupted_read_out(self.corrupted, layer, self._now[f"{layer}.A"], self._now[f"{layer}.C"], rows)
-        return y.index_add(0, rows, mask[rows] * (read_out - y[rows]))
+        return y.index_add(0, rows, mask[rows] * (self._read_out(layer, rows) - y[rows]))
+
+    def _read_out(self, layer: int, rows: Tensor | None = None) -> Tensor:
+        A, C = self._now[f"{layer}.A"], self._now[f"{layer}.C"]
+        rows = torch.arange(len(C), device=C.device) if rows is None else rows
+        return corrupted_read_out(self.corrupted, layer, A, C, rows)
 
 
 def corrupted_read_out(corrupted: CorruptedRun, layer: int, A: Tensor, C: Tensor, rows: Tensor) -> Tensor:
@@ -255,6 +262,8 @@ def patched_run(
     """
     known = [] if before is None else before.outputs[: before.agrees_below(masks) + 1]
     dropped = [] if before is None else dropped_layers(masks)
+    # A layer below the start that is dropped only now was run before: its readers get the corrupted output from here on.
+    known = [corrupted.outputs[i] if i - 1 in dropped else output for i, output in enumerate(known)]
     patch = Patch(model, corrupted, masks, known=known, dropped=dropped)
     logits = _patched(model, pairs, masks, patch, False)
     # Copies, so that the rows of the other sets are let go.

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from .errors import InputError
 from .interventions import forward
 from .jobs import call, config_of, device_of
+from .memory import rows_per_pass
 from .metrics import effect
 from .mixer import MixerPass
 from .portable import portable
-from .sweep import Progress, layer_count, rows_per_pass, swept_logit_diffs
+from .sweep import Progress, layer_count, swept_logit_diffs
 from .tasks import ioi
 from .tasks.base import ABSENT, Pairs
 from .tasks.prompts import bos_id, find_roles, single_token_ids

@@ -36,6 +36,7 @@ from .errors import InputError, Submitted
 from .files import written_whole
 from .jobs import config_of, runs_here
 from .lock import only_run
+from .memory import check_fits
 from .models import MINI
 from .probe import probe
 from .results import read_manifest
@@ -248,6 +249,9 @@ class _Run:
             arguments["seed"] = self.seed
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+        if runs_here(self.model) and self.about["architecture"] == "mamba":
+            kind = "part gradients" if "method" in options_of(module) else "sweep"
+            check_fits(self.model, len(plan.pairs), plan.pairs.clean.shape[1], kind, module.NAME)
         started = time.perf_counter()
         with _progress_bar(module.NAME, self.progress) as advance, self._jobs() as requests:
             table = module.run(self.model, plan.pairs, progress=advance, **arguments)

@@ -23,6 +23,7 @@ from torch import Tensor
 from .errors import InputError
 from .interventions import Start, forward
 from .jobs import call, config_of, device_of
+from .memory import rows_per_pass
 from .metrics import answer_logits, logit_diff
 from .portable import portable
 from .sites import CONV_OP, parse
@@ -117,15 +118,6 @@ def _plain_logits(model, tokens: Tensor, last: Tensor, *, progress: Progress | N
     parts = zip(tokens.split(rows), last.split(rows), strict=True)
     with torch.no_grad():
         return torch.cat([last_logits(model, *part)[:, 0].cpu() for part in parts])
-
-
-def rows_per_pass(model, n_positions: int, budget_mib: int = 256) -> int:
-    """How many rows keep one layer's largest activations within `budget_mib` MiB."""
-    config = config_of(model)
-    widest = n_positions * (4 * config.intermediate_size + 2 * config.hidden_size)
-    states = 3 * layer_count(model) * config.intermediate_size * config.state_size
-    streams = layer_count(model) * n_positions * config.hidden_size
-    return max(1, budget_mib * 2**20 // (4 * (widest + states + streams)))
 
 
 def resample_sweep(

@@ -54,6 +54,14 @@ def test_every_decision_and_drop_is_that_of_the_acdc_library(name):
     assert table.attrs["score"] == pytest.approx(found["score_final"], abs=1e-5)
 
 
+@pytest.mark.parametrize("recursive", [True, False])
+def test_a_search_whose_tests_start_at_their_layer_is_the_plain_one(recursive):
+    resumed, plain = (search(recursive=recursive, resume=resume) for resume in (True, False))
+    assert resumed["kept"].tolist() == plain["kept"].tolist()
+    assert resumed["drop"].fillna(0).tolist() == pytest.approx(plain["drop"].fillna(0).tolist(), abs=1e-5)
+    assert resumed.attrs["tests"] == plain.attrs["tests"] > 10
+
+
 def test_the_baseline_held_after_every_decision_is_the_one_measured_from_scratch():
     assert search(test_mode=True).attrs["tests"] > 10
 

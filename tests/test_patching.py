@@ -10,7 +10,7 @@ import ioi_mamba as im
 from ioi_mamba.errors import InputError
 from ioi_mamba.graph import Item, masks_of, universe_of
 from ioi_mamba.metrics import answer_logits, logit_diff, normalized_logit_diff
-from ioi_mamba.patching import corrupted_run, patched_logits
+from ioi_mamba.patching import corrupted_run, dropped_layers, patched_logits, patched_run
 from ioi_mamba.tasks.base import Pairs
 
 EDGES = [(i, j) for j in range(1, 6) for i in range(j)]
@@ -234,3 +234,78 @@ def test_what_is_no_edge_is_refused(edge):
 def test_a_position_that_is_not_there_is_refused():
     with pytest.raises(InputError, match="positions below 9"):
         im.patch_edges(golden.odd_model(), golden.random_pairs("odd"), [("embed", "1")], positions=[9])
+
+
+# -- resumed ------------------------------------------------------------------------------------------------------
+
+
+def drawn_sets(model, seed, n_sets, share):
+    """Random sets of items at all positions and at single ones."""
+    items = universe_of(model, parts=True).items() + universe_of(model, parts=True, n_positions=9).items()[5::11]
+    drawn = torch.rand(n_sets, len(items), generator=torch.Generator().manual_seed(seed)) < share
+    return [[item for item, chosen in zip(items, row, strict=True) if chosen] for row in drawn.tolist()]
+
+
+@pytest.mark.parametrize("name", ["odd", "golden"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
+def test_runs_that_go_on_from_the_one_before_are_those_from_the_beginning(name, share):
+    model, pairs = golden.opened(name), golden.random_pairs(name)
+    universe, corrupted = universe_of(model, parts=True), corrupted_run(model, pairs, parts=True)
+    common, *extra = drawn_sets(model, 3, 9, share)
+    order = sorted(extra, key=len)
+    begun = []
+    _, before = patched_run(model, pairs, corrupted, masks_of([[]], universe, 9))
+    for sets in ([common], *([[*common, *more]] for more in order), [[*common, *more] for more in order], [[]]):
+        masks = masks_of(sets, universe, 9)
+        begun.append(before.agrees_below(masks))
+        got, before = patched_run(model, pairs, corrupted, masks, before)
+        assert relative_error(got, patched_logits(model, pairs, corrupted, masks)) < 1e-5
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_a_set_is_run_from_the_layer_it_is_about(layer):
+    model, pairs = golden.model(), golden.random_pairs("golden")
+    universe, corrupted = universe_of(model, parts=True), corrupted_run(model, pairs, parts=True)
+    removed = [Item("0", "2"), Item("1", "1", None, "conv0"), Item("2", "output")]
+    _, before = patched_run(model, pairs, corrupted, masks_of([removed], universe, 9))
+    for tested in (Item("embed", str(layer), 4), Item(str(layer), str(layer), None, "ssm")):
+        sets = [[*removed, tested], removed]
+        assert before.agrees_below(masks_of(sets, universe, 9)) == layer
+        runs, masks = calls_of(model), masks_of(sets, universe, 9)
+        got, _ = patched_run(model, pairs, corrupted, masks, before)
+        assert runs() == list(range(layer, 4))
+        assert relative_error(got, patched_logits(model, pairs, corrupted, masks)) < 1e-5
+
+
+def test_layers_that_nobody_reads_are_not_run_until_somebody_does():
+    model, pairs = golden.model(), golden.random_pairs("golden")
+    universe, corrupted = universe_of(model, parts=True), corrupted_run(model, pairs, parts=True)
+    unread = [Item("1", "2"), Item("1", "3"), Item("1", "output"), Item("1", "1", None, "skip")]
+    masks = masks_of([unread], universe, 9)
+    assert dropped_layers(masks) == [1]
+    _, before = patched_run(model, pairs, corrupted, masks_of([[]], universe, 9))
+    runs = calls_of(model)
+    got, before = patched_run(model, pairs, corrupted, masks, before)
+    assert runs() == [2, 3]
+    assert relative_error(got, patched_logits(model, pairs, corrupted, masks)) < 1e-5
+    for read_again in (unread[1:], [*unread[:2], unread[3]], [*unread[:1], Item("1", "3", 4), *unread[2:]]):
+        masks = masks_of([read_again], universe, 9)
+        got, after = patched_run(model, pairs, corrupted, masks, before)
+        assert before.agrees_below(masks) == 1
+        assert after.dropped == []
+        assert relative_error(got, patched_logits(model, pairs, corrupted, masks)) < 1e-5
+
+
+def calls_of(model):
+    """A function that gives the layers whose mixer has run since, and stops listening."""
+    ran, handles = [], []
+    for i, block in enumerate(model._module.backbone.layers):
+        hook = lambda *_, i=i: ran.append(i)
+        handles.append(block.mixer.x_proj.register_forward_hook(hook))
+
+    def finished():
+        for handle in handles:
+            handle.remove()
+        return ran
+
+    return finished

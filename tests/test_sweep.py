@@ -10,7 +10,7 @@ import ioi_mamba as im
 from ioi_mamba import sweep
 from ioi_mamba.errors import InputError
 from ioi_mamba.metrics import answer_logits
-from ioi_mamba.sweep import Roll, last_logits, resample_sweep, rows_per_pass
+from ioi_mamba.sweep import Roll, last_logits, resample_sweep
 
 TABLES = {
     key.removeprefix("sweep/"): value
@@ -146,9 +146,3 @@ def test_a_roll_has_the_states_and_conv_inputs_of_the_whole_pass_and_what_it_rea
             torch.testing.assert_close(roll.h_start[i], want[f"blocks.{i}.hook_h"][:, position], rtol=1e-4, atol=1e-5)
     for i in range(4):
         torch.testing.assert_close(roll.conv_start[i], want[f"blocks.{i}.hook_in_proj"][:, 3:6], rtol=1e-4, atol=1e-5)
-
-
-def test_rows_of_a_pass_shrink_with_its_length_and_are_never_none():
-    model = golden.model()
-    assert rows_per_pass(model, 20) > rows_per_pass(model, 200) > 1
-    assert rows_per_pass(model, 20, budget_mib=0) == 1
