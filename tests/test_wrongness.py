@@ -139,7 +139,7 @@ def test_scores_that_are_no_numbers_stop_an_analysis_with_the_pair_that_made_the
     if (name, where) in NEVER_LOOKS:
         ANALYSES[name](poisoned, pairs)
         return
-    with pytest.raises(InputError, match="Pair 3 gives|not finite|NaN") as caught:
+    with pytest.raises(InputError, match=r"Pair 3 gives|not finite|NaN") as caught:
         ANALYSES[name](poisoned, pairs)
     if (name, where) not in NAMES_A_SITE:
         assert "Pair 3 gives" in str(caught.value)
