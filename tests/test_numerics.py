@@ -8,13 +8,14 @@ import torch
 import ioi_mamba as im
 from ioi_mamba import scan
 
-# Of the largest value of the site, over four random layers; each is a few times what is seen.
-TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "bfloat16": 0.15, "float16": 0.02}
+# Of the largest value of the site, over three random layers; each is two to ten times what is seen. In float64 the
+# stock mixer still casts A to float32.
+TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 0.2, "float16": 0.02}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_every_site_in_every_dtype_is_near_the_reference_in_float64(dtype, tiny_mamba_dir, tried):
-    model = im.open_model(str(tiny_mamba_dir), device="cpu", dtype=dtype)
+def test_every_site_in_every_dtype_is_near_the_reference_in_float64(dtype, tried):
+    model = golden.odd_model(dtype)
     tokens = torch.arange(1, 19).reshape(2, 9)
     want = reference.run(reference.weights_of(model), tokens)
     got = im.read(model, tokens, list(want))
@@ -25,17 +26,15 @@ def test_every_site_in_every_dtype_is_near_the_reference_in_float64(dtype, tiny_
     tried(f"a site in {dtype}", len(want))
 
 
-def test_a_prompt_of_512_tokens_is_as_near_the_reference_as_a_short_one(tiny_mamba, tried):
-    tokens = torch.randint(40, (1, 512), generator=torch.Generator().manual_seed(0))
-    want = reference.run(reference.weights_of(tiny_mamba), tokens)
-    names = [f"blocks.{i}.hook_{site}" for i in range(4) for site in ("y", "ssm_output", "resid_post")] + [
-        "hook_logits"
-    ]
-    got = im.read(tiny_mamba, tokens, names)
-    for name in names:
-        assert golden.relative_error(got[name], want[name]) < 1e-4, name
-    own = im.run(tiny_mamba, tokens, {f"blocks.{i}.hook_h_start": torch.zeros(1, 48, 5) for i in range(4)})
-    assert golden.relative_error(own, want["hook_logits"]) < 1e-4
+def test_a_prompt_of_512_tokens_is_as_near_the_reference_as_a_short_one(tried):
+    model = golden.odd_model()
+    tokens = torch.randint(60, (1, 512), generator=torch.Generator().manual_seed(0))
+    want = reference.run(reference.weights_of(model), tokens)
+    names = [name for name in want if ".hook_h." not in name]
+    got = im.read(model, tokens, names)
+    assert not {name: e for name in names if not (e := golden.relative_error(got[name], want[name])) < 2e-5}
+    started = {f"blocks.{i}.hook_h_start": torch.zeros_like(got[f"blocks.{i}.hook_h_start"]) for i in range(3)}
+    assert golden.relative_error(im.run(model, tokens, started), want["hook_logits"]) < 2e-5  # by our own scan
     tried("a site of a prompt of 512 tokens", len(names) + 1)
 
 

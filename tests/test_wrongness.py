@@ -45,8 +45,16 @@ def late(first, second, between=None):
         ((1, "y"), (2, "y"), "logits"),
         ((1, "y"), (2, "y"), "skip"),
     ],
-    ids=["layers turned about", "twice", "after the scan", "after the conv", "an earlier stage", "the block's end"]
-    + ["after the logits", "a layer that is skipped"],
+    ids=[
+        "layers turned about",
+        "twice",
+        "after the scan",
+        "after the conv",
+        "an earlier stage",
+        "the block's end",
+        "after the logits",
+        "a layer that is skipped",
+    ],
 )
 def test_an_edit_that_the_model_has_run_past_is_refused_by_site_and_layer(first, second, between, tried):
     with pytest.raises(InputError, match=rf"blocks\.{second[0]}\.hook_{second[1]} {RAN_PAST}"):
