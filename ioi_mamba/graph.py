@@ -25,8 +25,10 @@ from .errors import InputError
 from .files import written_whole
 from .jobs import config_of
 from .portable import portable
+from .results import read_table
 
 _SUFFIXES = (".parquet", ".json")
+_LARGEST = {"n_layers": 1000, "conv_width": 64, "n_positions": 10_000}
 
 
 @portable
@@ -228,8 +230,9 @@ class Circuit:
         """Read what `save` wrote. Raises InputError for a missing or foreign file."""
         path = Path(path)
         try:
-            table = pd.read_parquet(path.with_name(path.name + _SUFFIXES[0]))
+            table = read_table(path.with_name(path.name + _SUFFIXES[0]))
             universe = Universe(**json.loads(path.with_name(path.name + _SUFFIXES[1]).read_text())["universe"])
+            _check_size(universe)
             items = frozenset(items_of(table))
             masks_of([items], universe, universe.n_positions or 1)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -252,6 +255,17 @@ class Circuit:
                 f"{names[e.source]}->{names[e.target]}": {"in_graph": (e.source, e.target) in kept} for e in edges
             },
         }
+
+
+def _check_size(universe: Universe) -> None:
+    """Raise ValueError for sizes that no model has."""
+    n_layers, conv_width, parts, n_positions = universe
+    sizes = {"n_layers": n_layers, "conv_width": conv_width, "n_positions": 1 if n_positions is None else n_positions}
+    for name, size in sizes.items():
+        if type(size) is not int or not 1 <= size <= _LARGEST[name]:
+            raise ValueError(f"{name} is {size}, and must be 1 to {_LARGEST[name]}")
+    if type(parts) is not bool:
+        raise ValueError(f"parts is {parts}, and must be true or false")
 
 
 def kind_of(item: Item) -> str:

@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pyarrow import parquet
 
 from .errors import InputError
+
+# Packed and dictionary-coded, a small file can hold more than memory does.
+MAX_BYTES = 1 << 30
+MAX_CELLS = 50_000_000
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -30,8 +35,17 @@ def read_result(directory: Path, name: str) -> tuple[dict[str, Any], pd.DataFram
     if manifest is None or not path.is_file():
         return None
     try:
-        return manifest, pd.read_parquet(path)
+        return manifest, read_table(path)
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path} cannot be read as parquet ({str(error).splitlines()[0]}): run {name} again."
         ) from None
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A table of a parquet file; ValueError, before it is unpacked, where it holds more than a run ever writes."""
+    about = parquet.read_metadata(path)
+    size = sum(about.row_group(k).total_byte_size for k in range(about.num_row_groups))
+    if size > MAX_BYTES or about.num_rows * about.num_columns > MAX_CELLS:
+        raise ValueError(f"{about.num_rows} rows of {about.num_columns} columns, {size} bytes unpacked, are too many")
+    return pd.read_parquet(path)

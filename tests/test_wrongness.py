@@ -45,8 +45,16 @@ def late(first, second, between=None):
         ((1, "y"), (2, "y"), "logits"),
         ((1, "y"), (2, "y"), "skip"),
     ],
-    ids=["layers turned about", "twice", "after the scan", "after the conv", "an earlier stage", "the block's end"]
-    + ["after the logits", "a layer that is skipped"],
+    ids=[
+        "layers turned about",
+        "twice",
+        "after the scan",
+        "after the conv",
+        "an earlier stage",
+        "the block's end",
+        "after the logits",
+        "a layer that is skipped",
+    ],
 )
 def test_an_edit_that_the_model_has_run_past_is_refused_by_site_and_layer(first, second, between, tried):
     with pytest.raises(InputError, match=rf"blocks\.{second[0]}\.hook_{second[1]} {RAN_PAST}"):
@@ -139,7 +147,7 @@ def test_scores_that_are_no_numbers_stop_an_analysis_with_the_pair_that_made_the
     if (name, where) in NEVER_LOOKS:
         ANALYSES[name](poisoned, pairs)
         return
-    with pytest.raises(InputError, match="Pair 3 gives|not finite|NaN") as caught:
+    with pytest.raises(InputError, match=r"Pair 3 gives|not finite|NaN") as caught:
         ANALYSES[name](poisoned, pairs)
     if (name, where) not in NAMES_A_SITE:
         assert "Pair 3 gives" in str(caught.value)
