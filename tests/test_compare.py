@@ -395,6 +395,6 @@ def test_a_directory_that_cannot_be_written_is_refused_and_left_as_it_is(publish
     paper_run.write(tmp_path / "out", {"conv-shift": published["conv-shift"]})
     (tmp_path / "out" / "compare.parquet").mkdir()
     before = sorted((tmp_path / "out").rglob("*"))
-    with pytest.raises(InputError, match=r"compare\.parquet cannot be written"):
+    with pytest.raises(InputError, match=r"compare\.parquet. cannot be written"):
         compare.compare(tmp_path / "out")
     assert sorted((tmp_path / "out").rglob("*")) == before

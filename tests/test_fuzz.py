@@ -224,7 +224,25 @@ FLAGS = [
 ]
 FLAGS += ["--submit", "--collect", "--max-upload", "--max-download", "--retries", "--no-such", "--threads"]
 WORD = st.sampled_from(
-    ["run", "report", "compare", "sites", "all", "layer-removal", "edge-attribution", "mini", "x", "0", "-1", "1", "1e400", "steps=1", "steps=x", "=", "rows=1,2"]
+    [
+        "run",
+        "report",
+        "compare",
+        "sites",
+        "all",
+        "layer-removal",
+        "edge-attribution",
+        "mini",
+        "x",
+        "0",
+        "-1",
+        "1",
+        "1e400",
+        "steps=1",
+        "steps=x",
+        "=",
+        "rows=1,2",
+    ]
 ) | st.sampled_from(["layer=none", "\u202e", "\x00", "local", "float32", str(10**30), ""])
 
 
