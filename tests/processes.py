@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import sys
+from contextlib import suppress
 from multiprocessing import forkserver
 
 import torch
@@ -60,7 +61,9 @@ class Command:
         return self.process.exitcode
 
     def signal(self, number):
-        os.kill(self.process.pid, number)
+        """Send a signal; nothing happens if the run has ended by then."""
+        with suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
 
 
 def _run(writer, arguments, dies, largest_file, set_up):

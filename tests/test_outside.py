@@ -81,7 +81,7 @@ def test_hostile_labels_and_prompts_stay_text(tmp_path, tried):
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "..", "/", "a/../../b", "C:\\x", ".hidden", "\x00", "x" * 300])
 def test_a_default_directory_stays_where_reports_are(name, tried):
-    out = _default_out(name)
+    out = _default_out(name, "ioi")
     assert out.parts[0] == "reports"
     assert len(out.parts) == 2
     assert ".." not in out.parts
