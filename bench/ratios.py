@@ -115,7 +115,7 @@ class Bench:
         note = {}
         # On mini a search as circuit-search makes it; random weights have no circuit, there items go one by one.
         options = {"recursive": self.shape == "mini"}
-        pairs = _circuits.default_pairs(self.model.tokenizer, 8, 27) if self.shape == "mini" else self.few
+        pairs = _circuits.default_pairs(self.model.tokenizer, 8, 27) if self.shape == "mini" else self.pairs
 
         def work(tick) -> float:
             table = im.acdc(self.model, pairs, threshold=1e-3, progress=tick, resume=self.resume, **options)

@@ -216,12 +216,12 @@ class Patch:
     def _conv(self, layer: int, taps: list[int], x: Tensor) -> Tensor:
         """The convolution is the sum of its slices, so what changes in these is added to it."""
         mask = self.masks.conv[:, layer, :, None, :, None]
+        sets = x.unflatten(0, (mask.shape[0], -1))
         for tap in taps:
             name = slice_hook(layer, tap, self.conv_width)
-            sets = self._now[name].unflatten(0, (mask.shape[0], -1))
-            change = mask[:, tap] * (self.corrupted.sites[name] - sets)
-            x = x + change.flatten(0, 1)
-        return x
+            difference = self.corrupted.sites[name] - self._now[name].unflatten(0, (mask.shape[0], -1))
+            sets = torch.addcmul(sets, mask[:, tap], difference)
+        return sets.flatten(0, 1)
 
     def _ssm(self, layer: int, y: Tensor) -> Tensor:
         mask = self._rows(self.masks.ssm[:, layer], y)

@@ -73,6 +73,23 @@ def test_options_reach_the_experiment_as_what_they_are(tiny_mamba_dir, pairs_fil
     assert json.loads((out / "layer-removal.json").read_text())["options"] == {"steps": 1, "rows": 4}
 
 
+def test_without_resume_points_the_same_table_is_made_the_plain_way(tiny_mamba_dir, pairs_file, tmp_path):
+    tables = {}
+    for name, flags in (("resumed", []), ("plain", ["--no-resume-points"])):
+        arguments = ["--model", str(tiny_mamba_dir), "--pairs", str(pairs_file), "--out", str(tmp_path / name)]
+        assert main(["run", "layer-ablation", *arguments, *flags]) == 0
+        options = json.loads((tmp_path / name / "layer-ablation.json").read_text())["options"]
+        assert options == ({"resume": False} if flags else {})
+        tables[name] = pd.read_parquet(tmp_path / name / "layer-ablation.parquet")
+    pd.testing.assert_frame_equal(tables["resumed"], tables["plain"], rtol=0, atol=1e-3)
+
+
+def test_an_experiment_that_has_no_resume_points_is_not_told_to_leave_them_out(tiny_gpt2_dir, pairs_file, capsys):
+    arguments = ["--model", str(tiny_gpt2_dir), "--pairs", str(pairs_file), "--no-resume-points"]
+    assert main(["run", "layer-removal", *arguments]) == 2
+    assert "leave out --no-resume-points" in capsys.readouterr().err
+
+
 def test_an_interrupt_is_one_sentence_and_130(tiny_mamba_dir, pairs_file, tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

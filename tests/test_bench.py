@@ -1,0 +1,54 @@
+"""The measuring itself: ratios, slopes, and the file of results."""
+
+import time
+
+import pytest
+
+from bench import scaling, shapes, timing
+
+
+def spin(seconds):
+    started = time.process_time()
+    while time.process_time() - started < seconds:
+        pass
+
+
+def test_a_ratio_is_the_work_over_its_units_and_the_yardstick_inside_is_free():
+    ticks = []
+
+    def work(tick):
+        for _ in range(6):
+            spin(0.02)
+            tick(1, 2)
+            ticks.append(1)
+        return 3
+
+    found = timing.measure(lambda: spin(0.004), work, seconds=0, most=1)
+    assert found.ratio == pytest.approx(6 * 0.02 / (3 * 0.004), rel=0.25)
+    assert found.repeats == 1
+    assert len(ticks) == 12
+
+
+def test_a_slope_is_the_power_of_the_size():
+    assert scaling.slope([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+    assert scaling.slope([1, 2, 4], [5, 5, 5]) == pytest.approx(0)
+
+
+def test_a_section_is_replaced_and_the_others_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "RESULTS", tmp_path / "RESULTS.md")
+    timing.write_section("One", "a")
+    timing.write_section("Two", "b")
+    timing.write_section("One", "c")
+    text = timing.RESULTS.read_text()
+    assert text.count("## One") == text.count("## Two") == 1
+    assert "\n\nc\n" in text
+    assert "\n\nb\n" in text
+    assert "\na\n" not in text
+
+
+def test_the_yardstick_has_the_weights_of_the_model_and_no_memory_of_its_own():
+    with shapes.opened("small", layers=2) as model:
+        own, pairs = shapes.stock(model), shapes.pairs_for(model, 2)
+        assert own.backbone.embeddings.weight.data_ptr() == model._module.backbone.embeddings.weight.data_ptr()
+        assert (own(pairs.clean).logits == model._module(pairs.clean, use_cache=False).logits).all()
+        assert pairs.first_difference.tolist() == [1, 1]
