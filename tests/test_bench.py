@@ -1,32 +1,8 @@
 """The measuring itself: ratios, slopes, and the file of results."""
 
-import time
-
 import pytest
 
 from bench import scaling, shapes, timing
-
-
-def spin(seconds):
-    started = time.process_time()
-    while time.process_time() - started < seconds:
-        pass
-
-
-def test_a_ratio_is_the_work_over_its_units_and_the_yardstick_inside_is_free():
-    ticks = []
-
-    def work(tick):
-        for _ in range(6):
-            spin(0.02)
-            tick(1, 2)
-            ticks.append(1)
-        return 3
-
-    found = timing.measure(lambda: spin(0.004), work, seconds=0, most=1)
-    assert found.ratio == pytest.approx(6 * 0.02 / (3 * 0.004), rel=0.25)
-    assert found.repeats == 1
-    assert len(ticks) == 12
 
 
 def test_a_slope_is_the_power_of_the_size():
