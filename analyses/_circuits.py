@@ -70,6 +70,13 @@ def attributed(
     return pd.DataFrame(kinds, columns=["source", "target", "part"]), scores
 
 
+def scored(model, pairs: Pairs, *, method: str, parts: bool, progress: Progress | None = None) -> pd.DataFrame:
+    """All items and their `score` over all positions, the mean over pairs; the passes are those of `attributed`."""
+    options = {"steps": 5, "variant": "paper", "method": method, "positions": method != "exact"}
+    items, per_pair = attributed(model, pairs, parts=parts, progress=progress, **options)
+    return items.assign(score=per_pair.sum(1).mean(-1).numpy())
+
+
 def how_scored(table: pd.DataFrame) -> list[str]:
     """A sentence where the scores are no attributions."""
     if (table["method"] == "exact").any():

@@ -18,7 +18,7 @@ import pandas as pd
 from analyses import _circuits
 from ioi_mamba import circuit_charts
 from ioi_mamba.acdc import acdc
-from ioi_mamba.attribution import attribute, ranked
+from ioi_mamba.attribution import ranked
 from ioi_mamba.charts import matrix_heatmap
 from ioi_mamba.evaluator import Evaluator
 from ioi_mamba.faithfulness import random_circuits, smallest
@@ -52,7 +52,7 @@ default_pairs = _circuits.default_pairs
 
 def starting_circuit(model, pairs: Pairs, target: float, method: str = "eap-ig") -> Circuit:
     """The smallest EAP-IG circuit of edges above the target, pruned, with every part of every layer."""
-    edges = ranked(attribute(model, pairs, method=method))
+    edges = ranked(_circuits.scored(model, pairs, method=method, parts=False))
     circuit, _ = smallest(Evaluator(model, pairs, universe_of(model)), edges, target)
     universe = universe_of(model, parts=True)
     parts = {item for item in universe.items() if item.part is not None}
@@ -92,7 +92,7 @@ def run(
     held_out = pairs if held_out is None else held_out
     stage = lambda begin, end: _circuits.share_of(progress, begin, end)
     some = _circuits.some_of(pairs, _circuits.PART_PROMPTS)
-    scores = attribute(model, some, method=method, parts=True, progress=stage(0, 0.1))
+    scores = _circuits.scored(model, some, method=method, parts=True, progress=stage(0, 0.1))
     start = starting_circuit(model, pairs, target, method)
     table = acdc(model, pairs, start=start, threshold=threshold, resume=resume, progress=stage(0.1, 0.4))
     circuit = Circuit(frozenset(items_of(table[table["kept"]])), start.universe)
@@ -114,7 +114,7 @@ def compare(
 ) -> list[dict]:
     """Rows of SEARCH, ATTRIBUTION, their DIFFERENCE and random circuits, at the sizes a search of the whole graph keeps."""
     universe = held.universe
-    ranking = ranked(attribute(model, pairs, method=method, parts=True))
+    ranking = ranked(_circuits.scored(model, pairs, method=method, parts=True))
     rows = []
     for k, threshold in enumerate(THRESHOLDS):
         report = _circuits.share_of(progress, k / len(THRESHOLDS), (k + 1) / len(THRESHOLDS))

@@ -23,6 +23,9 @@ path then interpolates the conv slices as well, as the published notebook does, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import pandas as pd
@@ -51,6 +54,22 @@ from .tasks.base import Pairs
 METHODS = ("eap", "eap-ig", "exact")
 ROUNDING = 1e-4  # logits; two float32 passes of one prompt can differ by some 1e-5
 VARIANTS = ("paper", "detached", "clean-difference")
+
+_Attributions = tuple[list[tuple[str, str, str | None]], Tensor]
+_remembered: ContextVar[dict[tuple, _Attributions] | None] = ContextVar("remembered", default=None)
+
+
+@contextmanager
+def remembered() -> Iterator[None]:
+    """Within the block, `attributions` of the same model, pairs and options are computed once.
+
+    For experiments in a row, which ask for the same ones; the weights must not change inside the block.
+    """
+    token = _remembered.set({})
+    try:
+        yield
+    finally:
+        _remembered.reset(token)
 
 
 @portable
@@ -255,11 +274,33 @@ def attributions(
     per_pair: bool = True,
     pairs_per_pass: int | None = None,
     progress: Progress | None = None,
-) -> tuple[list[tuple[str, str, str | None]], Tensor]:
+) -> _Attributions:
     """As `attribute`: (source, target, part) of every item, and the scores Float32[item, pos, pair].
 
     The axis of positions has length 1 without `positions`, that of pairs without `per_pair`.
     """
+    options = (method, variant, steps, positions, parts, per_pair, pairs_per_pass)
+    known, key = _remembered.get(), (id(model), pairs.hash(), *options)
+    if known is not None and key in known:
+        return known[key]
+    found = _attributions(model, pairs, *options, progress)
+    if known is not None:
+        known[key] = found
+    return found
+
+
+def _attributions(
+    model,
+    pairs: Pairs,
+    method: str,
+    variant: str,
+    steps: int,
+    positions: bool,
+    parts: bool,
+    per_pair: bool,
+    pairs_per_pass: int | None,
+    progress: Progress | None,
+) -> _Attributions:
     if method not in METHODS or variant not in VARIANTS:
         raise InputError(
             f"method {method!r} with variant {variant!r} is unknown: methods are {', '.join(METHODS)}, "
@@ -289,9 +330,9 @@ def attributions(
         rows = torch.arange(len(pairs))
         same_last = bool((pairs.clean[rows, pairs.last] == pairs.corrupted[rows, pairs.last]).all())
         alphas = alphas[:-1] if variant == "paper" and same_last else alphas
-    options = (alphas, steps, variant, parts, positions, per_pair, pairs_per_pass)
+    passes = (alphas, steps, variant, parts, positions, per_pair, pairs_per_pass)
     with pair_named(model, pairs):
-        scores = call(model, _scores, pairs.without_text(), *options, progress=progress)
+        scores = call(model, _scores, pairs.without_text(), *passes, progress=progress)
     return kinds, _stacked(scores, universe)
 
 

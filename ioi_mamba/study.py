@@ -31,6 +31,7 @@ from tqdm import tqdm
 import analyses
 
 from . import doctor, report, tasks
+from .attribution import remembered
 from .baseline import clean_accuracies
 from .errors import InputError, Submitted
 from .files import written_whole
@@ -118,12 +119,13 @@ def _run_plans(
         model.jobs.forget(out / "jobs")
     done, waiting = False, []
     try:
-        for plan in plans:
-            try:
-                run.one(plan, waiting)
-                done = True
-            except Submitted as job:
-                waiting.append((plan.module.NAME, str(job)))
+        with remembered():
+            for plan in plans:
+                try:
+                    run.one(plan, waiting)
+                    done = True
+                except Submitted as job:
+                    waiting.append((plan.module.NAME, str(job)))
     finally:
         if done:
             page = report.write_report(out)
