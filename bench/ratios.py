@@ -35,6 +35,7 @@ TARGETS = {
     "untouched trace": {"mamba-130m": 1.05},
     "all sites of one layer": {"mamba-130m": 1.10},
     "all sites of all layers": {"mamba-130m": 1.5},
+    "all sites of all layers, own scan": {"mamba-130m": 1.5},
 }
 
 
@@ -78,15 +79,18 @@ class Bench:
         names += [f"blocks.{middle}.hook_conv_slice.{s}" for s in range(-3, 1)]
         return self._read(self.pairs, names)
 
-    def all_layers(self):
+    def all_layers(self, own_scan: bool = False):
         layers = range(self.model.config.num_hidden_layers)
         names = [f"blocks.{i}.hook_{site}" for i in layers for site in SITES if site != "conv_slice"]
         names += [f"blocks.{i}.hook_conv_slice.{s}" for i in layers for s in range(-3, 1)]
-        return self._read(self.few, names)
+        return self._read(self.few, names, own_scan)
 
-    def _read(self, pairs, names):
+    def all_layers_own_scan(self):
+        return self.all_layers(own_scan=True)
+
+    def _read(self, pairs, names, own_scan: bool = False):
         def work(tick) -> float:
-            im.read(self.model, pairs.clean, names)
+            im.read(self.model, pairs.clean, names, own_scan=own_scan)
             return 1
 
         return self.forward(pairs), work, None, f"{len(names)} values of {len(pairs)} rows"
@@ -140,6 +144,7 @@ WORK = {
     "untouched trace": Bench.trace,
     "all sites of one layer": Bench.one_layer,
     "all sites of all layers": Bench.all_layers,
+    "all sites of all layers, own scan": Bench.all_layers_own_scan,
     "EAP-IG(5), positions and parts": Bench.attribution,
     "greedy cross-talk candidate": Bench.candidates,
     "exact edge test": Bench.edge_tests,

@@ -312,7 +312,7 @@ class MixerPass:
         # A written state forgets what came before it (decay 0) and is driven by the written value alone.
         for mask, value in self._state_writes:
             decay, drive = torch.where(mask, 0.0, decay), torch.where(mask, value, drive)
-        return scan.recurrence(decay, drive, self.get("h_start"))
+        return scan.recurrence(decay, drive, self.get("h_start"), overwrite=True)
 
     def _y(self) -> Tensor:
         if self._written & {"A_bar", "B_bar", "h"} or "h" in self._values:

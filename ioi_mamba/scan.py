@@ -44,15 +44,20 @@ def recurrence_reference(A_bar: Tensor, Bx: Tensor, h_start: Tensor) -> Tensor:
     return torch.stack(states, dim=1)
 
 
+def _into_states(Bx: Tensor, A_bar: Tensor, h_start: Tensor) -> Tensor:
+    """Bx itself, overwritten by the states."""
+    previous = h_start
+    for t in range(A_bar.shape[1]):
+        previous = Bx[:, t].addcmul_(A_bar[:, t], previous)
+    return Bx
+
+
 class _Recurrence(torch.autograd.Function):
     """h_t = a_t h_(t-1) + b_t, with the reverse recurrence g_t = dh_t + a_(t+1) g_(t+1) as its gradient."""
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor, h_start: Tensor) -> Tensor:  # type: ignore[override]
-        h = b.clone()
-        previous = h_start
-        for t in range(a.shape[1]):
-            previous = h[:, t].addcmul_(a[:, t], previous)
+        h = _into_states(b.clone(), a, h_start)
         ctx.save_for_backward(a, h, h_start)
         return h
 
@@ -72,8 +77,13 @@ class _Recurrence(torch.autograd.Function):
         return grad_a, g, grad_start
 
 
-def recurrence(A_bar: Tensor, Bx: Tensor, h_start: Tensor) -> Tensor:
-    """All states h [batch, pos, E, N]; equal to `recurrence_reference`, fast with and without gradients."""
+def recurrence(A_bar: Tensor, Bx: Tensor, h_start: Tensor, *, overwrite: bool = False) -> Tensor:
+    """All states h [batch, pos, E, N]; equal to `recurrence_reference`, fast with and without gradients.
+
+    overwrite: the states may take the place of Bx, which saves a copy; they do where nothing needs a gradient.
+    """
+    if overwrite and not (torch.is_grad_enabled() and any(v.requires_grad for v in (A_bar, Bx, h_start))):
+        return _into_states(Bx, A_bar, h_start)
     return _Recurrence.apply(A_bar, Bx, h_start.expand_as(Bx[:, 0]))  # type: ignore[return-value]
 
 

@@ -285,6 +285,19 @@ def test_our_own_scan_gives_the_logits_of_the_stock_one(name):
     assert relative_error(forward(model, tokens, own_scan=True)["hook_logits"], stock) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["golden", "odd"])
+def test_reads_and_edits_with_our_own_scan_give_the_same_values(name):
+    model, pairs = golden.opened(name), golden.random_pairs(name)
+    hooks = [f"blocks.1.hook_{site}" for site in (*(s for s in sites.SITES if s != "conv_slice"), "conv_slice.0")]
+    stock, own = (im.read(model, pairs.clean, hooks, own_scan=own) for own in (False, True))
+    for hook in hooks:
+        assert relative_error(own[hook], stock[hook]) < 1e-5, hook
+    edit = {"blocks.1.hook_B_bar": stock["blocks.1.hook_B_bar"] * 2}
+    stock, own = (im.run(model, pairs.clean, edit, own_scan=own) for own in (False, True))
+    assert relative_error(own, stock) < 1e-5
+    assert relative_error(own, im.run(model, pairs.clean, {})) > 1e-3
+
+
 def test_an_observer_sees_the_value_after_the_edit_there():
     seen, model, tokens = {}, golden.model(), golden.golden_pairs().clean
     hooks = ["hook_embed", "blocks.1.hook_B_bar", "blocks.3.hook_h.4", "hook_norm", "hook_logits"]
