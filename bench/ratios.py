@@ -170,13 +170,13 @@ def line_of(row: dict) -> str:
     reached = "" if target is None else f"<= {target:.2f}: {'yes' if row['ratio'] <= target else 'NO'}"
     return (
         f"| {row['what']} | {row['shape']} | {row['ratio']:.3f} | {row['low']:.3f}-{row['high']:.3f} ({row['repeats']}) | "
-        f"{reached} | {row['plain_seconds'] * 1000:.1f} | {row['peak_mib']:.0f} | {row['load']} | {row['note']} |"
+        f"{reached} | {row['plain_seconds'] * 1000:.1f} | {row['peak_mib']:.0f} | {row['load']} | {time.strftime('%Y-%m-%d')} | {row['note']} |"
     )
 
 
 HEAD = (
-    "| what | shape | ratio | lowest-highest (repeats) | target | one unit, ms | peak RSS, MiB | load | of |\n"
-    "|---|---|---|---|---|---|---|---|---|"
+    "| what | shape | ratio | lowest-highest (repeats) | target | one unit, ms | peak RSS, MiB | load | date | of |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -212,11 +212,12 @@ def main() -> None:
             sys.exit(child.returncode)
     if not arguments.no_write:
         about = (
-            f"{timing.machine()}. {time.strftime('%Y-%m-%d')}. `python -m bench.ratios`: a ratio is to one plain stock "
-            "forward of the same rows unless the last column says otherwise; 20 tokens; `load` is the machine's load "
-            "average when the measurement ended, 1.0 of it this process."
+            f"{timing.machine()}. `python -m bench.ratios`: a ratio is to one plain stock forward of the same rows unless "
+            "the last column says otherwise; 20 tokens; `load` is the machine's load average when the measurement ended, "
+            "1.0 of it this process. A run replaces the rows it measured."
         )
-        timing.write_section("Ratios", f"{about}\n\n{HEAD}\n" + "\n".join(lines))
+        rows = timing.with_rows_of("Ratios", lines)
+        timing.write_section("Ratios", f"{about}\n\n{HEAD}\n" + "\n".join(rows))
 
 
 if __name__ == "__main__":

@@ -133,3 +133,13 @@ def write_section(title: str, text: str) -> None:
     sections = [section.rstrip() for section in sections if section.partition("\n")[0] != title]
     sections.append(f"{title}\n\n{text.rstrip()}")
     RESULTS.write_text("\n\n## ".join([head.rstrip(), *sections]) + "\n")
+
+
+def with_rows_of(title: str, rows: list[str]) -> list[str]:
+    """The rows of the table in section `## title`, those with the same first two cells as a new one replaced by it."""
+    old = RESULTS.read_text() if RESULTS.is_file() else ""
+    section = next((s for s in old.split("\n## ")[1:] if s.partition("\n")[0] == title), "")
+    table = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    key = lambda row: tuple(row.split("|")[1:3])
+    new = {key(row): row for row in rows}
+    return [new.pop(key(row), row) for row in table] + list(new.values())
