@@ -6,8 +6,9 @@ conv-slice removals from its baseline, and compared an accuracy on training pair
 removals count, and both accuracies are reported.
 
 The paper hoped that attribution could one day do without the search. So the same pairs are also attributed down to
-parts, and the first items of that ranking, as many as a search from the whole graph keeps, are held against what it
-keeps, on held-out pairs and at several thresholds. `python bench/circuits.py` measures what either takes.
+parts, by EAP-IG and by plain EAP (one gradient instead of four), and the first items of either ranking, as many as a
+search from the whole graph keeps, are held against what it keeps, on held-out pairs and at several thresholds.
+`python -m bench.circuits` measures what each takes.
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ LOOK_FOR = (
 METHOD = (
     "From the edges that EAP-IG keeps, back from the output: patch each item on top of all removed so far (eq. 11).\n"
     "A drop of the normalized logit diff of at most the threshold removes it; else it is kept with its drop.\n"
-    "Comparison, on held-out pairs: a search of the whole graph and as many first items of EAP-IG with parts."
+    "Comparison, on held-out pairs: a search of the whole graph, and as many first items of EAP-IG and of EAP with parts."
 )
 NEEDS_MAMBA = True
 COLUMNS = ("source", "target", "part", "kept", "drop")
-SEARCH, ATTRIBUTION, DIFFERENCE = "search", "attribution", "attribution - search"
-"""Circuits of the comparison, and the difference of the two."""
+SEARCH = "search"
+RANKINGS = {"eap-ig": "EAP-IG", "eap": "EAP", "exact": "exact effects"}
+"""Circuits of the comparison: what a search keeps, and the first items of a ranking by one of the methods."""
 THRESHOLDS = (1e-3, 1e-2, 1e-1)
 """Thresholds of the searches that are compared: each keeps another number of items."""
 
@@ -109,32 +111,45 @@ def run(
     return _circuits.table_of(out, rows, columns=("threshold",))
 
 
+def less_search(ranking: str) -> str:
+    """The name of what a ranking's circuit has more than the search's."""
+    return f"{ranking} - {SEARCH}"
+
+
 def compare(
     model, pairs: Pairs, held: Evaluator, method: str = "eap-ig", progress: Progress | None = None
 ) -> list[dict]:
-    """Rows of SEARCH, ATTRIBUTION, their DIFFERENCE and random circuits, at the sizes a search of the whole graph keeps."""
+    """Rows of SEARCH, of rankings, their differences and random circuits, at the sizes a search of the whole graph keeps.
+
+    The rankings are those of `method`, and beside EAP-IG that of plain EAP, which takes a quarter of its passes.
+    """
     universe = held.universe
-    ranking = ranked(_circuits.scored(model, pairs, method=method, parts=True))
+    rankings = {
+        RANKINGS[each]: ranked(_circuits.scored(model, pairs, method=each, parts=True))
+        for each in dict.fromkeys((method, *(["eap"] if method == "eap-ig" else [])))
+    }
     rows = []
     for k, threshold in enumerate(THRESHOLDS):
         report = _circuits.share_of(progress, k / len(THRESHOLDS), (k + 1) / len(THRESHOLDS))
         found = acdc(model, pairs, threshold=threshold, progress=report)
         searched = Circuit(frozenset(items_of(found[found["kept"]])), universe)
-        chosen = first_pruned(ranking, len(searched), universe)
-        both = held.estimates([searched.patched(), chosen.patched()])
-        one = {m: {name: e[[i]] for i, name in enumerate((SEARCH, ATTRIBUTION))} for m, e in both.items()}
+        circuits = {SEARCH: searched}
+        circuits |= {name: first_pruned(ranking, len(searched), universe) for name, ranking in rankings.items()}
+        scores = held.estimates([circuit.patched() for circuit in circuits.values()])
+        one = {name: {m: e[[i]] for m, e in scores.items()} for i, name in enumerate(circuits)}
+        sizes = {name: len(circuit) for name, circuit in circuits.items()}
+        for name in rankings:
+            one[less_search(name)] = {m: e - one[SEARCH][m] for m, e in one[name].items()}
         here = []
-        for name, circuit in ((SEARCH, searched), (ATTRIBUTION, chosen)):
-            here += _circuits.circuit_rows(
-                name, len(circuit), "held out", {m: e[name] for m, e in one.items()}, len(held.pairs)
-            )
-        difference = {m: e[ATTRIBUTION] - e[SEARCH] for m, e in one.items()}
-        here += _circuits.circuit_rows(DIFFERENCE, len(searched), "held out", difference, len(held.pairs))
+        for name, estimates in one.items():
+            size = sizes.get(name, len(searched))
+            here += _circuits.circuit_rows(name, size, "held out", estimates, len(held.pairs))
         few = Evaluator(model, _circuits.some_of(held.pairs, _circuits.CURVE_PROMPTS), universe)
         drawn = few.estimates([c.patched() for c in random_circuits(searched, 3)])
         here += _circuits.circuit_rows("random", len(searched), "held out", drawn, len(few.pairs))
-        overlap = {"what": "circuit", "circuit": SEARCH, "size": len(searched), "sample": "train", "measure": "overlap"}
-        here.append(overlap | {"value": searched.jaccard(chosen), "n": len(pairs)})
+        for name in rankings:
+            overlap = {"what": "circuit", "circuit": name, "size": sizes[name], "sample": "train", "measure": "overlap"}
+            here.append(overlap | {"value": searched.jaccard(circuits[name]), "n": len(pairs)})
         rows += [row | {"threshold": threshold} for row in here]
     return rows
 
@@ -164,7 +179,7 @@ def chart(table: pd.DataFrame):
     charts = [heatmap, circuit_charts.searched_edges(edges)]
     compared = table[table["threshold"].notna()]
     if len(compared):
-        is_difference = compared["circuit"] == DIFFERENCE
+        is_difference = compared["circuit"].isin(map(less_search, RANKINGS.values()))
         charts.append(circuit_charts.same_size(compared[~is_difference], compared[is_difference]))
     return alt.vconcat(*charts, spacing=36).resolve_scale(color="independent", shape="independent")
 
@@ -189,23 +204,26 @@ def findings(table: pd.DataFrame) -> list[str]:
             table[table["threshold"].isna()], int(items["started"].sum()), "edges and parts it began with"
         ),
     ]
-    for threshold, rows in table[table["circuit"] == DIFFERENCE].groupby("threshold", sort=True):
-        out.append(_comparison(table[table["threshold"] == threshold], rows))
+    for _, rows in table[table["threshold"].notna()].groupby("threshold", sort=True):
+        out.append(_comparison(rows))
     return out
 
 
-def _comparison(table: pd.DataFrame, differences: pd.DataFrame) -> str:
-    """Which of the two is closer to the model at one size, or that their intervals do not tell."""
-    f, accuracy = (differences[differences["measure"] == m].iloc[0] for m in ("f", "accuracy"))
+def _comparison(table: pd.DataFrame) -> str:
+    """Which is closer to the model at one size, search or a ranking, or that their intervals do not tell."""
     one = lambda name, measure: _circuits.of_circuit(table, name, measure).iloc[0]
-    search, attributed = one(SEARCH, "f"), one(ATTRIBUTION, "f")
-    if f["low"] <= 0 <= f["high"]:
-        verdict = "their faithfulness cannot be told apart"
-    else:
-        verdict = f"{'attribution' if f['value'] > 0 else 'the search'} keeps more of the logit difference"
+    search, compared = one(SEARCH, "f"), []
+    for name in (name for name in RANKINGS.values() if name in set(table["circuit"])):
+        f, accuracy = one(less_search(name), "f"), one(less_search(name), "accuracy")
+        if f["low"] <= 0 <= f["high"]:
+            verdict = "cannot be told apart from it"
+        else:
+            verdict = f"keeps {'more' if f['value'] > 0 else 'less'} of the logit difference"
+        compared.append(
+            f"{name} {verdict}: f {_circuits.interval_text(one(name, 'f'))}, difference {_circuits.interval_text(f)}, in "
+            f"accuracy {_circuits.interval_text(accuracy)}"
+        )
     return (
-        f"At {search['size']} of all items (threshold {search['threshold']:g}) {verdict}: f {_circuits.interval_text(search)} "
-        f"searched and {_circuits.interval_text(attributed)} by attribution, difference {_circuits.interval_text(f)}; "
-        f"accuracy {one(SEARCH, 'accuracy')['value']:.1%} and {one(ATTRIBUTION, 'accuracy')['value']:.1%} "
-        f"(difference {_circuits.interval_text(accuracy)}); {one(SEARCH, 'f')['n']} held-out prompts."
+        f"At {search['size']} of all items (threshold {search['threshold']:g}) the search has f "
+        f"{_circuits.interval_text(search)}; {'; '.join(compared)} ({search['n']} held-out prompts)."
     )

@@ -1,10 +1,7 @@
-"""What exact search costs beside attribution: wall times on `mini`, and their ratio.
+"""What exact search costs beside attribution, on `mini`: `python -m bench.circuits [--model M] [--n-pairs N]`.
 
-    python bench/circuits.py [--model M] [--n-pairs N] [--threshold T]
-
-For two universes, edges with parts and (edge, position) items, prints the seconds of ACDC and of
-attribution on the same prompts, the ratio, and how many items both keep. Seconds depend on the machine, so they stand in
-no table of an experiment; how faithful the circuits are is in `circuit-search`.
+For two universes, edges with parts and (edge, position) items: processor seconds of ACDC and of attribution on the same
+prompts, their ratio, and how many items the search keeps. How faithful the circuits are is in `circuit-search`.
 """
 
 from __future__ import annotations
@@ -12,39 +9,54 @@ from __future__ import annotations
 import argparse
 import time
 
-import torch
-
 import ioi_mamba as im
 from analyses import _circuits
 
+from . import timing
 
-def timed(work):
-    """The result of work() and the seconds it took."""
-    started = time.perf_counter()
-    result = work()
-    return result, time.perf_counter() - started
+HEAD = "| items | prompts | tests | kept | ACDC, s | EAP-IG(5), s | EAP-IG(5) | EAP-IG(3) | EAP |\n|---|---|---|---|---|---|---|---|---|"
+UNIVERSES = {"edges and parts": {"parts": True}, "edges at positions": {"parts": False, "positions": True}}
+ATTRIBUTIONS = ({"steps": 5}, {"steps": 3}, {"method": "eap"})
+
+
+def line_of(model, pairs, what: str, threshold: float) -> str:
+    """One row: the search, and each attribution as a share of its seconds."""
+    options, found = UNIVERSES[what], []
+    exact = timing.seconds_of(lambda: found.append(im.acdc(model, pairs, threshold=threshold, **options)))
+    table = found[0]
+    first, *others = (
+        timing.seconds_of(lambda more=more: im.attribute(model, pairs, **options, **more)) for more in ATTRIBUTIONS
+    )
+    shares = " | ".join(f"1/{exact / seconds:.1f}" for seconds in (first, *others))
+    return (
+        f"| {what} | {len(pairs)} | {table.attrs['tests']} | {table['kept'].sum()} of {len(table)} | {exact:.1f} | "
+        f"{first:.2f} | {shares} |"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Wall times of exact search and of attribution.")
+    timing.prepare()
+    parser = argparse.ArgumentParser(description="Seconds of exact search and of attribution.")
     parser.add_argument("--model", default="mini")
-    parser.add_argument("--n-pairs", type=int, default=10)
+    parser.add_argument("--n-pairs", type=int, action="append", help="default: 5 and 30 (two prompts a pair)")
     parser.add_argument("--threshold", type=float, default=1e-3)
+    parser.add_argument("--no-write", action="store_true", help="leave RESULTS.md as it is")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     model = im.open_model(arguments.model)
-    pairs = _circuits.default_pairs(model.tokenizer, arguments.n_pairs, 27)
-    im.attribute(model, pairs[:2])  # the first trace prepares the model
-    print(f"{arguments.model}, {len(pairs)} prompts, threshold {arguments.threshold:g}")
-    for what, options in (("edges and parts", {"parts": True}), ("edges at positions", {"positions": True})):
-        search = {"parts": options.get("parts", False), "positions": options.get("positions", False)}
-        found, exact = timed(lambda search=search: im.acdc(model, pairs, threshold=arguments.threshold, **search))
-        print(
-            f"{what}: ACDC {exact:.1f} s, {found.attrs['tests']} tests, {found['kept'].sum()} of {len(found)} items kept"
+    print(HEAD, flush=True)
+    lines = []
+    for n_pairs in arguments.n_pairs or (5, 30):
+        pairs = _circuits.default_pairs(model.tokenizer, n_pairs, 27)
+        im.attribute(model, pairs[:2])  # the first trace prepares the model
+        for what in UNIVERSES:
+            lines.append(line_of(model, pairs, what, arguments.threshold))
+            print(lines[-1], flush=True)
+    if not arguments.no_write:
+        about = (
+            f"{timing.machine()}. {time.strftime('%Y-%m-%d')}, load {timing.load()}. `python -m bench.circuits`, "
+            f"{arguments.model}, threshold {arguments.threshold:g}; attributions as shares of the search's seconds."
         )
-        for name, more in (("EAP-IG, 5 steps", {}), ("EAP-IG, 3 steps", {"steps": 3}), ("EAP", {"method": "eap"})):
-            _, seconds = timed(lambda options=options, more=more: im.attribute(model, pairs, **options, **more))
-            print(f"  {name}: {seconds:.2f} s, 1/{exact / seconds:.0f} of the search")
+        timing.write_section("Search and attribution", f"{about}\n\n{HEAD}\n" + "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -316,7 +316,7 @@ def searched_edges(edges: pd.DataFrame) -> alt.Chart:
 
 
 def same_size(compared: pd.DataFrame, differences: pd.DataFrame) -> alt.HConcatChart:
-    """f of circuits of the same size, with intervals, and the difference of two of them; a row a threshold.
+    """f of circuits of the same size, with intervals, and differences of them; a row a threshold.
 
     compared, differences: rows of circuits with circuit, threshold, size, measure, value, low, high, n.
     """

@@ -8,7 +8,7 @@ import torch
 
 import ioi_mamba as im
 from analyses import _circuits, load
-from analyses.circuit_search import ATTRIBUTION, DIFFERENCE, SEARCH, first_pruned
+from analyses.circuit_search import RANKINGS, SEARCH, first_pruned, less_search
 from analyses.positional_attribution import LAST_ONLY, LOST, busiest_layer, without_early_output
 from ioi_mamba import metrics
 from ioi_mamba.attribution import ranked
@@ -174,20 +174,21 @@ def test_each_item_of_the_search_has_its_own_attribution(mini, sets, tables):
 def test_search_and_attribution_are_compared_at_the_same_size_on_held_out_pairs(mini, sets, tables):
     table = tables["circuit-search"]
     few = _circuits.some_of(sets[0], 4)
-    ranking, universe = ranked(im.attribute(mini, few, parts=True)), universe_of(mini, parts=True)
+    universe = universe_of(mini, parts=True)
     for threshold, rows in table[table["threshold"].notna()].groupby("threshold"):
         found = im.acdc(mini, few, threshold=threshold)
-        searched = Circuit(frozenset(items_of(found[found["kept"]])), universe)
-        chosen = first_pruned(ranking, len(searched), universe)
-        for name, circuit in ((SEARCH, searched), (ATTRIBUTION, chosen)):
+        circuits = {SEARCH: Circuit(frozenset(items_of(found[found["kept"]])), universe)}
+        for method in ("eap-ig", "eap"):
+            ranking = ranked(im.attribute(mini, few, method=method, parts=True))
+            circuits[RANKINGS[method]] = first_pruned(ranking, len(circuits[SEARCH]), universe)
+        for name, circuit in circuits.items():
             row = value(rows, name, "f")
-            assert row["size"] == len(circuit) <= len(searched)
+            assert row["size"] == len(circuit) <= len(circuits[SEARCH])
             assert row["value"] == pytest.approx(im.evaluate(mini, sets[1], circuit)["f"], abs=1e-4)
-        difference = value(rows, DIFFERENCE, "f")
-        assert difference["value"] == pytest.approx(
-            value(rows, ATTRIBUTION, "f")["value"] - value(rows, SEARCH, "f")["value"]
-        )
-        assert difference["low"] <= difference["value"] <= difference["high"]
+            if name != SEARCH:
+                difference = value(rows, less_search(name), "f")
+                assert difference["value"] == pytest.approx(row["value"] - value(rows, SEARCH, "f")["value"])
+                assert difference["low"] <= difference["value"] <= difference["high"]
 
 
 def test_a_pruned_circuit_is_filled_up_to_its_size():
