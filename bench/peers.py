@@ -1,9 +1,12 @@
 """MambaLens on a model of the same sizes and the same prompts: `python -m bench.peers --venv DIR`.
 
 DIR is a virtual environment of its own with `mamba-lens==0.0.4`, `transformer-lens<2`, `typeguard`, `transformers==4.44.2`,
-`numpy<2`, `pyarrow<18`, `pandas<2.3` and `datasets<3`. MambaLens patches `hook_layer_input` by batched hooks, a pass
-a cell, at some of the cells: each costs the same. Ours sweeps all, because its passes share what they start from. Each side's seconds are divided by plain forwards of the stock model in its
-own process (its own transformers), because the two cannot share one.
+`numpy<2`, `pyarrow<18`, `pandas<2.3` and `datasets<3`. Two works:
+the sweep: MambaLens patches `hook_layer_input` by batched hooks, a pass a cell, at some of the cells, since each costs
+the same; ours sweeps all, because its passes share what they start from. EAP-IG(5) over edges and positions: MambaLens
+as its hooks allow, corrupted outputs kept, then five forward and backward passes in which layer inputs are
+interpolated. Each side's seconds are divided by plain passes of the stock model in its own process (its own
+transformers), because the two cannot share one.
 """
 
 from __future__ import annotations
@@ -19,12 +22,13 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import AutoModelForCausalLM
 
+from ioi_mamba.attribution import attributions
 from ioi_mamba.errors import InputError
-from ioi_mamba.sweep import resample_sweep
 
 from . import shapes, timing
+from .ratios import Bench
 
-# Runs in the other environment, with nothing of this package; prints one ratio. Seconds do not depend on the weights,
+# Runs in the other environment, with nothing of this package; prints two ratios. Seconds do not depend on the weights,
 # so theirs are random and only the sizes are the same.
 THEIRS = """
 import json, sys, time, torch
@@ -62,22 +66,65 @@ with torch.no_grad():
     for l, p in cells:
         plains.append(plain())
         patched.append(cell(l, p))
-print(json.dumps(sum(patched) / sum(plains)))
+sweep = sum(patched) / sum(plains)
+
+n = sizes.n_layers
+sources = ["hook_embed", *(f"blocks.{l}.hook_out_proj" for l in range(n))]
+sinks = [*(f"blocks.{l}.hook_layer_input" for l in range(n)), f"blocks.{n - 1}.hook_resid_post"]
+hooked.requires_grad_(False)
+stock.requires_grad_(False)
+
+def forward_backward():
+    started = clock()
+    embedded = stock.backbone.embeddings(clean).requires_grad_()
+    torch.autograd.grad(stock(inputs_embeds=embedded, use_cache=False).logits[:, -1].sum(), embedded)
+    return clock() - started
+
+def attribution(steps=5):
+    started = clock()
+    with torch.no_grad():
+        _, cache = hooked.run_with_cache(corrupted, names_filter=sources)
+    scores = {}
+    for alpha in torch.linspace(0, 1, steps).tolist():
+        outputs, inputs = {}, {}
+        def keep(x, hook):
+            outputs[hook.name] = x = x if x.requires_grad else x.requires_grad_()
+            return x
+        def sink(x, hook):
+            for name in sources[: sinks.index(hook.name) + 1]:
+                x = x + alpha * (cache[name] - outputs[name])
+            inputs[hook.name] = x
+            return x
+        hooks = [(name, keep) for name in sources] + [(name, sink) for name in sinks]
+        logits = hooked.run_with_hooks(clean, fwd_hooks=hooks)
+        gradients = torch.autograd.grad(logits[:, -1].sum(), [inputs[name] for name in sinks])
+        with torch.no_grad():
+            for j, gradient in enumerate(gradients):
+                for name in sources[: j + 1]:
+                    product = (gradient * (cache[name] - outputs[name])).sum(-1) / steps
+                    scores[name, j] = scores.get((name, j), 0) + product
+    return clock() - started
+
+forward_backward(); attribution(2)
+plains, attributed = [], []
+for _ in range(2):
+    plains.append(forward_backward())
+    attributed.append(attribution())
+print(json.dumps([sweep, sum(attributed) / sum(plains)]))
 """
 
 
-def ours(model, pairs) -> float:
-    own = shapes.stock(model)
-
-    def plain():
-        with torch.no_grad():
-            own(pairs.clean, use_cache=False)
+def ours(model, shape: str, n_pairs: int) -> list[float]:
+    """The same two ratios with this package, on the same pairs."""
+    bench = Bench(model, shape, n_pairs=n_pairs)
+    plain, sweep, warm, _ = bench.sweep()
+    both = [timing.measure(plain, sweep, warm=warm, seconds=1, most=1).ratio]
 
     def work(tick) -> float:
-        return resample_sweep(model, pairs, "layer_input", progress=tick)[..., 0].numel() / len(pairs)
+        attributions(model, bench.pairs, positions=True)
+        return 1
 
-    warm = lambda: resample_sweep(model, pairs, "layer_input", positions=[shapes.POSITIONS - 1])
-    return timing.measure(plain, work, warm=warm, seconds=1, most=1).ratio
+    return [*both, timing.measure(bench.forward_backward(bench.pairs), work, seconds=1, most=2).ratio]
 
 
 def main() -> None:
@@ -104,12 +151,12 @@ def main() -> None:
         if done.returncode:
             sys.exit(done.returncode)
         theirs = json.loads(done.stdout.splitlines()[-1])
-        found = ours(model, pairs)
+        found = ours(model, arguments.shape, arguments.pairs)
     lines = [
-        "| sweep over layers and positions | plain forwards a cell |",
-        "|---|---|",
-        f"| MambaLens 0.0.4, batched hooks ({len(cells)} cells, each a pass) | {theirs:.2f} |",
-        f"| this package (all cells) | {found:.2f} |",
+        "| | sweep over layers and positions, plain forwards a cell | EAP-IG(5) of edges, plain forward + backward |",
+        "|---|---|---|",
+        f"| MambaLens 0.0.4, hooks ({len(cells)} cells, each a pass) | {theirs[0]:.2f} | {theirs[1]:.2f} |",
+        f"| this package (all cells) | {found[0]:.2f} | {found[1]:.2f} |",
     ]
     print("\n".join(lines))
     about = f"{timing.machine()}. {time.strftime('%Y-%m-%d')}, load {timing.load()}. `python -m bench.peers`, "

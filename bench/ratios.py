@@ -42,10 +42,10 @@ TARGETS = {
 class Bench:
     """One model, and what is measured on it. Every method gives the arguments of `timing.measure`, and a note."""
 
-    def __init__(self, model, shape: str, resume: bool):
+    def __init__(self, model, shape: str, resume: bool = True, n_pairs: int | None = None):
         self.shape, self.resume = shape, resume
         self.model, self.stock = model, shapes.stock(model)
-        self.n_pairs = PAIRS.get(shape, 16)
+        self.n_pairs = n_pairs or PAIRS.get(shape, 16)
         self.large = shape in ("mamba-130m", "mamba-370m")
         self.pairs = shapes.pairs_for(model, self.n_pairs)
         self.few = self.pairs[: 4 if self.large else 16]

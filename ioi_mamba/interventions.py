@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .errors import InputError
 from .jobs import call, config_of, device_of
-from .mixer import Mixer, MixerPass, fitted
+from .mixer import MixerPass, fitted
+from .opened import Mixer
 from .portable import portable
 from .sites import SITES, STAGES, Address, parse
 
