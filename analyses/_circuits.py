@@ -15,7 +15,7 @@ import pandas as pd
 from torch import Tensor
 
 from ioi_mamba import faithfulness
-from ioi_mamba.attribution import attributions
+from ioi_mamba.attribution import Options, attributions
 from ioi_mamba.evaluator import Estimate, Evaluator, resampled_means
 from ioi_mamba.faithfulness import random_circuits
 from ioi_mamba.graph import Circuit, items_of
@@ -64,9 +64,8 @@ def attributed(
     progress: Progress | None = None,
 ) -> tuple[pd.DataFrame, Tensor]:
     """All items (source, target, part) and their attributions Float32[item, pos or 1, pair]."""
-    kinds, scores = attributions(
-        model, pairs, method=method, variant=variant, steps=steps, positions=positions, parts=parts, progress=progress
-    )
+    options = Options(method, variant, steps, positions, parts)
+    kinds, scores = attributions(model, pairs, options, progress)
     return pd.DataFrame(kinds, columns=["source", "target", "part"]), scores
 
 

@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import AutoModelForCausalLM
 
-from ioi_mamba.attribution import attributions
+from ioi_mamba.attribution import Options, attributions
 from ioi_mamba.errors import InputError
 
 from . import shapes, timing
@@ -121,7 +121,7 @@ def ours(model, shape: str, n_pairs: int) -> list[float]:
     both = [timing.measure(plain, sweep, warm=warm, seconds=1, most=1).ratio]
 
     def work(tick) -> float:
-        attributions(model, bench.pairs, positions=True)
+        attributions(model, bench.pairs, Options(positions=True))
         return 1
 
     return [*both, timing.measure(bench.forward_backward(bench.pairs), work, seconds=1, most=2).ratio]

@@ -19,7 +19,7 @@ import torch
 
 import ioi_mamba as im
 from analyses import _circuits, cross_talk
-from ioi_mamba.attribution import attributions
+from ioi_mamba.attribution import Options, attributions
 from ioi_mamba.sites import SITES
 from ioi_mamba.sweep import resample_sweep
 
@@ -110,7 +110,7 @@ class Bench:
         pairs = shapes.pairs_for(self.model, 8 if self.large else 16)
 
         def work(tick) -> float:
-            attributions(self.model, pairs, positions=True, parts=True)
+            attributions(self.model, pairs, Options(positions=True, parts=True))
             return 1
 
         return self.forward_backward(pairs), work, None, f"{len(pairs)} pairs; unit: forward + backward"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import ioi_mamba as im
-from ioi_mamba.attribution import attributions
+from ioi_mamba.attribution import Options, attributions
 from ioi_mamba.evaluator import Evaluator
 from ioi_mamba.graph import universe_of
 from ioi_mamba.memory import PASSES, row_mib, rows_per_pass
@@ -31,7 +31,7 @@ def sweep(model, pairs) -> None:
 
 
 def gradients(model, pairs) -> None:
-    attributions(model, pairs, positions=True, parts=True)
+    attributions(model, pairs, Options(positions=True, parts=True))
 
 
 def plain(model, pairs) -> None:

@@ -9,7 +9,7 @@ import torch
 from golden import NODES, relative_error
 
 import ioi_mamba as im
-from ioi_mamba.attribution import VARIANTS, attributions, ranked, remembered
+from ioi_mamba.attribution import VARIANTS, Options, attributions, ranked, remembered
 from ioi_mamba.errors import InputError
 from ioi_mamba.interventions import forward
 from ioi_mamba.metrics import logit_diff, normalized_logit_diff
@@ -275,12 +275,12 @@ def test_remembered_attributions_are_those_of_the_same_question_only():
     model, pairs = golden.odd_model(), golden.random_pairs("odd")
     with remembered():
         first, parts, other = (
-            attributions(model, p, positions=True, parts=parts)[1]
+            attributions(model, p, Options(positions=True, parts=parts))[1]
             for p, parts in ((pairs, False), (pairs, True), (pairs[[1, 0, 2, 3]], False))
         )
-        assert attributions(model, pairs, positions=True)[1] is first
+        assert attributions(model, pairs, Options(positions=True))[1] is first
         assert len(parts) > len(first)
         assert not torch.equal(other, first)
-    again = attributions(model, pairs, positions=True)[1]
+    again = attributions(model, pairs, Options(positions=True))[1]
     assert again is not first
     assert torch.equal(again, first)
