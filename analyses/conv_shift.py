@@ -12,9 +12,9 @@ from __future__ import annotations
 import pandas as pd
 
 from analyses import _effects
+from ioi_mamba.bottleneck import find_layer
 from ioi_mamba.charts import position_heatmap
 from ioi_mamba.jobs import config_of
-from ioi_mamba.steering import find_layer
 from ioi_mamba.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
 

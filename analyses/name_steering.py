@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ioi_mamba import charts
+from ioi_mamba.bottleneck import find_layer, find_offset
 from ioi_mamba.errors import InputError
 from ioi_mamba.interventions import forward
 from ioi_mamba.jobs import call, device_of
@@ -30,8 +31,6 @@ from ioi_mamba.steering import (
     METHODS,
     Averages,
     averages,
-    find_layer,
-    find_offset,
     name_slots,
     read_up_to,
     steering_edit,

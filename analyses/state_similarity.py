@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from ioi_mamba import charts
+from ioi_mamba.bottleneck import find_layer
 from ioi_mamba.errors import InputError
 from ioi_mamba.interventions import forward
 from ioi_mamba.jobs import call
-from ioi_mamba.steering import find_layer, is_name
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import ABSENT, Pairs
-from ioi_mamba.tasks.prompts import bos_id, find_roles
+from ioi_mamba.tasks.prompts import bos_id, find_roles, is_name
 
 NAME = "state-similarity"
 TITLE = "Contributions in the hidden state"

@@ -12,7 +12,6 @@ place of what is there, "subtract-add" adds the new name's and subtracts the old
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,17 +21,17 @@ import nnsight
 import torch
 from torch import Tensor, nn
 
+from .bottleneck import find_layer, find_offset
 from .errors import InputError
 from .interventions import forward
 from .jobs import call, config_of, device_of
 from .memory import rows_per_pass
-from .metrics import effect
 from .mixer import MixerPass
 from .portable import portable
-from .sweep import Progress, layer_count, swept_logit_diffs
+from .sweep import Progress, layer_count
 from .tasks import ioi
 from .tasks.base import ABSENT, Pairs
-from .tasks.prompts import bos_id, find_roles, single_token_ids
+from .tasks.prompts import bos_id, find_roles, is_name, single_token_ids
 
 METHODS = ("replace", "subtract-add")
 
@@ -78,11 +77,6 @@ class Averages:
         if slot not in self.slots:
             raise InputError(f"There are no averages for {slot!r}; there are for {', '.join(self.slots)}.")
         return self.slots.index(slot)
-
-
-def is_name(role: str) -> bool:
-    """Whether a role of `Pairs` is a name: n1, n2, ..."""
-    return re.fullmatch(r"n\d+", role) is not None
 
 
 def name_slots(pairs: Pairs) -> tuple[str, ...]:
@@ -255,51 +249,6 @@ def _continued(
                 break
             row = torch.cat([row, following.reshape(1, 1)], 1)
     return row[0, len(tokens) :]
-
-
-def find_layer(model, pairs: Pairs | None = None) -> int:
-    """The bottleneck: of the layers after 0, the one whose resampled input has the largest effect (4.1.1).
-
-    Measured on 8 pairs of each corruption of the paper's templates with equal positions, or, where `pairs` are of a
-    task without names, on up to 40 of these: of a layer, the largest |1 - normalized logit diff| before the last
-    position (where every layer can write the answer straight to the output), mean over corruptions. Raises InputError
-    for a model of one layer.
-    """
-    if layer_count(model) < 2:
-        raise InputError("The bottleneck is looked for after layer 0; this model has no other layer.")
-    unnamed = None if pairs is None or any(map(is_name, pairs.roles)) else pairs
-    pairs = _sample(model) if unnamed is None else unnamed.layouts()[0][:40]
-    layers, positions = list(range(1, layer_count(model))), list(range(pairs.clean.shape[1] - 1))
-    effects = _effects(model, pairs, "layer_input", layers, positions)
-    return layers[int(torch.stack([one.amax(-1) for one in effects.values()]).mean(0).argmax())]
-
-
-def find_offset(model, layer: int) -> int:
-    """How many tokens after a name `layer` takes it in: where its resampled `ssm_input` has the largest effect.
-
-    As far as the convolution reaches, 0 to K-1; |1 - normalized logit diff|, mean over the corruptions.
-    """
-    pairs, reach = _sample(model), config_of(model).conv_kernel
-    names = {c: int(part.first_difference[0]) for c, part in pairs.by("corruption").items()}
-    positions = list(range(min(names.values()), max(names.values()) + reach))
-    effects = _effects(model, pairs, "ssm_input", [layer], positions)
-    after = [effects[c][0, names[c] - positions[0] :][:reach] for c in names]
-    return int(torch.stack(after).mean(0).argmax())
-
-
-def _sample(model) -> Pairs:
-    templates = ioi.ALIGNED_TEMPLATES
-    return Pairs.concat(
-        [ioi.generate(model.tokenizer, 8, 27, templates=templates, corruptions=[c]) for c in ioi.CORRUPTIONS]
-    )
-
-
-def _effects(model, pairs: Pairs, site: str, layers: list[int], positions: list[int]) -> dict[str, Tensor]:
-    """By corruption: |1 - normalized logit diff|, mean over the pairs, Float[layer, position]."""
-    effects = effect(**swept_logit_diffs(model, pairs, site, layers=layers, positions=positions))
-    corruptions = pairs.labels.get("corruption", ("all",) * len(pairs))
-    here = {c: torch.tensor([other == c for other in corruptions]) for c in dict.fromkeys(corruptions)}
-    return {c: effects[..., rows].mean(-1).abs().nan_to_num(0.0, posinf=0.0) for c, rows in here.items()}
 
 
 def read_up_to(model, tokens: Tensor, layer: int, site: str) -> Tensor:

@@ -41,8 +41,8 @@ from .memory import check_fits
 from .models import MINI
 from .probe import probe
 from .results import read_manifest
-from .steering import is_name
 from .tasks.base import Pairs
+from .tasks.prompts import is_name
 
 # Arguments of an experiment's `run` that a study gives it and that are not the user's to set.
 _SUPPLIED = ("progress", "held_out", "seed")

@@ -9,7 +9,7 @@ import torch
 
 import ioi_mamba as im
 from analyses import layer_ablation, name_steering
-from ioi_mamba import steering
+from ioi_mamba import bottleneck, steering
 from ioi_mamba.errors import InputError
 from ioi_mamba.metrics import wilson_interval
 from ioi_mamba.sweep import resample_sweep
@@ -253,7 +253,7 @@ def test_the_averages_of_steer_are_made_once_for_a_model_and_a_place(mini, monke
 
 def test_the_bottleneck_is_the_one_of_layer_ablation(mini):
     table = layer_ablation.run(mini, layer_ablation.default_pairs(mini.tokenizer, 8, 27))
-    assert steering.find_layer(mini) == layer_ablation.bottleneck(table)
+    assert bottleneck.find_layer(mini) == layer_ablation.bottleneck(table)
 
 
 def test_the_offset_is_where_a_state_input_has_the_largest_effect(mini, place):
@@ -262,7 +262,7 @@ def test_the_offset_is_where_a_state_input_has_the_largest_effect(mini, place):
         pairs = im.ioi.generate(mini.tokenizer, 8, 27, templates=im.ioi.ALIGNED_TEMPLATES, corruptions=[corruption])
         first = int(pairs.first_difference[0])
         expected += torch.stack([mean_effect(mini, pairs, place, first + k) for k in range(len(expected))])
-    assert steering.find_offset(mini, place.layer) == int(expected.argmax())
+    assert bottleneck.find_offset(mini, place.layer) == int(expected.argmax())
 
 
 def mean_effect(model, pairs, place, at):

@@ -144,6 +144,11 @@ def find_roles(text: str, names: Sequence[str], spans: Sequence[tuple[int, int]]
     return roles | {"out": out}
 
 
+def is_name(role: str) -> bool:
+    """Whether a role of `Pairs` is a name: n1, n2, ..."""
+    return re.fullmatch(r"n\d+", role) is not None
+
+
 def read_jsonl(path: Path) -> list[PromptPair]:
     """The pairs of a file with one JSON object a line, `.gz` or plain; InputError names file and line."""
     try:
