@@ -1,7 +1,7 @@
 """Which layers can a model do without? Each removed alone, then as many as possible, one after the other.
 
-Works on any causal language model whose blocks add to a residual stream; nothing in it is particular to
-Mamba.
+Nothing in it is particular to Mamba: it works on any causal language model whose blocks add to a residual stream and
+stand in one of the lists of BLOCK_LISTS.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NEEDS_MAMBA = False
 MODES = ("none", "single", "greedy")
 COLUMNS = ("mode", "step", "layer", "accuracy", "probability", "n", "valid_accuracy")
 
-# Where the list of blocks is, by architecture: Mamba, GPT-2, Llama-like, GPT-NeoX.
+# Where the list of blocks is, by architecture: Mamba, GPT-2, Llama-like (and Jamba, Bamba), GPT-NeoX.
 BLOCK_LISTS = ("backbone.layers", "transformer.h", "model.layers", "gpt_neox.layers")
 
 # The published figure's sample is unknown, the published notebook's is 10 pairs; 40 give half its error.
@@ -68,7 +68,7 @@ def run(
 ) -> pd.DataFrame:
     """One row a measurement: mode "none" (nothing removed), "single" (one layer), "greedy" (one more a step).
 
-    model: any causal language model opened by `open_model`. held_out: prompts that take no part in the
+    model: a causal language model opened by `open_model`. held_out: prompts that take no part in the
     choice; without them `valid_accuracy` is empty. steps: greedy steps, at most and by default all layers but
     one. rows: prompts times candidate layers in one pass. `accuracy` and `probability` are means over the n
     prompts of `pairs`, in 0..1; `layer` is the one removed at this step, empty for "none"; `step` counts the
@@ -257,8 +257,8 @@ def _last_logits(model, places: tuple[str, str], tokens: Tensor, last: Tensor, w
     """Logits [row, vocab] at `last`, with the layers of `without` [row, layer] passing their input on."""
     blocks, head = (model.get(path) for path in places)
     touched = without.any(0).nonzero().flatten().tolist()
-    # A layer that no row keeps need not run at all.
-    needless = set(without.all(0).nonzero().flatten().tolist())
+    # A layer that no row keeps need not run at all, unless its block gives more than the stream (Bamba's do).
+    needless = set(without.all(0).nonzero().flatten().tolist()) if places[0] == BLOCK_LISTS[0] else set()
     tokens, last, without = (tensor.to(device_of(model)) for tensor in (tokens, last, without))
     with torch.no_grad(), model.trace(tokens, use_cache=False):
         for layer in touched:

@@ -6,12 +6,11 @@ What a user got wrong is one sentence on stderr and exit code 2; Ctrl-C is 130.
 from __future__ import annotations
 
 import argparse
-import ast
 import logging
 import os
+import shutil
 import sys
-import types
-import typing
+import textwrap
 import warnings
 from collections.abc import Sequence
 from datetime import datetime
@@ -20,6 +19,9 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from .errors import InputError, ServerError, Submitted
+from .options import parse_options
+
+NARROWEST = 24  # characters of a column that is broken to fit a terminal
 
 
 class _Parser(argparse.ArgumentParser):
@@ -96,9 +98,13 @@ def _add_backend(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Exit codes: 0 done, 1 the doctor found something, 2 bad input, 3 server, 130 interrupted."""
     try:
-        arguments = _parser().parse_args(argv)
-        _quiet()
-        return arguments.call(arguments)
+        try:
+            arguments = _parser().parse_args(argv)
+            _quiet()
+            return arguments.call(arguments)
+        finally:
+            # Here and not when Python ends, where a reader that has gone could not be caught any more.
+            sys.stdout.flush()
     except InputError as error:
         print(f"ioi-mamba: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -142,7 +148,7 @@ def _run(arguments: argparse.Namespace) -> int:
     modules = [analyses.load(name) for name in names]
     if arguments.pairs is not None and arguments.task != "ioi":
         raise InputError(f"--pairs reads prompts with names, not those of {arguments.task}: give one of the two.")
-    options = _options(modules, arguments.option)
+    options = parse_options(modules, arguments.option)
     if arguments.no_resume_points:
         options |= _without_resume_points(modules)
     for flag, value in (("--n-pairs", arguments.n_pairs), ("--threads", arguments.threads)):
@@ -221,49 +227,6 @@ def _newest_run() -> Path:
     return max(manifests, key=lambda path: path.stat().st_mtime).parent
 
 
-def _options(modules: Sequence[ModuleType], texts: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE texts as the values that the experiments' `run` asks for. Raises InputError for a bad one."""
-    from . import study
-
-    pieces = [text.partition("=") for text in texts]
-    for key, equals, _ in pieces:
-        if not equals or not key:
-            raise InputError(f"--option {key!r} has no value: write it as KEY=VALUE.")
-    study.check_options(modules, {key: None for key, _, _ in pieces})
-    options = {}
-    for key, _, value in pieces:
-        module = next(module for module in modules if key in study.options_of(module))
-        options[key] = _coerce(key, value, typing.get_type_hints(module.run).get(key, str))
-    return options
-
-
-def _coerce(key: str, text: str, hint: Any) -> Any:
-    """A text as the first of the hint's types that reads it; commas separate the items of a sequence."""
-    kinds = list(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
-    for kind in sorted(kinds, key=lambda kind: kind is str):
-        origin: Any = typing.get_origin(kind) or kind
-        if kind is type(None) and text.lower() == "none":
-            return None
-        if origin is typing.Literal and text in typing.get_args(kind):
-            return text
-        if kind is bool and text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        if kind is str:
-            return text
-        if kind in (int, float):
-            try:
-                value = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                continue
-            if type(value) is kind or (kind is float and type(value) is int):
-                return kind(value)
-        if origin in (list, tuple, Sequence):
-            items = next((item for item in typing.get_args(kind) if item is not Ellipsis), str)
-            return [_coerce(key, part.strip(), items) for part in text.split(",") if part.strip()]
-    wanted = " or ".join(getattr(kind, "__name__", str(kind)).replace("NoneType", "none") for kind in kinds)
-    raise InputError(f"--option {key}={text} cannot be used: {key} takes {wanted}.")
-
-
 def _report(arguments: argparse.Namespace) -> int:
     from .report import save_charts, write_report
 
@@ -306,10 +269,20 @@ def _sites(arguments: argparse.Namespace) -> int:
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> str:
+    """A table; in a terminal that is too narrow for it the widest column is broken into lines."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    too_much = sum(widths) + 2 * (len(widths) - 1) - shutil.get_terminal_size().columns
+    widest = widths.index(max(widths))
+    if sys.stdout.isatty() and too_much > 0:
+        widths[widest] = max(NARROWEST, widths[widest] - too_much)
+    lines = []
+    for row in rows:
+        broken = textwrap.wrap(row[widest], widths[widest]) or [""]
+        for number, piece in enumerate(broken):
+            cells = [cell if number == 0 else "" for cell in row]
+            cells[widest] = piece
+            lines.append("  ".join(map(str.ljust, cells, widths)).rstrip())
+    return "\n".join(lines)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -104,6 +104,23 @@ def _check_mini() -> Check:
     return Check(True, "mini", f'opens, and continues "... Isaac and Lucas gave a necklace to" with {said.strip()!r}')
 
 
+def _check_model(name: str) -> Check:
+    """Open a model that is here, and say what it is."""
+    from .errors import InputError
+    from .models import open_model
+
+    try:
+        model = open_model(name, device="cpu")
+    except InputError as error:
+        return Check(False, "model", str(error))
+    config = model.config
+    return Check(
+        True,
+        "model",
+        f"{name} opens: {config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary {config.vocab_size}",
+    )
+
+
 def _check_server(name: str, backend: str, host: str | None) -> Iterator[Check]:
     """What this server allows with this model, as far as it answers."""
     from .errors import InputError, ServerError
@@ -151,7 +168,7 @@ def _check_deployed(model) -> Check:
 
 
 def examine(name: str = "mini", backend: str = "local", host: str | None = None) -> Iterator[Check]:
-    """Every check, one after the other (the last takes seconds); with another backend, what it allows with a model."""
+    """Every check, one after the other (the last take seconds); with another backend, what it allows with a model."""
     yield Check(True, "python", platform.python_version())
     yield Check(
         version("ioi-mamba") is not None,
@@ -164,5 +181,7 @@ def examine(name: str = "mini", backend: str = "local", host: str | None = None)
     yield _check_device()
     if backend == "local":
         yield _check_mini()
+        if name != "mini":
+            yield _check_model(name)
     else:
         yield from _check_server(name, backend, host)

@@ -59,6 +59,8 @@ def _read_config(name: str, local: bool) -> dict:
         if not isinstance(config, dict):
             raise InputError(f"{path} holds no JSON object: restore config.json.")
         return config
+    if name.startswith((".", "/", "~")):
+        raise InputError(f"There is no directory {name!r}: give an existing one, a hub id or 'mini'.")
     try:
         return PreTrainedConfig.get_config_dict(name)[0]
     except (OSError, ValueError) as error:
@@ -96,7 +98,7 @@ def open_model(
     name: "mini", a hub id such as "state-spaces/mamba-370m-hf", or a directory, in the layout of transformers or of
     mamba_ssm (`checkpoints.py`); without a tokenizer, prompts are token ids. device: "cpu", "cuda", ...; default a GPU
     if there is one. dtype: float32, float64, bfloat16 or float16; the scan itself never runs below float32.
-    any_architecture: accept any causal language model (for `layer-removal`, which needs no Mamba).
+    any_architecture: accept causal language models that are no Mamba too (for `layer-removal`, which needs none).
     backend: "local"; "ndif", the model stays on an NDIF server (`host`, default nnsight's setting; dtype and device
     are the server's, and a directory must be there under the same path); "local-serialized", everything a server
     would be sent is serialised and run here.

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import paper_run
 import pytest
 
 import analyses
 from analyses import layer_removal
-from ioi_mamba import cli, doctor
+from ioi_mamba import cli, doctor, options
 from ioi_mamba.cli import main
 from ioi_mamba.sites import SITES
 
@@ -215,7 +216,7 @@ def test_the_default_directory_names_model_and_time():
     ],
 )
 def test_option_texts_become_what_the_experiment_asks_for(text, hint, value):
-    assert cli._coerce("key", text, hint) == value
+    assert options._coerce("key", text, hint) == value
 
 
 def test_sites_lists_every_hook(capsys):
@@ -260,3 +261,46 @@ def test_the_registry_knows_only_modules_that_are_there():
         assert name == module.NAME
         assert set(module.COLUMNS)
         assert len(module.METHOD.strip().splitlines()) == 3
+
+
+@pytest.mark.parametrize("command", [["sites"], ["--help"], ["compare", "DIR"]])
+def test_a_reader_that_has_seen_enough_ends_the_command_in_silence(command, tmp_path):
+    # Buffered as a pipe is, so that what is left is written when Python ends.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    if "DIR" in command:
+        paper_run.write(tmp_path, {"layer-removal": paper_run.layer_removal()})
+        command = [word.replace("DIR", str(tmp_path)) for word in command]
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = subprocess.run(
+        [sys.executable, "-m", "ioi_mamba", *command],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        env=environment | {"PYTHONPATH": str(Path(cli.__file__).parents[1])},
+    )
+    os.close(writing)
+    assert process.returncode == 0
+    assert process.stderr == b""
+
+
+def test_a_table_fits_the_terminal_and_is_whole_in_a_file(monkeypatch):
+    rows = [("name", "what it means"), ("delta", " ".join(["the step of the recurrence"] * 6))]
+    assert cli._columns(rows) == f"name   what it means\ndelta  {rows[1][1]}"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    lines = cli._columns(rows).splitlines()
+    assert len(lines) > 3
+    assert max(map(len, lines)) <= 60
+    assert " ".join(line[7:] for line in lines[1:]) == rows[1][1]
+
+
+def test_the_doctor_opens_the_model_it_is_asked_about(tiny_mamba_dir, tmp_path, capsys):
+    main(["doctor", "--model", str(tiny_mamba_dir)])
+    assert f"{tiny_mamba_dir} opens: 4 layers, width 24" in capsys.readouterr().out
+    assert main(["doctor", "--model", str(tmp_path)]) == 1
+    assert re.search(r"^-- +model .* has no config.json", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub(tmp_path, capsys):
+    assert main(["run", "layer-ablation", "--model", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
+    assert "There is no directory" in capsys.readouterr().err

@@ -5,11 +5,29 @@ import math
 import pytest
 import torch
 from conftest import VOCAB
+from transformers import BambaConfig, BambaForCausalLM
 
 import ioi_mamba as im
 from analyses import layer_removal
 from ioi_mamba.errors import InputError
 from ioi_mamba.tasks.base import Pairs
+
+BAMBA = BambaConfig(
+    vocab_size=VOCAB,
+    hidden_size=24,
+    num_hidden_layers=3,
+    intermediate_size=48,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    mamba_n_heads=6,
+    mamba_d_head=8,
+    mamba_d_state=4,
+    attn_layer_indices=[1],
+    initializer_range=0.5,
+    pad_token_id=0,
+    bos_token_id=0,
+    eos_token_id=0,
+)
 
 
 def random_pairs(n_pairs, n_pos=7, seed=0, ragged=False):
@@ -30,16 +48,23 @@ def random_pairs(n_pairs, n_pos=7, seed=0, ragged=False):
     )
 
 
-@pytest.fixture(scope="module", params=["mamba", "gpt2"])
-def model(request, tiny_mamba, tiny_gpt2_dir):
+@pytest.fixture(scope="module", params=["mamba", "gpt2", "bamba"])
+def model(request, tiny_mamba, tiny_gpt2_dir, tmp_path_factory):
+    """Blocks that give the residual stream alone, and a hybrid's that give a tuple."""
     if request.param == "mamba":
         return tiny_mamba
-    return im.open_model(str(tiny_gpt2_dir), device="cpu", any_architecture=True)
+    path = tiny_gpt2_dir
+    if request.param == "bamba":
+        path = tmp_path_factory.mktemp("tiny-bamba")
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            BambaForCausalLM(BAMBA).save_pretrained(path)
+    return im.open_model(str(path), device="cpu", any_architecture=True)
 
 
 def oracle_blocks(torch_model):
     """The modules whose outputs make the residual stream, found by their class and not by their path."""
-    return [m for m in torch_model.modules() if type(m).__name__ in ("MambaBlock", "GPT2Block")]
+    return [m for m in torch_model.modules() if type(m).__name__ in ("MambaBlock", "GPT2Block", "BambaDecoderLayer")]
 
 
 def oracle(torch_model, pairs, removed):
