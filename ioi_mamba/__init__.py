@@ -11,6 +11,7 @@ from .graph import Circuit
 from .interventions import mixer, read, run
 from .models import open_model
 from .patching import patch_edges
+from .results import open_result, open_results
 from .steering import steer
 from .tasks import greater_than, ioi
 from .tasks.base import Pairs
@@ -26,6 +27,8 @@ __all__ = [
     "ioi",
     "mixer",
     "open_model",
+    "open_result",
+    "open_results",
     "patch_edges",
     "read",
     "run",

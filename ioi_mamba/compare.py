@@ -8,19 +8,16 @@ function of `claims`; there is one path for all models.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-import analyses
-
 from . import claims, paper
 from .errors import InputError
 from .files import written_whole
-from .results import read_result
+from .results import open_results
 
 HOLDS, FAILS, NOT_COMPARABLE, NOT_RUN = "holds", "does not hold", "not comparable", "not run"
 VERDICTS = (HOLDS, FAILS, NOT_COMPARABLE, NOT_RUN)
@@ -66,7 +63,7 @@ def compare(directory: str | Path) -> pd.DataFrame:
     The table is that of `evaluate`. Raises InputError for a directory without a finished table, one with tables of
     two models, one that cannot be written, and a table that cannot be read or is not the one its manifest vouches for.
     """
-    tables, manifests = read_results(Path(directory))
+    tables, manifests = _read_run(Path(directory))
     table = evaluate(tables, manifests)
     target = Path(directory) / "compare.parquet"
     try:
@@ -77,24 +74,13 @@ def compare(directory: str | Path) -> pd.DataFrame:
     return table
 
 
-def read_results(directory: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Manifest]]:
+def _read_run(directory: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Manifest]]:
     """(tables, manifests) of the finished experiments of a run, by name. Raises InputError as `compare`."""
-    if not directory.is_dir():
-        raise InputError(f"{str(directory)!r} is not a directory: give the --out directory of a run.")
-    tables, manifests = {}, {}
-    for name in analyses.available():
-        found = read_result(directory, name)
-        if found is None:
-            continue
-        manifests[name], tables[name] = found
-        path = directory / f"{name}.parquet"
-        if hashlib.sha256(path.read_bytes()).hexdigest() != manifests[name]["table_sha256"]:
-            raise InputError(f"{path} is not the table that {name}.json is of: run {name} again.")
-    if not tables:
-        raise InputError(f"{str(directory)!r} holds no finished table: run an analysis with --out {directory} first.")
+    results = open_results(directory)
+    manifests: dict[str, Manifest] = {name: result.manifest for name, result in results.items()}
     if len({manifest["model"].get("weights_sha256") for manifest in manifests.values()}) > 1:
         raise InputError(f"{str(directory)!r} holds tables of two models: compare the runs of one model.")
-    return tables, manifests
+    return {name: result.table for name, result in results.items()}, manifests
 
 
 def evaluate(tables: Mapping[str, pd.DataFrame], manifests: Mapping[str, Manifest]) -> pd.DataFrame:

@@ -27,7 +27,7 @@ import analyses
 from . import baseline, charts, compare, tasks
 from .errors import InputError
 from .files import written_whole
-from .results import read_result
+from .results import read_results
 
 PREVIEW_ROWS = 12
 MAX_BYTES = 8 * 2**20
@@ -121,20 +121,10 @@ def save_charts(directory: str | Path, form: str) -> list[Path]:
 
 def _sections(directory: Path) -> list[Section]:
     """Those of every finished experiment, in the paper's order. Raises InputError where there is none."""
-    if not directory.is_dir():
-        raise InputError(f"{str(directory)!r} is not a directory: give the --out directory of a run.")
-    sections = [section for name in analyses.available() if (section := _section(directory, name)) is not None]
-    if not sections:
-        raise InputError(f"{str(directory)!r} holds no finished table: run an analysis with --out {directory} first.")
-    return sections
-
-
-def _section(directory: Path, name: str) -> Section | None:
-    found = read_result(directory, name)
-    if found is None:
-        return None
-    manifest, table = found
-    return _drawn(analyses.load(name), manifest, table, notebook_code(name), PREVIEW_ROWS)
+    return [
+        _drawn(analyses.load(name), result.manifest, result.table, notebook_code(name), PREVIEW_ROWS)
+        for name, result in read_results(directory).items()
+    ]
 
 
 def _drawn(module: ModuleType, manifest: dict[str, Any], table: pd.DataFrame, code: str, n_preview: int) -> Section:
@@ -214,12 +204,10 @@ def script_json(value: Any) -> Markup:
 
 def notebook_code(name: str) -> str:
     """Python that draws the section's chart again."""
-    module = name.replace("-", "_")
     return (
-        "import pandas as pd\n"
-        f"from analyses import {module}\n\n"
-        f"table = pd.read_parquet({f'{name}.parquet'!r})  # beside this page\n"
-        f"{module}.chart(table)"
+        "import ioi_mamba as im\n\n"
+        f'result = im.open_result(".", "{name}")  # the folder of this page\n'
+        "result.chart()  # also .findings(), .to_frame() and .manifest"
     )
 
 
@@ -227,11 +215,10 @@ def summary_code(name: str) -> str:
     """Python that makes a summary's table and chart again."""
     module = name.replace("-", "_")
     return (
-        "from pathlib import Path\n\n"
-        "import pandas as pd\n"
+        "import ioi_mamba as im\n"
         f"from analyses import {module}\n\n"
-        'tables = {path.stem: pd.read_parquet(path) for path in Path(".").glob("*.parquet")}  # beside this page\n'
-        f"table = {module}.summarize(tables)\n"
+        'results = im.open_results(".")  # the folder of this page\n'
+        f"table = {module}.summarize({{name: result.to_frame() for name, result in results.items()}})\n"
         f"{module}.chart(table)"
     )
 

@@ -7,6 +7,7 @@ import subprocess
 from types import SimpleNamespace
 
 import pandas as pd
+import paper_run
 import pytest
 
 import analyses
@@ -111,7 +112,7 @@ def test_sections_stand_in_the_papers_order_with_all_their_parts(directory):
         layer_removal.QUESTION,
         layer_removal.LOOK_FOR,
         "Removing layer 0 costs most",
-        "pd.read_parquet",
+        "im.open_result",
         "The first 4 of 4 rows",
         "5 January 2026",
         "0f0f0f0f0f0f",
@@ -198,14 +199,19 @@ def test_a_chart_of_too_many_rows_is_refused():
         report.chart_spec(chart)
 
 
-def test_the_notebook_code_draws_the_chart(tmp_path, monkeypatch):
-    put(tmp_path, "layer-removal", LAYER_REMOVAL)
+@pytest.mark.parametrize(
+    ("code", "shown"),
+    [(report.notebook_code("layer-removal"), "vconcat"), (report.summary_code("names-summary"), "layer")],
+)
+def test_the_notebook_code_draws_the_chart(tmp_path, monkeypatch, code, shown):
+    paper_run.write(
+        tmp_path, {"layer-removal": paper_run.layer_removal(), "layer-ablation": paper_run.layer_ablation()}
+    )
     monkeypatch.chdir(tmp_path)
-    *statements, expression = report.notebook_code("layer-removal").splitlines()
+    *statements, expression = code.splitlines()
     names = {}
     exec("\n".join(statements), names)
-    spec = eval(expression, names).to_dict()
-    assert spec["vconcat"]
+    assert eval(expression, names).to_dict()[shown]
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
