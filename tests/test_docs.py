@@ -2,17 +2,21 @@
 
 import doctest
 import importlib
+import json
 import pkgutil
 import re
 import sys
 from pathlib import Path
 
+import paper_run
 import pytest
 import torch
 
 import analyses
 import ioi_mamba
+import ioi_mamba.paper
 from ioi_mamba.sites import MODEL_SITES, SITES
+from ioi_mamba.tasks.prompts import NAME_LIST_KEYS, TEXT_KEYS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -38,7 +42,7 @@ def test_the_examples_in_docstrings_give_what_they_say():
 
 def test_the_ten_lines_of_the_readme_run(tmp_path):
     # nnsight reads the source of a traced block, so the lines must be in a file.
-    (code,) = code_of(ROOT / "README.md")
+    code, _ = code_of(ROOT / "README.md")
     path = tmp_path / "ten_lines.py"
     path.write_text(code)
     names = {"__name__": "ten_lines", "__file__": str(path)}
@@ -65,6 +69,38 @@ def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
         generated = page.parent == DOCS and target in ("tutorial.md", "tutorial.ipynb")
         assert generated or (page.parent / target).exists(), target
+
+
+def test_the_lines_of_the_readme_on_a_finished_run_work(tmp_path, monkeypatch):
+    paper_run.write(tmp_path / "DIR", {"layer-ablation": paper_run.layer_ablation()})
+    monkeypatch.chdir(tmp_path)
+    _, code = code_of(ROOT / "README.md")
+    names = {"im": ioi_mamba}
+    exec(code, names)
+    assert names["result"].findings()
+    assert len(names["result"].to_frame()) == names["result"].table.shape[0] > 0
+
+
+def test_the_readme_counts_the_claims_as_they_are():
+    text, claims = (ROOT / "README.md").read_text(encoding="utf-8"), ioi_mamba.paper.table("claims")
+    assert f"{(claims['analysis'] != '').sum()} of its {len(claims)} claims measured" in text
+    assert f"against the paper: {len(claims)} claims" in text
+    assert f"all {['ten', 'eleven', 'twelve'][len(analyses.available()) - 10]} experiments" in text
+
+
+def test_the_prompts_of_the_docs_are_read_and_their_code_runs(tmp_path, monkeypatch):
+    page = (DOCS / "own-prompts.md").read_text(encoding="utf-8")
+    row = json.loads(re.search(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1])
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row))
+    monkeypatch.chdir(tmp_path)
+    code, _, last = code_of(DOCS / "own-prompts.md")[0].strip().rpartition("\n")
+    names = {}
+    exec(code, names)
+    assert names["pairs"].position_labels().count("n3") == 1
+    exec(last, names)
+    assert len(names["pairs"]) == 1
+    for key in (*TEXT_KEYS, *NAME_LIST_KEYS):
+        assert f"`{key}`" in page
 
 
 def test_every_command_and_experiment_is_in_the_readme():
