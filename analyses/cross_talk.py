@@ -58,6 +58,7 @@ COLUMNS = (
 DEFAULT_PAIRS = 200
 UNLABELLED = "(all)"
 MAX_JOBS = 10
+LABELS = 200  # pixels of the chart for the names of circuits
 
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
@@ -128,7 +129,7 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
             y=alt.Y("proportion:Q", title="proportion of circuits", scale=alt.Scale(domain=[0, 1])),
             tooltip=["layer:O", alt.Tooltip("proportion:Q", format=".2f"), "circuits:N"],
         )
-        .properties(width=charts.PLOT_WIDTH, height=200)
+        .properties(width=charts.PLOT_WIDTH - LABELS, height=200)
     )
     steps = table[table["chosen"]].copy()
     if steps.empty:
@@ -139,7 +140,7 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
     n_steps = int(steps["step"].max())
     base = alt.Chart(charts.check_size(steps), title="The order in which layers are given back").encode(
         x=alt.X("step:O", title="step", axis=alt.Axis(labelAngle=0, ticks=False, domain=False)),
-        y=alt.Y("circuit:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=240)),
+        y=alt.Y("circuit:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=LABELS)),
         tooltip=[
             "template:N",
             "corruption:N",
@@ -156,7 +157,7 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
         color=alt.Color("accuracy:Q", scale=scale, title="accuracy after the step (written: the layer)", legend=legend)
     )
     numbers = base.mark_text(fontSize=11).encode(text="layer:N")
-    width = min(charts.PLOT_WIDTH - 220, 34 * n_steps)
+    width = min(charts.PLOT_WIDTH - LABELS, 34 * n_steps)
     matrix = alt.layer(squares, numbers).properties(width=width, height=max(40, 18 * len(order)))
     return alt.vconcat(bars, matrix, spacing=36).resolve_scale(color="independent")
 

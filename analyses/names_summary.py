@@ -38,6 +38,7 @@ COLUMNS = ("evidence", "measure", "value", "low", "high", "threshold", "paper", 
 BOTTLENECK, SHIFT = "bottleneck layer", "shift by one"
 LINEAR, LAST = "linear names", "last position only"
 
+LABELS = 300  # pixels of the chart for the names of lines
 FARTHEST = 2.0
 """Where the chart's axis ends; some ratios have no bound."""
 
@@ -74,29 +75,39 @@ def summarize(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return table.assign(layer=pd.array([layer] * len(table), dtype="Int64"))
 
 
-def chart(table: pd.DataFrame) -> alt.LayerChart:
-    """This model's number and the paper's, line by line; filled where the line holds."""
+def chart(table: pd.DataFrame) -> alt.FacetChart:
+    """This model's number and the paper's, line by line; blue where the line holds."""
     shown = table[table["holds"] != "not run"].copy()
     shown["at"] = shown["value"].clip(upper=FARTHEST)
-    shown["line"] = shown["evidence"] + ": " + shown["measure"]
-    order = list(shown["line"])
-    y = alt.Y("line:N", sort=order, title=None, axis=alt.Axis(labelLimit=360, ticks=False, domain=False, grid=True))
-    tooltip = ["evidence", "measure", alt.Tooltip("value:Q", format=".3f"), alt.Tooltip("paper:Q", format=".3f")]
-    tooltip += ["threshold", "holds", "source"]
-    base = alt.Chart(charts.check_size(shown)).encode(y=y, tooltip=tooltip)
     title = f"value (tick: the paper's; at {FARTHEST:g}: or more)"
-    x = alt.X("at:Q", title=title, scale=alt.Scale(domain=[0, FARTHEST]))
-    intervals = base.mark_rule(strokeWidth=2, opacity=0.6).encode(x=alt.X("low:Q", title=""), x2="high:Q")
+    # A margin on both sides keeps points at the ends off the names of the lines.
+    scale = alt.Scale(domain=[-0.05, FARTHEST + 0.05], nice=False)
+    x = alt.X("at:Q", title=title, scale=scale, axis=alt.Axis(values=[k / 4 * FARTHEST for k in range(5)]))
+    y = alt.Y(
+        "measure:N",
+        sort=list(shown["measure"]),
+        title=None,
+        axis=alt.Axis(labelLimit=LABELS, ticks=False, domain=False, grid=True),
+    )
+    tooltip = ["evidence", "measure", alt.Tooltip("value:Q", format=".3f"), alt.Tooltip("paper:Q", format=".3f")]
+    base = alt.Chart().encode(y=y, tooltip=[*tooltip, "threshold", "holds", "source"])
     holds = alt.Scale(domain=["yes", "no"], range=[charts.BLUE, charts.ORANGE])
     shapes = alt.Scale(domain=["yes", "no"], range=["circle", "cross"])
     legend = alt.Legend(orient="top", title="holds on this model")
-    points = base.mark_point(filled=True, size=70, opacity=1).encode(
-        x=x,
-        color=alt.Color("holds:N", scale=holds, legend=legend),
-        shape=alt.Shape("holds:N", scale=shapes, legend=legend),
-    )
-    ticks = base.mark_tick(thickness=2, size=14, color="currentColor").encode(x="paper:Q")
-    return alt.layer(intervals, ticks, points).properties(width=charts.PLOT_WIDTH - 360, height=24 * len(order) + 12)
+    layers = [
+        base.mark_rule(strokeWidth=2, opacity=0.6).encode(x=alt.X("low:Q", title=title, scale=scale), x2="high:Q"),
+        base.mark_tick(thickness=2, size=14, color="currentColor").encode(x="paper:Q"),
+        base.mark_point(filled=True, size=70, opacity=1).encode(
+            x=x,
+            color=alt.Color("holds:N", scale=holds, legend=legend),
+            shape=alt.Shape("holds:N", scale=shapes, legend=legend),
+        ),
+    ]
+    header = alt.Header(labelOrient="top", labelAnchor="start", labelPadding=2)
+    row = alt.Row("evidence:N", sort=list(dict.fromkeys(shown["evidence"])), title=None, header=header)
+    lines = alt.layer(*layers, data=charts.check_size(shown))
+    panels = lines.properties(width=charts.PLOT_WIDTH - LABELS, height=alt.Step(22)).facet(row=row, spacing=10)
+    return panels.resolve_scale(y="independent")
 
 
 def findings(table: pd.DataFrame) -> list[str]:

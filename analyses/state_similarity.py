@@ -42,7 +42,6 @@ METHOD = (
 )
 NEEDS_MAMBA = True
 COLUMNS = ("prompt", "measure", "row", "column", "similarity", "row_label", "column_label", "after_name", "layer")
-SHOWN = 3  # prompts that the findings name one by one
 
 CONTRIBUTION_STATE = "contribution in state"
 DECAYED_STATE = "decayed contribution in state"
@@ -175,22 +174,24 @@ def lines(table: pd.DataFrame, measure: str = CONTRIBUTION_STATE) -> pd.DataFram
 
 
 def findings(table: pd.DataFrame) -> list[str]:
-    """Which rows are lines in each prompt, and how many of them are one token after a name."""
+    """How many of the strongest rows are one token after a name, over all prompts, and those of the first prompt."""
     found = [f"Layer {table['layer'].iloc[0]}, similarity of a contribution with the later states, mean over these."]
-    n_top, n_after, shown = 0, 0, []
-    for prompt, rows in lines(table).groupby("prompt", sort=False):
+    n_top, n_after, first = 0, 0, ""
+    by_prompt = lines(table).groupby("prompt", sort=False)
+    for prompt, rows in by_prompt:
         n_names = int(rows["after_name"].sum())
         top = rows.head(max(3, n_names))
-        n_top, n_after = n_top + len(top[: n_names or None]) * bool(n_names), n_after + int(top["after_name"].sum())
-        named = ", ".join(f"{row.row} {row.row_label!r} ({row.mean:.2f})" for row in top.itertuples())
-        sentence = f'"{prompt}": the strongest rows are {named}'
         if n_names:
-            sentence += f"; {int(top['after_name'].sum())} of these {len(top)} are one token after a name"
-        shown.append(f"{sentence}.")
-    found += shown[:SHOWN]
-    if len(shown) > SHOWN:
+            n_top, n_after = n_top + n_names, n_after + int(top["after_name"].head(n_names).sum())
+        if not first:
+            named = ", ".join(f"{row.row} {row.row_label!r} ({row.mean:.2f})" for row in top.itertuples())
+            first = f'In "{prompt}" the strongest rows are {named}.'
+    found.append(first)
+    if n_top:
+        n = len(by_prompt)
         found.append(
-            f"Over all {len(shown)} prompts {n_after} of the {n_top} strongest rows are one token after a name."
+            f"Of the strongest rows, as many a prompt as it has names, {n_after} of {n_top} are one token after a name "
+            f"({n} prompt{'' if n == 1 else 's'})."
         )
     return found
 

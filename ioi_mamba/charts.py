@@ -21,7 +21,7 @@ BLUE, ORANGE = "#2f7fc1", "#dd6b20"
 CATEGORIES = (BLUE, ORANGE, "#8a63c9", "#2a9d8f", "#c0527f", "#8d8d3d")
 DIVERGING = (BLUE, "rgba(47,127,193,0.5)", "rgba(128,128,128,0)", "rgba(221,107,32,0.5)", ORANGE)
 SEQUENTIAL = ("rgba(47,127,193,0.02)", "rgba(47,127,193,0.5)", BLUE)
-PLOT_WIDTH = 660
+PLOT_WIDTH = 636
 """Pixels: with its axis, a chart of this width fits a page 800 pixels wide."""
 
 
@@ -56,6 +56,8 @@ def theme() -> Any:
                 "labelFontSize": 11,
                 "titleFontSize": 12,
                 "titleFontWeight": 500,
+                "symbolBaseFillColor": ink,
+                "symbolBaseStrokeColor": ink,
             },
             "title": {
                 "color": ink,
@@ -196,6 +198,8 @@ def matrix_heatmap(
 ) -> alt.FacetChart | alt.LayerChart:
     """A matrix of squares of `cell` pixels, its values written in them if `text`; one panel for each `facet`.
 
+    A square without a value is empty.
+
     domain: the values at which colours end; a scale that reaches below 0 is centred at 0. Orders default to
     those of the table. Raises InputError for a missing column and for more than 5,000 rows.
     """
@@ -211,9 +215,9 @@ def matrix_heatmap(
             f"{x}:N",
             sort=x_order,
             title=x_title or x,
-            axis=alt.Axis(labelAngle=-90 if cell < 30 else 0, ticks=False, domain=False),
+            axis=alt.Axis(labelAngle=-90 if cell < 30 else 0, ticks=False, domain=False, labelLimit=80),
         ),
-        y=alt.Y(f"{y}:N", sort=y_order, title=y_title or y, axis=alt.Axis(ticks=False, domain=False)),
+        y=alt.Y(f"{y}:N", sort=y_order, title=y_title or y, axis=alt.Axis(ticks=False, domain=False, labelLimit=80)),
         tooltip=_tooltips(table, (facet, y, x, color, "n", *tooltip)),
     )
     squares = base.mark_rect(stroke="currentColor", strokeOpacity=0.06, strokeWidth=0.5).encode(
@@ -221,7 +225,8 @@ def matrix_heatmap(
     )
     layers = [squares]
     if text:
-        layers.append(base.mark_text(fontSize=11).encode(text=alt.Text(f"{color}:Q", format=text_format)))
+        written = base.transform_filter(f"isValid(datum[{color!r}])")
+        layers.append(written.mark_text(fontSize=11).encode(text=alt.Text(f"{color}:Q", format=text_format)))
     size = {"width": cell * len(x_order), "height": cell * len(y_order)}
     matrix = alt.layer(*layers).properties(**size)
     if facet is None:

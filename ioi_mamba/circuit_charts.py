@@ -74,12 +74,12 @@ def linked_matrices(items: pd.DataFrame) -> alt.VConcatChart:
     slider = alt.param(
         name="smallest",
         value=low,
-        bind=alt.binding_range(min=low, max=high, step=0.1, name="Hide |score| below ten to the "),
+        bind=alt.binding_range(min=low, max=high, step=0.1, name="Hide |score| below 10^ "),
     )
     full = alt.param(
         name="full",
         value=round(math.log10(top), 1),
-        bind=alt.binding_range(min=low, max=high, step=0.1, name="Full colour at |score| of ten to the "),
+        bind=alt.binding_range(min=low, max=high, step=0.1, name="Full colour at |score| = 10^ "),
     )
     colors = diverging_scale(edges["score"])
     colors.domain, colors.domainMin, colors.domainMax = (
@@ -151,7 +151,7 @@ def _edge_details(items: pd.DataFrame, edges: pd.DataFrame) -> alt.VConcatChart:
             color=alt.when("datum.score < 0").then(alt.value(BLUE)).otherwise(alt.value(ORANGE)),
             tooltip=["place:N", alt.Tooltip("score:Q", format=".5f")],
         )
-        .properties(width=380, height=120, title="Its positions")
+        .properties(width=310, height=120, title="Its positions")
     )
     parts = items[items["part"].notna() & items["position"].isna()]
     order = list(dict.fromkeys(parts["part"]))
@@ -245,7 +245,8 @@ def exact_scatter(totals: pd.DataFrame) -> alt.HConcatChart:
     )
     title = alt.Title("Exact effect and attribution", subtitle="on the same prompts; dashed: equal")
     # Among others Altair numbers the names of layers, and the selection would not find its view; alone it does not.
-    return alt.hconcat(alt.layer(line, marks).properties(width=PLOT_WIDTH, height=320, title=title))
+    alone = alt.hconcat(alt.layer(line, marks).properties(width=PLOT_WIDTH, height=320, title=title))
+    return alone.resolve_scale(color="independent", shape="independent")
 
 
 def size_curves(circuits: pd.DataFrame, x_title: str) -> alt.LayerChart:

@@ -109,7 +109,7 @@ def circuit_graph(items: pd.DataFrame) -> alt.VConcatChart:
         f"The circuit, layers upwards: {len(kept)} of {len(whole)} kept edges are drawn",
         subtitle="click a node on the left to hide it or show it again; blue: patching hurts; faint: small score",
     )
-    drawing = alt.layer(bows, dots).properties(width=PLOT_WIDTH - 20, height=height)
+    drawing = alt.layer(bows, dots).properties(width=PLOT_WIDTH - 60, height=height)
     both = alt.hconcat(strip, drawing, spacing=0).properties(title=title)
     return alt.vconcat(both, _node_view(kept, nodes, labels, busy), spacing=24).resolve_scale(color="independent")
 

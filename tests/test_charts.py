@@ -1,8 +1,11 @@
 """The charts: one shared scale, no more rows than a page carries, the house theme."""
 
+import re
+
 import altair as alt
 import pandas as pd
 import pytest
+import vl_convert
 
 from ioi_mamba import charts
 from ioi_mamba.errors import InputError
@@ -111,3 +114,12 @@ def test_a_chart_can_be_saved_as_a_picture(kind, tmp_path):
     path = tmp_path / f"chart.{kind}"
     charts.position_heatmap(heatmap_table()).save(path)
     assert path.stat().st_size > 1000
+
+
+def test_a_square_without_a_value_has_no_text():
+    table = pd.DataFrame({"x": ["a", "b"], "y": ["c", "c"], "v": [0.5, None]})
+    svg = vl_convert.vegalite_to_svg(charts.matrix_heatmap(table, x="x", y="y", color="v", text=True).to_dict())
+    written = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    assert "0.50" in written
+    assert "null" not in written
+    assert "NaN" not in written

@@ -13,6 +13,7 @@ from ioi_mamba import report, study
 
 pytestmark = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
 
+NAMES = ["layer-ablation", "edge-attribution"]  # and the summary that reads them
 HOSTILE = "</script><img src=x onerror=document.title='broken'>"
 
 
@@ -63,7 +64,7 @@ class Browser:
 def browser(mini, tmp_path_factory):
     """The report of a small run, one of whose prompts tries to break the page."""
     out = tmp_path_factory.mktemp("run")
-    study.run_study(mini, ["layer-ablation"], out, n_pairs=2, progress=False)
+    study.run_study(mini, NAMES, out, n_pairs=2, progress=False)
     path = out / "layer-ablation.json"
     manifest = json.loads(path.read_text())
     first = manifest["examples"][0]
@@ -71,7 +72,7 @@ def browser(mini, tmp_path_factory):
     path.write_text(json.dumps(manifest))
     page = Browser(report.write_report(out).as_uri(), tmp_path_factory.mktemp("browser"))
     try:
-        page.until(lambda: page.value("document.querySelectorAll('#layer-ablation-chart[data-drawn=yes]').length") == 1)
+        page.until(lambda: page.value("document.querySelectorAll('.chart[data-drawn=yes]').length") == len(NAMES) + 1)
         yield page
     finally:
         page.close()
@@ -80,7 +81,7 @@ def browser(mini, tmp_path_factory):
 MARKED = "[...document.querySelectorAll('.prompts mark')].map(mark => mark.textContent)"
 SHOWN = "document.querySelector('.prompts select').value"
 CELL = """(() => {
-  const cells = [...document.querySelectorAll("#layer-ablation-chart .mark-rect path")];
+  const cells = [...document.querySelectorAll("#CHART path")];
   const cell = cells.find(c => WORDS.every(word => (c.getAttribute("aria-label") || "").includes(word)));
   cell.scrollIntoView({block: "center", behavior: "instant"});
   const box = cell.getBoundingClientRect();
@@ -88,9 +89,14 @@ CELL = """(() => {
 })()"""
 
 
+def cell(browser, where, words):
+    """The middle of the mark whose description has all of the words, scrolled into sight."""
+    return browser.value(CELL.replace("CHART", where).replace("WORDS", json.dumps(words)))
+
+
 def test_a_clicked_cell_shows_its_prompts_with_the_token_marked(browser):
     words = ["layer: 3;", "corruption: ABC AB C -> ABC AC B", "label: n5;"]
-    browser.click(*browser.value(CELL.replace("WORDS", json.dumps(words))))
+    browser.click(*cell(browser, "layer-ablation-chart .mark-rect", words))
     browser.until(lambda: browser.value(SHOWN) == "n5")
     marked = browser.value(MARKED)
     assert len(marked) == 4  # two pairs of this corruption, both prompts of each
@@ -109,3 +115,23 @@ def test_a_position_chosen_from_the_list_shows_every_corruption_and_no_prompt_br
     assert HOSTILE in marked
     assert browser.value("document.querySelectorAll('.prompts img').length") == 0
     assert browser.value("document.title") == title
+
+
+def test_a_clicked_edge_shows_its_scores_and_its_positions_lead_to_prompts(browser):
+    chosen = "document.querySelector('#edge-attribution-chart').textContent.includes('embed to 0:')"
+    browser.click(*cell(browser, "edge-attribution-chart .mark-rect", ["to: 6;", "from: embed;"]))
+    browser.until(lambda: browser.value(chosen.replace("embed to 0:", "embed to 6:")))
+    assert not browser.value(chosen)
+    browser.click(*cell(browser, "edge-attribution-chart .mark-rect", ["position: n5;"]))
+    shown = "document.querySelector('[data-prompts=edge-attribution-chart] select').value"
+    browser.until(lambda: browser.value(shown) == "n5")
+
+
+@pytest.mark.parametrize("width", [1400, 800])
+def test_no_chart_is_wider_than_the_page(browser, width):
+    browser.command("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+    too_wide = "[...document.querySelectorAll('.chart')].filter(c => c.scrollWidth > c.clientWidth).map(c => c.id)"
+    try:
+        browser.until(lambda: browser.value(too_wide) == [])
+    finally:
+        browser.command("Emulation.clearDeviceMetricsOverride")

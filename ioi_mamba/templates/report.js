@@ -36,7 +36,8 @@ for (const box of document.querySelectorAll("[data-prompts]")) {
   select.append(new Option("none", ""), ...[...labels].map(label => new Option(label, label)));
   select.addEventListener("change", () => showPrompts(box, examples, select.value));
   prompts.set(box.dataset.prompts, (datum) => {
-    if (labels.has(datum.label)) showPrompts(box, examples, datum.label, datum.corruption);
+    const label = datum.label ?? datum.place;
+    if (labels.has(label)) showPrompts(box, examples, label, datum.corruption);
   });
 }
 
