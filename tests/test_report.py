@@ -201,7 +201,7 @@ def test_a_chart_of_too_many_rows_is_refused():
 
 @pytest.mark.parametrize(
     ("code", "shown"),
-    [(report.notebook_code("layer-removal"), "vconcat"), (report.summary_code("names-summary"), "layer")],
+    [(report.notebook_code("layer-removal"), "vconcat"), (report.summary_code("names-summary"), "spec")],
 )
 def test_the_notebook_code_draws_the_chart(tmp_path, monkeypatch, code, shown):
     paper_run.write(
