@@ -18,7 +18,7 @@ import altair as alt
 import pandas as pd
 from torch import Tensor
 
-from ioi_mamba import charts
+from ioi_mamba import charts, theme
 from ioi_mamba.cross_talk import NO_LAYER, searches
 from ioi_mamba.errors import InputError
 from ioi_mamba.jobs import call
@@ -123,13 +123,13 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
     shown = list(proportion["layer"])[:: max(1, -(-len(proportion) // 24))]
     bars = (
         alt.Chart(charts.check_size(proportion), title="Circuits with each layer")
-        .mark_bar(cornerRadiusEnd=2, color=charts.BLUE)
+        .mark_bar(cornerRadiusEnd=2, color=theme.BLUE)
         .encode(
             x=alt.X("layer:O", axis=alt.Axis(labelAngle=0, values=shown, ticks=False)),
             y=alt.Y("proportion:Q", title="proportion of circuits", scale=alt.Scale(domain=[0, 1])),
             tooltip=["layer:O", alt.Tooltip("proportion:Q", format=".2f"), "circuits:N"],
         )
-        .properties(width=charts.PLOT_WIDTH - LABELS, height=200)
+        .properties(width=theme.PLOT_WIDTH - LABELS, height=200)
     )
     steps = table[table["chosen"]].copy()
     if steps.empty:
@@ -151,13 +151,13 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
             "n:Q",
         ],
     )
-    scale = alt.Scale(domain=[0, 1], range=list(charts.SEQUENTIAL), interpolate="rgb", clamp=True)
+    scale = alt.Scale(domain=[0, 1], range=list(theme.SEQUENTIAL), interpolate="rgb", clamp=True)
     legend = alt.Legend(orient="top", direction="horizontal", gradientLength=220, gradientThickness=12, titleLimit=420)
     squares = base.mark_rect(stroke="currentColor", strokeOpacity=0.06, strokeWidth=0.5).encode(
         color=alt.Color("accuracy:Q", scale=scale, title="accuracy after the step (written: the layer)", legend=legend)
     )
     numbers = base.mark_text(fontSize=11).encode(text="layer:N")
-    width = min(charts.PLOT_WIDTH - LABELS, 34 * n_steps)
+    width = min(theme.PLOT_WIDTH - LABELS, 34 * n_steps)
     matrix = alt.layer(squares, numbers).properties(width=width, height=max(40, 18 * len(order)))
     return alt.vconcat(bars, matrix, spacing=36).resolve_scale(color="independent")
 

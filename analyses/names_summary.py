@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import altair as alt
 import pandas as pd
 
-from ioi_mamba import charts, claims, paper
+from ioi_mamba import charts, claims, paper, theme
 
 NAME = "names-summary"
 TITLE = "What carries the names"
@@ -91,7 +91,7 @@ def chart(table: pd.DataFrame) -> alt.FacetChart:
     )
     tooltip = ["evidence", "measure", alt.Tooltip("value:Q", format=".3f"), alt.Tooltip("paper:Q", format=".3f")]
     base = alt.Chart().encode(y=y, tooltip=[*tooltip, "threshold", "holds", "source"])
-    holds = alt.Scale(domain=["yes", "no"], range=[charts.BLUE, charts.ORANGE])
+    holds = alt.Scale(domain=["yes", "no"], range=[theme.BLUE, theme.ORANGE])
     shapes = alt.Scale(domain=["yes", "no"], range=["circle", "cross"])
     legend = alt.Legend(orient="top", title="holds on this model")
     layers = [
@@ -106,7 +106,7 @@ def chart(table: pd.DataFrame) -> alt.FacetChart:
     header = alt.Header(labelOrient="top", labelAnchor="start", labelPadding=2)
     row = alt.Row("evidence:N", sort=list(dict.fromkeys(shown["evidence"])), title=None, header=header)
     lines = alt.layer(*layers, data=charts.check_size(shown))
-    panels = lines.properties(width=charts.PLOT_WIDTH - LABELS, height=alt.Step(22)).facet(row=row, spacing=10)
+    panels = lines.properties(width=theme.PLOT_WIDTH - LABELS, height=alt.Step(22)).facet(row=row, spacing=10)
     return panels.resolve_scale(y="independent")
 
 

@@ -14,26 +14,13 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from .charts import BLUE, CATEGORIES, MAX_ROWS, ORANGE, PLOT_WIDTH, check_size, diverging_scale
+from .charts import check_size, diverging_scale
+from .circuit_axes import node_axis, node_order, score_color
+from .edge_details import EDGE, edge_details
+from .theme import BLUE, ORANGE, PLOT_WIDTH
 
-SCORE_TITLE = "score (blue: patching it hurts)"
 SMALLEST = 1e-6  # below it a change of the metric is rounding
 NAMES_OF_MEASURES = {"accuracy": "accuracy", "normalized_logit_diff": "normalized logit diff", "f": "faithfulness f"}
-
-
-def node_order(items: pd.DataFrame) -> list[str]:
-    """embed, the layers, output: those of the table."""
-    nodes = {*items["source"], *items["target"]}
-    return sorted(nodes, key=lambda node: (node == "output", node != "embed", len(node), node))
-
-
-def score_color(scale: alt.Scale) -> alt.Color:
-    legend = alt.Legend(orient="top", gradientLength=180, gradientThickness=10, titleLimit=400)
-    return alt.Color("score:Q", scale=scale, title=SCORE_TITLE, legend=legend)
-
-
-EDGE = alt.selection_point(name="edge", fields=["source", "target"], empty=False)
-"""The selected edge; charts refer to it, `with_edge_selection` puts it into the whole."""
 
 
 def with_edge_selection(chart: Any, items: pd.DataFrame) -> Any:
@@ -113,85 +100,7 @@ def linked_matrices(items: pd.DataFrame) -> alt.VConcatChart:
         kept.properties(name="kept", title="Kept edges", **size),
         spacing=24,
     ).resolve_scale(color="independent")
-    return alt.vconcat(matrices, _edge_details(items, edges), spacing=16).resolve_scale(color="independent")
-
-
-def node_axis(cell: int, vertical: bool = False) -> alt.Axis:
-    """An axis of nodes in cells of that many pixels: every name where there is room for it."""
-    overlap = "greedy" if cell < 10 else False
-    return alt.Axis(ticks=False, domain=False, labelOverlap=overlap, labelAngle=0 if vertical or cell >= 18 else -90)
-
-
-def _edge_details(items: pd.DataFrame, edges: pd.DataFrame) -> alt.VConcatChart:
-    number = lambda field: f"(isValid(datum.{field}) ? format(datum.{field}, '.4f') : 'not measured')"
-    line = (
-        "datum.name + ':  attribution ' + " + number("score") + " + ',  exact effect ' + " + number("exact") + " + "
-        "',  rank ' + datum.rank + (datum.kept ? ',  kept' : ',  not kept')"
-    )
-    text = (
-        alt.Chart(edges)
-        .transform_filter(EDGE)
-        .transform_calculate(line=line)
-        .mark_text(align="left", fontSize=13, fontWeight=600, x=0)
-        .encode(text="line:N")
-        .properties(width=PLOT_WIDTH, height=18)
-    )
-    at = items[items["position"].notna() & items["part"].isna()]
-    labels = position_labels(at)
-    n_edges = MAX_ROWS // max(1, len(labels))
-    strongest = edges.loc[edges["score"].abs().nlargest(n_edges).index, ["source", "target"]]
-    at = at.merge(strongest, on=["source", "target"]).assign(place=lambda t: places(t))
-    positions = (
-        alt.Chart(check_size(at[["source", "target", "place", "score"]]))
-        .transform_filter(EDGE)
-        .mark_bar()
-        .encode(
-            x=alt.X("place:N", sort=labels, title="position", scale=alt.Scale(domain=labels), axis=label_axis()),
-            y=alt.Y("score:Q", title="score"),
-            color=alt.when("datum.score < 0").then(alt.value(BLUE)).otherwise(alt.value(ORANGE)),
-            tooltip=["place:N", alt.Tooltip("score:Q", format=".5f")],
-        )
-        .properties(width=310, height=120, title="Its positions")
-    )
-    parts = items[items["part"].notna() & items["position"].isna()]
-    order = list(dict.fromkeys(parts["part"]))
-    parts = parts[["source", "part", "score", "exact"]].rename(columns={"source": "layer"})
-    of_edge = (
-        "isArray(edge.source) && (indexof(edge.source, datum.layer) >= 0 || indexof(edge.target, datum.layer) >= 0)"
-    )
-    shown = (
-        alt.Chart(check_size(parts))
-        .transform_filter(of_edge)
-        .mark_bar()
-        .encode(
-            x=alt.X("part:N", sort=order, title=None, scale=alt.Scale(domain=order)),
-            y=alt.Y("score:Q", title="score"),
-            xOffset=alt.XOffset("layer:N"),
-            color=alt.Color(
-                "layer:N", legend=alt.Legend(orient="top", title="layer"), scale=alt.Scale(range=list(CATEGORIES))
-            ),
-            tooltip=["layer:N", "part:N", alt.Tooltip("score:Q", format=".5f"), alt.Tooltip("exact:Q", format=".5f")],
-        )
-        .properties(width=210, height=120, title="Parts of its layers")
-    )
-    both = alt.hconcat(positions, shown, spacing=30).resolve_scale(color="independent")
-    return alt.vconcat(text, both, spacing=14)
-
-
-def label_axis() -> alt.Axis:
-    return alt.Axis(labelAngle=-90, ticks=False, domain=False, labelLimit=90, labelOverlap=False)
-
-
-def places(table: pd.DataFrame) -> pd.Series:
-    """The text below each position: its label, with the position where a label stands at two."""
-    names, at = table["label"].astype(str), table["position"].astype("Int64").astype(str)
-    twice = table.groupby("label")["position"].nunique()
-    return names.where(~names.isin(set(twice[twice > 1].index)), names + " @" + at)
-
-
-def position_labels(table: pd.DataFrame) -> list[str]:
-    """The texts below the positions, in order."""
-    return list(table.assign(place=places(table)).drop_duplicates("position").sort_values("position")["place"])
+    return alt.vconcat(matrices, edge_details(items, edges), spacing=16).resolve_scale(color="independent")
 
 
 def exact_scatter(totals: pd.DataFrame) -> alt.HConcatChart:

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import altair as alt
 import pandas as pd
 
-from .charts import BLUE, MAX_ROWS, ORANGE, PLOT_WIDTH, check_size, diverging_scale
-from .circuit_charts import label_axis, node_axis, node_order, places, position_labels, score_color
+from .charts import MAX_ROWS, check_size, diverging_scale
+from .circuit_axes import label_axis, node_axis, node_order, places, position_labels, score_color
+from .theme import BLUE, ORANGE, PLOT_WIDTH
 
 POINTS = 9  # of each bow in the drawing of a circuit
 MANY = 150  # kept items above which the busiest nodes are hidden to begin with

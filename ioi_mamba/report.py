@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -24,7 +23,7 @@ from markupsafe import Markup
 
 import analyses
 
-from . import baseline, charts, compare, tasks
+from . import baseline, charts, compare, provenance, tasks
 from .errors import InputError
 from .files import written_whole
 from .results import read_results
@@ -76,7 +75,7 @@ def write_report(directory: str | Path) -> Path:
         summaries=_summaries(sections) if is_ioi else [],
         warnings=list(dict.fromkeys(section.warning for section in sections if section.warning)),
         sections=sections,
-        provenance=_provenance([section.manifest for section in sections]),
+        provenance=provenance.lines([section.manifest for section in sections]),
         is_mini=any(section.manifest["model"]["id"] == "mini" for section in sections),
         title=f"{_short_name(sections[0].manifest['model']['id'])}, taken apart",
         bundle=Markup(_bundle()),
@@ -231,67 +230,6 @@ def _cell(value: Any) -> str:
 
 def _short_name(model_id: str) -> str:
     return model_id.rstrip("/").rsplit("/", 1)[-1] or model_id
-
-
-def _provenance(manifests: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(what, value) for the head of the page; values that differ between experiments stand side by side."""
-
-    def each(read) -> str:
-        return ", ".join(dict.fromkeys(str(read(manifest)) for manifest in manifests))
-
-    wall = sum(manifest["wall_seconds"] for manifest in manifests)
-    model: Mapping[str, Any] = manifests[0]["model"]
-    sizes = model["config"]
-    shape = [f"{sizes['num_hidden_layers']} layers"] if "num_hidden_layers" in sizes else []
-    shape += [f"width {sizes['hidden_size']}"] if "hidden_size" in sizes else []
-    shape += [f"state {sizes['state_size']}"] if "state_size" in sizes else []
-    versions = manifests[0]["versions"]
-    return [
-        ("Model", each(lambda m: m["model"]["id"])),
-        ("Architecture", ", ".join([model["architecture"], *shape])),
-        ("Weights (SHA-256)", each(lambda m: m["model"]["weights_sha256"][:12])),
-        ("Device", each(lambda m: f"{m['device']}, {m['dtype']}")),
-        *_server_lines(manifests),
-        ("Compiled kernels", each(lambda m: ", ".join(m["kernels"]) or "none")),
-        ("Seed", each(lambda m: m["seed"])),
-        *_clean_scores(manifests),
-        ("Time", f"{wall:.1f} s for {len(manifests)} analys{'is' if len(manifests) == 1 else 'es'}"),
-        ("Peak memory", f"{max(m['peak_memory_mib'] for m in manifests):,.0f} MiB"),
-        ("Made", max(m["created"] for m in manifests).replace("T", " ").replace("+00:00", " UTC")),
-        ("Versions", ", ".join(f"{package} {number}" for package, number in versions.items())),
-    ]
-
-
-def _server_lines(manifests: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """What was asked of a server, and a warning where its numbers are coarser than float32."""
-    lines = []
-    asked = [manifest["requests"] for manifest in manifests if "requests" in manifest]
-    if asked:
-        total = {name: sum(each[name] for each in asked) for name in asked[0]}
-        names = ", ".join(dict.fromkeys(manifest["backend"] for manifest in manifests))
-        lines.append(
-            (
-                f"Server ({names})",
-                f"{total['count']} request{'' if total['count'] == 1 else 's'}, {total['bytes_up'] / 1e6:.2f} MB up, "
-                f"{total['bytes_down'] / 1e6:.2f} MB down; {total['queue_seconds']:.1f} s queued, "
-                f"{total['run_seconds']:.1f} s running, {total['transfer_seconds']:.1f} s on the way",
-            )
-        )
-    coarse = sorted({manifest["dtype"] for manifest in manifests} & {"bfloat16", "float16"})
-    if coarse:
-        note = f"weights in {', '.join(coarse)}: expect differences of about 1 % from float32; the scan runs in float32"
-        lines.append(("Precision", note))
-    return lines
-
-
-def _clean_scores(manifests: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """What the unpatched model does on the prompts: its accuracy, and what the task measures besides."""
-    found: dict[str, list[float]] = {}
-    for manifest in manifests:
-        for what, value in manifest.get("clean", {}).items():
-            if what not in ("n", "bound"):
-                found.setdefault(f"Unpatched: {what}", []).append(value)
-    return [(what, " to ".join(f"{v:.3f}" for v in sorted({min(vs), max(vs)}))) for what, vs in found.items()]
 
 
 def _day(created: str) -> str:

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import vl_convert
 
-from ioi_mamba import charts
+from ioi_mamba import charts, theme
 from ioi_mamba.errors import InputError
 
 
@@ -104,7 +104,7 @@ def test_the_baseline_is_drawn_and_named():
 
 def test_the_theme_takes_the_colours_of_the_page():
     assert alt.theme.active == "ioi-mamba"
-    config = charts.theme()["config"]
+    config = theme.theme()["config"]
     assert config["background"] == "transparent"
     assert config["axis"]["labelColor"] == "currentColor"
 

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from analyses import _missing_names
+from ioi_mamba import circuit_axes
 from ioi_mamba import circuit_charts as cc
 from ioi_mamba import position_charts as pc
 from ioi_mamba.graph import Universe
@@ -120,8 +121,8 @@ def test_the_slider_reaches_from_the_smallest_score_to_the_largest():
 
 def test_every_kept_item_is_drawn_from_its_source_to_its_target():
     _, items = tables(8, 30)
-    nodes, labels = cc.node_order(items), cc.position_labels(items)
-    kept = items[items["kept"]].assign(place=cc.places(items))
+    nodes, labels = circuit_axes.node_order(items), circuit_axes.position_labels(items)
+    kept = items[items["kept"]].assign(place=circuit_axes.places(items))
     points = pc._bows(kept, nodes, labels)
     for number, item in enumerate(kept.itertuples()):
         bow = points[points["item"] == number].sort_values("point")
@@ -143,7 +144,7 @@ def test_the_busiest_nodes_of_a_large_circuit_are_hidden_to_begin_with():
 
 def test_a_label_at_two_positions_is_two_columns():
     _, items = tables(3)
-    assert cc.position_labels(items) == ["BOS", "x", "n1", ", @3", "n2", ", @5", "out"]
+    assert circuit_axes.position_labels(items) == ["BOS", "x", "n1", ", @3", "n2", ", @5", "out"]
 
 
 def test_values_that_are_rounding_are_drawn_at_the_edge_of_the_scatter():

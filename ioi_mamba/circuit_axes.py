@@ -1,0 +1,41 @@
+"""The axes and colours that charts of circuits share: nodes in their order, labels of positions, scores."""
+
+from __future__ import annotations
+
+import altair as alt
+import pandas as pd
+
+SCORE_TITLE = "score (blue: patching it hurts)"
+
+
+def node_order(items: pd.DataFrame) -> list[str]:
+    """embed, the layers, output: those of the table."""
+    nodes = {*items["source"], *items["target"]}
+    return sorted(nodes, key=lambda node: (node == "output", node != "embed", len(node), node))
+
+
+def score_color(scale: alt.Scale) -> alt.Color:
+    legend = alt.Legend(orient="top", gradientLength=180, gradientThickness=10, titleLimit=400)
+    return alt.Color("score:Q", scale=scale, title=SCORE_TITLE, legend=legend)
+
+
+def node_axis(cell: int, vertical: bool = False) -> alt.Axis:
+    """An axis of nodes in cells of that many pixels: every name where there is room for it."""
+    overlap = "greedy" if cell < 10 else False
+    return alt.Axis(ticks=False, domain=False, labelOverlap=overlap, labelAngle=0 if vertical or cell >= 18 else -90)
+
+
+def label_axis() -> alt.Axis:
+    return alt.Axis(labelAngle=-90, ticks=False, domain=False, labelLimit=90, labelOverlap=False)
+
+
+def places(table: pd.DataFrame) -> pd.Series:
+    """The text below each position: its label, with the position where a label stands at two."""
+    names, at = table["label"].astype(str), table["position"].astype("Int64").astype(str)
+    twice = table.groupby("label")["position"].nunique()
+    return names.where(~names.isin(set(twice[twice > 1].index)), names + " @" + at)
+
+
+def position_labels(table: pd.DataFrame) -> list[str]:
+    """The texts below the positions, in order."""
+    return list(table.assign(place=places(table)).drop_duplicates("position").sort_values("position")["place"])

@@ -1,0 +1,71 @@
+"""The look of every chart.
+
+One theme serves light pages, dark pages and paper: text and axes take the colour of the text around them, the
+middle of every colour scale is transparent, and both ends are of middle lightness (blue and orange, which the
+common forms of colour blindness tell apart). Importing this module makes it Altair's active theme.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import altair as alt
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+BLUE, ORANGE = "#2f7fc1", "#dd6b20"
+CATEGORIES = (BLUE, ORANGE, "#8a63c9", "#2a9d8f", "#c0527f", "#8d8d3d")
+DIVERGING = (BLUE, "rgba(47,127,193,0.5)", "rgba(128,128,128,0)", "rgba(221,107,32,0.5)", ORANGE)
+SEQUENTIAL = ("rgba(47,127,193,0.02)", "rgba(47,127,193,0.5)", BLUE)
+PLOT_WIDTH = 636
+"""Pixels: with its axis, a chart of this width fits a page 800 pixels wide."""
+
+
+@alt.theme.register("ioi-mamba", enable=True)
+def theme() -> Any:
+    """The house theme."""
+    ink = "currentColor"
+    axis = {
+        "labelColor": ink,
+        "titleColor": ink,
+        "domainColor": ink,
+        "tickColor": ink,
+        "gridColor": ink,
+        "domainOpacity": 0.4,
+        "tickOpacity": 0.4,
+        "gridOpacity": 0.12,
+        "labelFontSize": 11,
+        "titleFontSize": 12,
+        "titleFontWeight": 500,
+        "titlePadding": 8,
+    }
+    return {
+        "config": {
+            "background": "transparent",
+            "font": FONT,
+            "view": {"stroke": None, "continuousWidth": PLOT_WIDTH, "continuousHeight": 220},
+            "axis": axis,
+            "header": {"labelColor": ink, "titleColor": ink, "labelFontSize": 12, "labelFontWeight": 600},
+            "legend": {
+                "labelColor": ink,
+                "titleColor": ink,
+                "labelFontSize": 11,
+                "titleFontSize": 12,
+                "titleFontWeight": 500,
+                "symbolBaseFillColor": ink,
+                "symbolBaseStrokeColor": ink,
+            },
+            "title": {
+                "color": ink,
+                "subtitleColor": ink,
+                "subtitleFontSize": 11,
+                "subtitlePadding": 4,
+                "fontSize": 13,
+                "fontWeight": 600,
+                "anchor": "start",
+                "offset": 10,
+            },
+            "text": {"color": ink},
+            "rule": {"color": ink},
+            "range": {"category": list(CATEGORIES)},
+        }
+    }
