@@ -110,7 +110,8 @@ print("Leah read as Mary:  ", im.steer(model, prompt, {"n3": "Mary"}, max_new_to
 # ## Find the bottleneck
 #
 # One of the experiments, `layer-ablation`: each layer's input at each position replaced by the corrupted run's.
-# `ioi-mamba run layer-ablation` does this with more prompts and all corruptions, and writes a report.
+# `ioi-mamba run layer-ablation --out DIR` does this with more prompts and all corruptions, and writes a report;
+# `im.open_result("DIR", "layer-ablation")` then has the same chart, findings and table.
 
 # %%
 table = layer_ablation.run(model, pairs)

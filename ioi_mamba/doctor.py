@@ -75,7 +75,8 @@ def _check_kernels() -> Check:
 def _check_device() -> Check:
     if torch.cuda.is_available():
         return Check(True, "device", device_name(torch.device("cuda", 0)))
-    return Check(True, "device", f"no GPU; the CPU with {torch.get_num_threads()} threads")
+    n = torch.get_num_threads()
+    return Check(True, "device", f"no GPU; the CPU with {n} thread{'s' if n > 1 else ''}")
 
 
 def _check_mini() -> Check:
