@@ -6,6 +6,7 @@ What a user got wrong is one sentence on stderr and exit code 2; Ctrl-C is 130.
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import shutil
@@ -21,7 +22,7 @@ from typing import Any, NoReturn
 from .errors import InputError, ServerError, Submitted
 from .options import parse_options
 
-NARROWEST = 24  # characters of a column that is broken to fit a terminal
+NARROWEST = 20  # characters of a column that is broken to fit a terminal
 
 
 class _Parser(argparse.ArgumentParser):
@@ -269,18 +270,21 @@ def _sites(arguments: argparse.Namespace) -> int:
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> str:
-    """A table; in a terminal that is too narrow for it the widest column is broken into lines."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    too_much = sum(widths) + 2 * (len(widths) - 1) - shutil.get_terminal_size().columns
-    widest = widths.index(max(widths))
-    if sys.stdout.isatty() and too_much > 0:
-        widths[widest] = max(NARROWEST, widths[widest] - too_much)
+    """A table; in a terminal that is too narrow for it the widest columns are broken into lines."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    words = [
+        max((len(word) for cell in column for word in cell.split()), default=0) for column in zip(*rows, strict=True)
+    ]
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    while sum(widths) + 2 * (len(widths) - 1) > room:
+        spare = [width if width > max(word, NARROWEST) else 0 for width, word in zip(widths, words, strict=True)]
+        if not any(spare):
+            break
+        widths[spare.index(max(spare))] -= 1
     lines = []
     for row in rows:
-        broken = textwrap.wrap(row[widest], widths[widest]) or [""]
-        for number, piece in enumerate(broken):
-            cells = [cell if number == 0 else "" for cell in row]
-            cells[widest] = piece
+        broken = [textwrap.wrap(cell, width or 1) for cell, width in zip(row, widths, strict=True)]
+        for cells in itertools.zip_longest(*broken, fillvalue=""):
             lines.append("  ".join(map(str.ljust, cells, widths)).rstrip())
     return "\n".join(lines)
 

@@ -292,6 +292,8 @@ def test_a_table_fits_the_terminal_and_is_whole_in_a_file(monkeypatch):
     assert len(lines) > 3
     assert max(map(len, lines)) <= 60
     assert " ".join(line[7:] for line in lines[1:]) == rows[1][1]
+    monkeypatch.setenv("COLUMNS", "10")  # words are never broken
+    assert set(cli._columns(rows).split()) == set(" ".join(map(" ".join, rows)).split())
 
 
 def test_the_doctor_opens_the_model_it_is_asked_about(tiny_mamba_dir, tmp_path, capsys):
