@@ -45,7 +45,8 @@ PAPER = "4.3, Fig 9"
 QUESTION = "Is a name, as the bottleneck layer takes it in, one vector that can be added and subtracted?"
 LOOK_FOR = (
     "A block of cells near 1 in rows and columns 1 to 3: the first three mentions are written alike. "
-    "Subtract-and-add staying high in rows 4 and 5 where replace falls says that more than the name is there."
+    "Subtract-and-add staying high in rows 4 and 5 where replace falls says that more than the name is there. "
+    "A cell is empty where no prompt could be had."
 )
 METHOD = (
     "avg[name, slot]: mean ssm_input one token (offset) after the name over all prompts with that name in that slot.\n"

@@ -95,7 +95,9 @@ def chart(table: pd.DataFrame) -> alt.FacetChart:
     shapes = alt.Scale(domain=["yes", "no"], range=["circle", "cross"])
     legend = alt.Legend(orient="top", title="holds on this model")
     layers = [
-        base.mark_rule(strokeWidth=2, opacity=0.6).encode(x=alt.X("low:Q", title=title, scale=scale), x2="high:Q"),
+        base.mark_rule(strokeWidth=2, opacity=0.6, clip=True).encode(
+            x=alt.X("low:Q", title=title, scale=scale), x2="high:Q"
+        ),
         base.mark_tick(thickness=2, size=14, color="currentColor").encode(x="paper:Q"),
         base.mark_point(filled=True, size=70, opacity=1).encode(
             x=x,
