@@ -60,11 +60,14 @@ def run(
     """Scores of all (edge, position) items; `kept` marks the smallest circuit with train accuracy > target.
 
     Rows of circuits as in `analyses._circuits`, and LAST_ONLY and LOST, the bottleneck being `layer`. Raises
-    InputError for a layer the model does not have.
+    InputError for a layer the model does not have, and for held-out prompts of another length.
     """
     n_layers = config_of(model).num_hidden_layers
     if layer is not None and not 0 <= layer < n_layers:
         raise InputError(f"The model has layers 0 to {n_layers - 1}, not {layer}.")
+    if held_out is not None and held_out.clean.shape[1] != pairs.clean.shape[1]:
+        lengths = f"{held_out.clean.shape[1]} positions, the pairs {pairs.clean.shape[1]}"
+        raise InputError(f"The held-out prompts have {lengths}: give prompts of one length.")
     items, per_pair = _circuits.attributed(
         model,
         pairs,

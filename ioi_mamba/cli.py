@@ -48,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     source = run.add_mutually_exclusive_group()
     source.add_argument("--pairs", type=Path, metavar="FILE", help="prompts of one's own, one JSON object a line")
     source.add_argument("--n-pairs", type=int, metavar="N", help="pairs to draw (default: each experiment's own)")
+    run.add_argument(
+        "--held-out",
+        type=Path,
+        metavar="FILE",
+        help="with --pairs: prompts to judge on what was chosen (default: every second of the pairs)",
+    )
     run.add_argument("--seed", type=int, default=27, help="of the prompts drawn (default: 27, as in the paper)")
     run.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     run.add_argument("--dtype", default="float32", help="of the weights (default: float32)")
@@ -160,8 +166,12 @@ def _run(arguments: argparse.Namespace) -> int:
             raise InputError(f"--{flag} needs --out: name the directory of the run.")
     if (arguments.submit or arguments.collect) and arguments.backend != "ndif":
         raise InputError("--submit and --collect are for --backend ndif: leave them out.")
-    if arguments.pairs is not None and not arguments.pairs.is_file():
-        raise InputError(f"There is no file {str(arguments.pairs)!r} to read pairs from: give --pairs an existing one.")
+    if arguments.held_out is not None and arguments.pairs is None:
+        raise InputError("--held-out goes with --pairs: without it, held-out prompts are drawn.")
+    files = {"--pairs": arguments.pairs, "--held-out": arguments.held_out}
+    for flag, path in files.items():
+        if path is not None and not path.is_file():
+            raise InputError(f"There is no file {str(path)!r} to read pairs from: give {flag} an existing one.")
     from . import study, tasks
 
     tasks.load(arguments.task)
@@ -186,13 +196,14 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.backend == "ndif":
         model.jobs.limit(arguments.max_upload, arguments.max_download, arguments.retries)
         model.jobs.wait = not arguments.submit
-    pairs = None if arguments.pairs is None else Pairs.from_jsonl(arguments.pairs, model.tokenizer)
+    pairs, held_out = (None if path is None else Pairs.from_jsonl(path, model.tokenizer) for path in files.values())
     page = study.run_study(
         model,
         names,
         out,
         task=arguments.task,
         pairs=pairs,
+        held_out=held_out,
         n_pairs=arguments.n_pairs,
         seed=arguments.seed,
         options=options,

@@ -75,6 +75,7 @@ def run_study(
     *,
     task: str = "ioi",
     pairs: Pairs | None = None,
+    held_out: Pairs | None = None,
     n_pairs: int | None = None,
     seed: int = 27,
     options: Mapping[str, Any] | None = None,
@@ -86,8 +87,9 @@ def run_study(
 
     names: of `analyses.ORDER`, run in that order. task: of `tasks.available()`, what the prompts ask, also
     those of `pairs`. pairs: the prompts of every experiment; None lets each
-    choose its own from `n_pairs` (None: its default) and `seed`. Experiments that want held-out prompts get
-    those of the next seed, unless `pairs` is given. options: for every named experiment that takes them.
+    choose its own from `n_pairs` (None: its default) and `seed`. held_out: beside `pairs`, on what experiments that
+    choose something judge it; None: every second of `pairs`, which is then not chosen on. Without `pairs` these are
+    drawn from the next seed. options: for every named experiment that takes them.
     model_id: how the manifest names the model. resume: keep a table that is whole and was made from the same
     weights, pairs, options and seed. Raises InputError before anything is written for an unknown name or
     option, an `out_dir` that cannot be written, is in use by another run or holds tables of another model or task,
@@ -99,7 +101,7 @@ def run_study(
     out = Path(out_dir)
     check_out_dir(out)
     chosen = tasks.load(task)
-    plans = _plan(model, names, chosen, pairs, n_pairs, seed, dict(options or {}))
+    plans = _plan(model, names, chosen, pairs, held_out, n_pairs, seed, dict(options or {}))
     with only_run(out):
         return _run_plans(model, plans, out, task, seed, model_id, resume, progress)
 
@@ -146,23 +148,44 @@ def check_out_dir(out: Path) -> None:
 
 
 def _plan(
-    model, names, task: ModuleType, pairs: Pairs | None, n_pairs: int | None, seed: int, options: dict[str, Any]
+    model,
+    names,
+    task: ModuleType,
+    pairs: Pairs | None,
+    held_out: Pairs | None,
+    n_pairs: int | None,
+    seed: int,
+    options: dict[str, Any],
 ) -> list[_Plan]:
     modules = {name: analyses.load(name) for name in names}
     check_options(list(modules.values()), options)
+    for given in (pairs, held_out):
+        if given is not None:
+            given.check_vocab(config_of(model).vocab_size)
     plans = []
     for name in sorted(modules, key=analyses.ORDER.index):
         module = modules[name]
-        chosen = pairs if pairs is not None else _draw(module, task, model.tokenizer, n_pairs, seed)
+        judges = "held_out" in inspect.signature(module.run).parameters
+        if pairs is None:
+            chosen = _draw(module, task, model.tokenizer, n_pairs, seed)
+            other = _draw(module, task, model.tokenizer, n_pairs, seed + 1) if judges else None
+        elif judges and held_out is None:
+            chosen, other = _halves(pairs, name)
+        else:
+            chosen, other = pairs, held_out if judges else None
         if getattr(module, "NEEDS_NAMES", False) and not any(map(is_name, chosen.roles)):
             raise InputError(f"{name} is about names, and these prompts have none: leave it out.")
         chosen.check_vocab(config_of(model).vocab_size)
-        held_out = None
-        if pairs is None and "held_out" in inspect.signature(module.run).parameters:
-            held_out = _draw(module, task, model.tokenizer, n_pairs, seed + 1)
         own = {key: value for key, value in options.items() if key in options_of(module)}
-        plans.append(_Plan(module, chosen, held_out, own))
+        plans.append(_Plan(module, chosen, other, own))
     return plans
+
+
+def _halves(pairs: Pairs, name: str) -> tuple[Pairs, Pairs]:
+    """The first, third, ... pair and the second, fourth, ...: what an experiment chooses on, and what it judges on."""
+    if len(pairs) < 2:
+        raise InputError(f"{name} chooses on some pairs and judges on others: give two pairs or more.")
+    return pairs[::2], pairs[1::2]
 
 
 def _draw(module: ModuleType, task: ModuleType, tokenizer, n_pairs: int | None, seed: int) -> Pairs:

@@ -17,6 +17,7 @@ from ioi_mamba.evaluator import Evaluator
 from ioi_mamba.faithfulness import size_curve
 from ioi_mamba.graph import Circuit, Item, Universe, items_of, universe_of
 from ioi_mamba.report import chart_spec
+from ioi_mamba.tasks.base import Pairs
 
 NAMES = ("edge-attribution", "positional-attribution", "circuit-search")
 
@@ -235,3 +236,11 @@ def test_a_bottleneck_that_is_given_is_used_and_a_layer_that_is_not_there_refuse
     assert set(table["bottleneck"].dropna()) == {2}
     with pytest.raises(InputError, match="layers 0 to 7, not 8"):
         module.run(mini, sets[0], layer=8)
+
+
+def test_held_out_prompts_of_another_length_have_no_positions_in_common(mini, sets):
+    shorter = Pairs.from_tokens(
+        *(side[:, :-1] for side in (sets[1].clean, sets[1].corrupted)), sets[1].answer, sets[1].wrong
+    )
+    with pytest.raises(InputError, match=r"held-out prompts have .* one length"):
+        load("positional-attribution").run(mini, sets[0], held_out=shorter)

@@ -52,7 +52,7 @@ def test_a_run_leaves_table_manifest_and_report_and_says_where(tiny_mamba_dir, p
     ]
     manifest = json.loads((out / "layer-removal.json").read_text())
     assert manifest["model"]["id"] == str(tiny_mamba_dir)
-    assert manifest["n_pairs"] == 3
+    assert manifest["n_pairs"] == 2  # the second of the three is held out
     assert manifest["seed"] == 27
     page = (out / "index.html").read_bytes()
     assert main(["report", str(out)]) == 0
@@ -121,6 +121,8 @@ BAD = {
     ),
     "an option that a study supplies": ([*RUN, "--option", "held_out=3"], "Unknown option"),
     "resume without out": ([*RUN, "--resume"], "--resume needs --out"),
+    "held-out prompts without pairs": ([*RUN, "--held-out", "PAIRS"], "--held-out goes with --pairs"),
+    "no such held-out file": ([*RUN, "--pairs", "PAIRS", "--held-out", "nowhere.jsonl"], "no file 'nowhere.jsonl'"),
     "no such pairs file": ([*RUN, "--pairs", "nowhere.jsonl"], "no file 'nowhere.jsonl'"),
     "pairs and their number": ([*RUN, "--pairs", "PAIRS", "--n-pairs", "3"], "not allowed"),
     "an unknown model": ([*RUN, "--model", "no/such-model"], "Unknown model 'no/such-model'"),

@@ -47,13 +47,24 @@ def test_the_manifest_says_where_the_table_comes_from(tiny_mamba, tmp_path):
     assert manifest["model"]["id"] == "tiny"
     assert manifest["model"]["config"]["num_hidden_layers"] == 4
     assert len(manifest["model"]["weights_sha256"]) == 64
-    assert manifest["pairs_sha256"] == pairs().hash()
+    assert (manifest["pairs_sha256"], manifest["n_pairs"]) == (pairs()[::2].hash(), 2)
+    assert manifest["held_out_sha256"] == pairs()[1::2].hash()
     assert manifest["options"] == {"steps": 1}
     assert (manifest["device"], manifest["dtype"], manifest["kernels"]) == ("cpu", "float32", [])
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["wall_seconds"] > 0
     assert 50 < manifest["peak_memory_mib"] < 1e6
     assert manifest["rows"] == len(pd.read_parquet(page.parent / "layer-removal.parquet"))
+
+
+def test_own_pairs_are_judged_on_pairs_that_were_not_chosen_on(tiny_mamba, tmp_path):
+    given = run(tiny_mamba, tmp_path / "given", held_out=pairs(9))
+    manifest = json.loads((given.parent / "layer-removal.json").read_text())
+    assert (manifest["pairs_sha256"], manifest["held_out_sha256"]) == (pairs().hash(), pairs(9).hash())
+    assert pd.read_parquet(given.parent / "layer-removal.parquet")["valid_accuracy"].notna().any()
+    with pytest.raises(InputError, match=r"layer-removal chooses .* two pairs or more"):
+        run(tiny_mamba, tmp_path / "one", pairs=pairs(n_pairs=1))
+    assert not (tmp_path / "one").exists()
 
 
 def test_the_weights_hash_sees_every_byte_name_and_dtype(tiny_mamba_dir):
