@@ -26,13 +26,8 @@ def pairs(n=3):
     return Pairs(clean=tokens, corrupted=tokens.flip(1), answer=answer, wrong=answer + 7)
 
 
-def test_two_processes_write_the_same_bytes(tiny_mamba_dir, tmp_path, tried):
-    prompts = tmp_path / "pairs.jsonl"
-    prompts.write_text(
-        '{"uncorrupted": "7 9 11 5", "corrupted": "8 9 11 5", "answer_uncorrupted": " 7", "answer_corrupted": " 8", '
-        '"incorrect_for_uncorrupted": [" 8"], "incorrect_for_corrupted": [" 7"], "corruption": "A -> B"}\n'
-    )
-    flags = ["--model", tiny_mamba_dir, "--pairs", prompts, "--device", "cpu"]
+def test_two_processes_write_the_same_bytes(tiny_mamba_dir, pairs_file, tmp_path, tried):
+    flags = ["--model", tiny_mamba_dir, "--pairs", pairs_file, "--device", "cpu"]
     for out in "ab":
         command = processes.Command("run", *NAMES[:2], *flags, "--out", tmp_path / out)
         assert command.end() == 0, command.printed

@@ -19,22 +19,8 @@ FILES = [f"{name}{suffix}" for name in NAMES for suffix in (".parquet", ".json")
 
 
 @pytest.fixture(scope="module")
-def arguments(tiny_mamba_dir, tmp_path_factory):
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    rows = [([9, 11, 5, 6], 7, 8), ([9, 12, 4, 6], 3, 2), ([10, 11, 3, 6], 5, 1)]
-    with path.open("w") as file:
-        for tokens, answer, wrong in rows:
-            pair = {
-                "uncorrupted": " ".join(map(str, [answer, *tokens])),
-                "corrupted": " ".join(map(str, [wrong, *tokens])),
-                "answer_uncorrupted": f" {answer}",
-                "answer_corrupted": f" {wrong}",
-                "incorrect_for_uncorrupted": [f" {wrong}"],
-                "incorrect_for_corrupted": [f" {answer}"],
-                "corruption": "A -> B",
-            }
-            file.write(json.dumps(pair) + "\n")
-    return ["run", *NAMES, "--model", str(tiny_mamba_dir), "--pairs", str(path), "--device", "cpu"]
+def arguments(tiny_mamba_dir, pairs_file):
+    return ["run", *NAMES, "--model", str(tiny_mamba_dir), "--pairs", str(pairs_file), "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
