@@ -9,13 +9,25 @@ import time
 import pandas as pd
 import processes
 import pytest
+from conftest import save_mamba
+from transformers import AutoTokenizer
 
+import analyses
 from ioi_mamba import cli, lock
 from ioi_mamba.errors import InputError
+from ioi_mamba.models import MINI
 from ioi_mamba.results import read_manifest
 
 NAMES = ("layer-ablation", "layer-removal", "conv-shift")
-FILES = [f"{name}{suffix}" for name in NAMES for suffix in (".parquet", ".json")] + ["index.html"]
+FEW = {"target": 0, "threshold": 0.9, "compare_prompts": 0, "exact_prompts": 2, "part_prompts": 2, "steps": 2}
+FEW |= {"per_cell": 2}
+
+
+def files_of(names):
+    return sorted([f"{name}{suffix}" for name in names for suffix in (".parquet", ".json")] + ["index.html"])
+
+
+FILES = files_of(NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -25,20 +37,39 @@ def arguments(tiny_mamba_dir, pairs_file):
 
 @pytest.fixture(scope="module")
 def undisturbed(arguments, tmp_path_factory):
+    return tables_and_seconds(arguments, NAMES, tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture(scope="module")
+def all_arguments(tmp_path_factory):
+    """`run all`, with few pairs, on a random Mamba of two layers that reads names."""
+    path = tmp_path_factory.mktemp("reads-names")
+    tokenizer = AutoTokenizer.from_pretrained(str(MINI))
+    save_mamba(path, vocab_size=len(tokenizer), n_layers=2)
+    tokenizer.save_pretrained(path)
+    options = [word for key, value in FEW.items() for word in ("--option", f"{key}={value}")]
+    return ["run", "all", "--model", str(path), "--n-pairs", "1", "--device", "cpu", *options]
+
+
+@pytest.fixture(scope="module")
+def all_undisturbed(all_arguments, tmp_path_factory):
+    return tables_and_seconds(all_arguments, analyses.ORDER, tmp_path_factory.mktemp("undisturbed"))
+
+
+def tables_and_seconds(arguments, names, out):
     """Table bytes by name of a run that nothing disturbed, and how long it took."""
-    out = tmp_path_factory.mktemp("undisturbed")
     processes.Command(*arguments, "--out", out).end()  # the first one starts the server that the others fork from
     began = time.monotonic()
     command = processes.Command(*arguments, "--out", out)
     assert command.end() == 0, command.printed
     seconds = time.monotonic() - began
-    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
-    return {name: (out / f"{name}.parquet").read_bytes() for name in NAMES}, seconds
+    assert sorted(path.name for path in out.iterdir()) == files_of(names)
+    return {name: (out / f"{name}.parquet").read_bytes() for name in names}, seconds
 
 
 def finished(out, tables):
     """Manifests by name of what a later run may keep; a manifest vouches for a table that is whole and right."""
-    found = {name: manifest for name in NAMES if (manifest := read_manifest(out / f"{name}.json")) is not None}
+    found = {name: manifest for name in tables if (manifest := read_manifest(out / f"{name}.json")) is not None}
     for name in found:
         assert (out / f"{name}.parquet").read_bytes() == tables[name]
     if (out / "index.html").exists():
@@ -51,14 +82,27 @@ def resumed(arguments, out, tables, kept):
     command = processes.Command(*arguments, "--out", out, "--resume")
     assert command.end() == 0, command.printed
     now = finished(out, tables)
-    assert set(now) == set(NAMES)
+    assert set(now) == set(tables)
     assert all(now[name] == kept[name] for name in kept)
-    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in out.iterdir()) == files_of(tables)
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_runs_killed_at_any_moment_end_as_if_they_had_not_been(kills, arguments, undisturbed, tmp_path, tried):
-    tables, seconds = undisturbed
+    killed(kills, arguments, *undisturbed, tmp_path)
+    tried("kill -9 of three experiments at a random moment", kills)
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_run_all_killed_at_any_moment_ends_as_if_it_had_not_been(
+    kills, all_arguments, all_undisturbed, tmp_path, tried
+):
+    killed(kills, all_arguments, *all_undisturbed, tmp_path)
+    tried("kill -9 of `run all` at a random moment", kills)
+
+
+def killed(kills, arguments, tables, seconds, tmp_path):
+    """Kill runs so often, each taken up again until it is done, and see that nothing was lost or done twice."""
     rng, number, left = random.Random(kills), 0, kills
     kept = {}
     while left:
@@ -71,10 +115,9 @@ def test_runs_killed_at_any_moment_end_as_if_they_had_not_been(kills, arguments,
         now = finished(out, tables) if out.exists() else {}
         assert all(now[name] == kept[name] for name in kept)
         kept = now
-        if len(kept) == len(NAMES) or not left:
+        if len(kept) == len(tables) or not left:
             resumed(arguments, out, tables, kept)
             number, kept = number + 1, {}
-    tried("kill -9 at a random moment", kills)
 
 
 AT = [(k, when) for k in range(1, len(FILES) + 1) for when in ("before", "after")]
@@ -180,6 +223,22 @@ def test_a_clock_that_runs_backwards_changes_no_table(arguments, undisturbed, tm
     assert created == sorted(created, reverse=True)
     resumed(arguments, tmp_path, undisturbed[0], kept)
     tried("a clock that goes back a day at each look", 1)
+
+
+@pytest.mark.parametrize("years", [-50, 50])
+def test_times_of_files_decide_nothing(years, arguments, undisturbed, tmp_path, tried):
+    begun = ["run", NAMES[0], *arguments[1 + len(NAMES) :]]
+    command = processes.Command(*begun, "--out", tmp_path)
+    assert command.end() == 0, command.printed
+    (tmp_path / f".{NAMES[1]}.parquet.abc.part").write_text("half a tab")
+    (tmp_path / lock.NAME).write_text(json.dumps({"pid": 5, "host": "there", "since": "2999-01-01T00:00:00+00:00"}))
+    then = time.time() + years * 365 * 86400
+    for path in tmp_path.iterdir():
+        os.utime(path, (then, then))
+    kept = finished(tmp_path, undisturbed[0])
+    assert set(kept) == {NAMES[0]}
+    resumed(arguments, tmp_path, undisturbed[0], kept)
+    tried("files and a lock of another time, past or to come", 1)
 
 
 @pytest.mark.parametrize(
