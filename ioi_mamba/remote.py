@@ -88,10 +88,7 @@ class _Courier(RemoteBackend):
                 "allowed: use fewer pairs, or raise --max-download."
             )
         if self.compress:
-            import zstandard
-
-            limit = 64 * self.jobs.max_download
-            content = zstandard.ZstdDecompressor().decompress(content, max_output_size=limit)
+            content = unpacked(content, 64 * self.jobs.max_download)
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
     @staticmethod
@@ -352,6 +349,20 @@ def in_plain_words(error: Exception, host: str | None) -> str:
     if not isinstance(error, RemoteError) or text.startswith("Failed to send"):
         return f"No answer from the server at {where} ({last}): check --host and that it runs, then run the same again with --resume."
     return f"The job failed on the server: {last}"
+
+
+def unpacked(content: bytes, limit: int) -> bytes:
+    """What zstandard packed; InputError, before more is unpacked, for more than `limit` bytes."""
+    import zstandard
+
+    # In `decompress` a size that the content itself states goes before any limit.
+    with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(content), read_across_frames=True) as stream:
+        found = stream.read(limit + 1)
+    if len(found) > limit:
+        raise InputError(
+            f"The result is more than {limit / MIB:.0f} MiB unpacked: use fewer pairs, or raise --max-download."
+        )
+    return found
 
 
 def without_secrets(text: str) -> str:
