@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import shutil
 import signal
+import subprocess
 import time
 
 import pandas as pd
@@ -260,3 +262,37 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_files_only(bytes_left, arg
             pd.read_parquet(path)
     resumed(arguments, out, undisturbed[0], kept)
     tried("a disk that is full (no file may grow beyond a limit)", 1)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 24 KiB in memory, and a function that gives it more room."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = lambda options: subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True)
+    if shutil.which("mount") is None or mount("size=24k").returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        yield place, lambda size: mount(f"remount,size={size}").check_returncode()
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_small_disk_that_fills_up_is_one_sentence_each_time_until_there_is_room(
+    small_disk, arguments, undisturbed, tried
+):
+    disk, give_room = small_disk
+    # One page of memory (the lock alone), some tables, all tables but no report, and room for all.
+    for size in ("4k", "24k", "64k", "400k"):
+        give_room(size)
+        command = processes.Command(*arguments, "--out", disk, "--resume")
+        assert command.end() == 2, command.printed
+        said = command.printed.strip().splitlines()[-1]
+        assert said.startswith("ioi-mamba: ")
+        assert "cannot be written (No space left on device): make room" in said
+        kept = finished(disk, undisturbed[0])
+        assert not [path for path in disk.iterdir() if path.name not in FILES]
+    assert set(kept) == set(NAMES)
+    give_room("64m")
+    resumed(arguments, disk, undisturbed[0], kept)
+    tried("a small disk that fills up", 4)
