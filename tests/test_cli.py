@@ -215,6 +215,13 @@ def test_the_doctor_says_so_when_a_version_was_not_tested(monkeypatch):
     assert "outside the tested range" in check.says
 
 
+def test_the_doctor_has_the_floors_of_the_project():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    wanted = dict(re.findall(r'"([\w-]+)>=([\d.]+)', text.split("[project.optional")[0]))
+    for package, (low, _) in doctor.TESTED.items():
+        assert (*map(int, wanted[package].split(".")), 0)[:2] == low, package
+
+
 def test_the_doctor_finds_mini_well(capsys):
     assert doctor._check_mini().good, doctor._check_mini().says
     main(["doctor"])
