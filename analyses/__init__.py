@@ -2,7 +2,8 @@
 
 A module is named after its experiment (`layer_removal` for "layer-removal") and offers NAME, TITLE, PAPER,
 QUESTION, LOOK_FOR, METHOD, NEEDS_MAMBA, COLUMNS, `default_pairs`, `run`, `chart` and `findings`; NEEDS_NAMES = True
-says that it only makes sense for prompts with names. Adding an experiment is adding a module and its name to ORDER.
+says that it only makes sense for prompts with names, NEEDS_TASK = False that its figure also means something of a model
+that cannot do the task. Adding an experiment is adding a module and its name to ORDER.
 """
 
 from __future__ import annotations

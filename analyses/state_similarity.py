@@ -41,6 +41,7 @@ METHOD = (
     "A vector of zeros has similarity 0 with everything (its norm is taken as 1)."
 )
 NEEDS_MAMBA = True
+NEEDS_TASK = False  # what a state holds is so whatever the model answers
 COLUMNS = ("prompt", "measure", "row", "column", "similarity", "row_label", "column_label", "after_name", "layer")
 
 CONTRIBUTION_STATE = "contribution in state"

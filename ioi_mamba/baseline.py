@@ -1,12 +1,13 @@
 """Can the model do the task at all? Its accuracy on the prompts of a run, before anything is done to it.
 
 Every effect is relative to what the whole model does, so of a model that guesses it means nothing. A run keeps this
-accuracy in each manifest, and a report says loudly where it is below the bound.
+accuracy in each manifest; where it is below the bound, a report says so loudly and leaves out what means nothing then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import nnsight
@@ -39,6 +40,14 @@ def is_below(manifest: Mapping[str, Any]) -> bool:
     """Whether the model of a run cannot do its task; False where a manifest does not say."""
     clean = manifest.get("clean")
     return clean is not None and clean["accuracy"] < clean["bound"]
+
+
+def means_nothing(module: ModuleType, manifest: Mapping[str, Any]) -> bool:
+    """Whether an experiment measures changes of what a model does, and the model of this run does not do it.
+
+    True of every experiment below the bound but those that say NEEDS_TASK = False.
+    """
+    return is_below(manifest) and getattr(module, "NEEDS_TASK", True)
 
 
 def note(manifest: Mapping[str, Any]) -> str:

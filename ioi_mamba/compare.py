@@ -14,7 +14,9 @@ from typing import Any
 
 import pandas as pd
 
-from . import claims, paper
+import analyses
+
+from . import baseline, claims, paper
 from .errors import InputError
 from .files import written_whole
 from .results import open_results
@@ -94,7 +96,8 @@ def evaluate(tables: Mapping[str, pd.DataFrame], manifests: Mapping[str, Manifes
     """
     model = next(iter(manifests.values()))["model"]
     asked_differently = {name: found for name in tables if (found := _other_question(name, manifests[name]))}
-    usable = {name: table for name, table in tables.items() if name not in asked_differently}
+    guessed = {name for name in tables if baseline.means_nothing(analyses.load(name), manifests[name])}
+    usable = {name: table for name, table in tables.items() if name not in asked_differently.keys() | guessed}
     is_published = is_mamba_370m(model)
     layer = PUBLISHED_LAYER if is_published else _layer(usable)
     rows = []
@@ -107,6 +110,8 @@ def evaluate(tables: Mapping[str, pd.DataFrame], manifests: Mapping[str, Manifes
             verdict, why = NOT_RUN, f"run {claim.analysis}"
         elif claim.analysis in asked_differently:
             verdict, why = NOT_COMPARABLE, f"{claim.analysis} was run with {asked_differently[claim.analysis]}"
+        elif claim.analysis in guessed:
+            verdict, why = NOT_COMPARABLE, "the model cannot do the task"
         elif why := _other_prompts(claim, manifests[claim.analysis]):
             verdict = NOT_COMPARABLE
         elif layer is None and "{layer}" in claim.statement:

@@ -18,7 +18,7 @@ TESTED: dict[str, tuple[tuple[int, int], tuple[int, int] | None]] = {
     "transformers": ((5, 15), (5, 24)),
     "torch": ((2, 9), (2, 14)),
     "altair": ((6, 0), (7, 0)),
-    "pandas": ((2, 3), None),
+    "pandas": ((3, 0), None),
     "vl-convert-python": ((1, 8), None),
 }
 
@@ -156,13 +156,16 @@ def _check_server(name: str, backend: str, host: str | None) -> Iterator[Check]:
 def _check_deployed(model) -> Check:
     import httpx
 
-    host = model.jobs.host
+    from .remote import without_secrets
+
+    host = without_secrets(model.jobs.host)
     try:
-        answer = httpx.get(f"{host}/status", timeout=30)
+        answer = httpx.get(f"{model.jobs.host}/status", timeout=30)
         answer.raise_for_status()
         deployments = answer.json().get("deployments", {}).values()
     except (httpx.HTTPError, ValueError) as error:
-        return Check(False, "server", f"{host} does not answer ({error}): check --host and that it runs")
+        reason = without_secrets(str(error))
+        return Check(False, "server", f"{host} does not answer ({reason}): check --host and that it runs")
     levels = [d.get("deployment_level") for d in deployments if d.get("model_key") == model.jobs.model_key]
     state = f"holds the model ({levels[0]})" if levels else "will have to load the model"
     return Check(True, "server", f"{host} answers and {state}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import re
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -87,10 +88,7 @@ class _Courier(RemoteBackend):
                 "allowed: use fewer pairs, or raise --max-download."
             )
         if self.compress:
-            import zstandard
-
-            limit = 64 * self.jobs.max_download
-            content = zstandard.ZstdDecompressor().decompress(content, max_output_size=limit)
+            content = unpacked(content, 64 * self.jobs.max_download)
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
     @staticmethod
@@ -312,15 +310,15 @@ def _from_the_job(error: Exception) -> InputError | None:
     for line in reversed(str(error).splitlines()):
         name, _, message = line.partition("InputError: ")
         if message and " " not in name:
-            return InputError(message)
+            return InputError(without_secrets(message))
     return None
 
 
 def in_plain_words(error: Exception, host: str | None) -> str:
     """One sentence, or two: what happened on the way to the server or there, and what to do."""
-    text = str(error).strip()
+    text = without_secrets(str(error)).strip()
     last = text.splitlines()[-1] if text else type(error).__name__
-    where = host or nnsight.CONFIG.API.HOST
+    where = without_secrets(host or nnsight.CONFIG.API.HOST)
     if "backward" in text or "OutOfOrderError" in text or "autograd" in text:
         return (
             "This server gives no gradients (it runs requests in a sandbox): use a method without them, such as exact."
@@ -353,9 +351,29 @@ def in_plain_words(error: Exception, host: str | None) -> str:
     return f"The job failed on the server: {last}"
 
 
+def unpacked(content: bytes, limit: int) -> bytes:
+    """What zstandard packed; InputError, before more is unpacked, for more than `limit` bytes."""
+    import zstandard
+
+    # In `decompress` a size that the content itself states goes before any limit.
+    with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(content), read_across_frames=True) as stream:
+        found = stream.read(limit + 1)
+    if len(found) > limit:
+        raise InputError(
+            f"The result is more than {limit / MIB:.0f} MiB unpacked: use fewer pairs, or raise --max-download."
+        )
+    return found
+
+
+def without_secrets(text: str) -> str:
+    """The text with the API key, which a server may have said back to us, and what stands before @ in addresses masked."""
+    text = re.sub(r"//[^/@\s]+@", "//***@", text)
+    return text.replace(nnsight.CONFIG.API.APIKEY, "***") if nnsight.CONFIG.API.APIKEY else text
+
+
 def host_of(host: str | None) -> str:
     """The server's address: as given, else nnsight's own setting. Raises InputError where it is no web address."""
     host = (host or nnsight.CONFIG.API.HOST).rstrip("/")
     if not host.startswith(("http://", "https://")):
-        raise InputError(f"--host {host!r} is no web address: begin it with http:// or https://.")
+        raise InputError(f"--host {without_secrets(host)!r} is no web address: begin it with http:// or https://.")
     return host

@@ -39,7 +39,8 @@ _VEGALITE = re.sub(r"^v(\d+\.\d+).*", r"\1", alt.SCHEMA_VERSION)
 class Section:
     """What the page shows of one experiment, or of a summary of several, whose manifest is empty.
 
-    `spec` None: there is no chart, and `trouble` says why. warning: that the model cannot do the task, or empty.
+    `spec` None: there is no chart, and `trouble` says why, in a sentence. warning: that the model cannot do the task,
+    or empty.
     examples: prompts to show for a position that is chosen, as JSON, where the table has positions.
     """
 
@@ -60,8 +61,8 @@ class Section:
 def write_report(directory: str | Path) -> Path:
     """Write `index.html` from the tables and manifests of a directory, in the paper's order; gives its path.
 
-    A chart that cannot be drawn is replaced by the reason; a table without manifest is an unfinished run and
-    left out. Raises InputError for a directory without a finished table, a table that cannot be read, and a
+    A chart that cannot be drawn, or would mean nothing since the model cannot do the task, is replaced by the reason;
+    a table without manifest is an unfinished run and left out. Raises InputError for a directory without a finished table, a table that cannot be read, and a
     page over 8 MB.
     """
     directory = Path(directory)
@@ -93,7 +94,7 @@ def save_charts(directory: str | Path, form: str) -> list[Path]:
     """Write `charts/NAME-of-MODEL.FORM` of every experiment that has a finished table, for papers and slides; gives the paths.
 
     form: "svg" or "png", black on white. A chart shows what it shows before anything is chosen in it. Raises
-    InputError for another form and as `write_report`; an experiment whose chart cannot be drawn is left out.
+    InputError for another form and as `write_report`; an experiment whose chart is not drawn there is left out.
     """
     if form not in CHART_FORMS:
         raise InputError(f"Charts cannot be written as {form!r}: use one of {', '.join(CHART_FORMS)}.")
@@ -128,11 +129,17 @@ def _sections(directory: Path) -> list[Section]:
 
 def _drawn(module: ModuleType, manifest: dict[str, Any], table: pd.DataFrame, code: str, n_preview: int) -> Section:
     spec, findings, trouble = None, [], None
-    try:
-        findings = list(module.findings(table))
-        spec = script_json(chart_spec(module.chart(table)))
-    except Exception as error:  # one experiment's table must not cost the page
-        trouble = f"{type(error).__name__}: {error}"
+    if baseline.means_nothing(module, manifest):
+        trouble = (
+            "No chart is drawn: it would show changes of what this model does on the task, which it cannot do. "
+            f"The numbers are in {module.NAME}.parquet, the first of them below."
+        )
+    else:
+        try:
+            findings = list(module.findings(table))
+            spec = script_json(chart_spec(module.chart(table)))
+        except Exception as error:  # one experiment's table must not cost the page
+            trouble = f"The chart could not be drawn. {type(error).__name__}: {error}"
     head = table.head(n_preview)
     return Section(
         module=module,
@@ -168,8 +175,9 @@ def _claims(sections: list[Section]) -> dict[str, Any]:
 
 
 def _summaries(sections: list[Section]) -> list[Section]:
-    """A section of each summary of which at least one line could be read off the tables."""
-    tables = {section.module.NAME: section.table for section in sections}
+    """A section of each summary of which at least one line could be read off the tables that mean something."""
+    telling = [section for section in sections if not baseline.means_nothing(section.module, section.manifest)]
+    tables = {section.module.NAME: section.table for section in telling}
     drawn = []
     for module in analyses.summaries():
         try:

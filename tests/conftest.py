@@ -1,5 +1,6 @@
 """Models the tests share. Nothing here or in the tests needs a network."""
 
+import json
 import os
 
 # Read when transformers is imported, so set before any test module imports it.
@@ -31,6 +32,26 @@ def tiny_mamba_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny-mamba")
     save_mamba(path, vocab_size=VOCAB, n_layers=4)
     _token_ids_tokenizer(VOCAB).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory):
+    """Three pairs of prompts of token ids, for a model without tokenizer, as a file."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [([9, 11, 5, 6], 7, 8), ([9, 12, 4, 6], 3, 2), ([10, 11, 3, 6], 5, 1)]
+    with path.open("w") as file:
+        for tokens, answer, wrong in rows:
+            pair = {
+                "uncorrupted": " ".join(map(str, [answer, *tokens])),
+                "corrupted": " ".join(map(str, [wrong, *tokens])),
+                "answer_uncorrupted": f" {answer}",
+                "answer_corrupted": f" {wrong}",
+                "incorrect_for_uncorrupted": [f" {wrong}"],
+                "incorrect_for_corrupted": [f" {answer}"],
+                "corruption": "A -> B",
+            }
+            file.write(json.dumps(pair) + "\n")
     return path
 
 

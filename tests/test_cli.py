@@ -18,26 +18,6 @@ from ioi_mamba.cli import main
 from ioi_mamba.sites import SITES
 
 
-@pytest.fixture
-def pairs_file(tmp_path):
-    """Prompts of token ids, for a model without tokenizer."""
-    path = tmp_path / "pairs.jsonl"
-    rows = [([9, 11, 5, 6], 7, 8), ([9, 12, 4, 6], 3, 2), ([10, 11, 3, 6], 5, 1)]
-    with path.open("w") as file:
-        for tokens, answer, wrong in rows:
-            pair = {
-                "uncorrupted": " ".join(map(str, [answer, *tokens])),
-                "corrupted": " ".join(map(str, [wrong, *tokens])),
-                "answer_uncorrupted": f" {answer}",
-                "answer_corrupted": f" {wrong}",
-                "incorrect_for_uncorrupted": [f" {wrong}"],
-                "incorrect_for_corrupted": [f" {answer}"],
-                "corruption": "A -> B",
-            }
-            file.write(json.dumps(pair) + "\n")
-    return path
-
-
 def test_a_run_leaves_table_manifest_and_report_and_says_where(tiny_mamba_dir, pairs_file, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--model", str(tiny_mamba_dir), "--pairs", str(pairs_file), "--out", str(out)]
@@ -236,6 +216,13 @@ def test_the_doctor_says_so_when_a_version_was_not_tested(monkeypatch):
     check = doctor._check_version("torch")
     assert not check.good
     assert "outside the tested range" in check.says
+
+
+def test_the_doctor_has_the_floors_of_the_project():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    wanted = dict(re.findall(r'"([\w-]+)>=([\d.]+)', text.split("[project.optional")[0]))
+    for package, (low, _) in doctor.TESTED.items():
+        assert (*map(int, wanted[package].split(".")), 0)[:2] == low, package
 
 
 def test_the_doctor_finds_mini_well(capsys):

@@ -398,3 +398,16 @@ def test_a_directory_that_cannot_be_written_is_refused_and_left_as_it_is(publish
     with pytest.raises(InputError, match=r"compare\.parquet. cannot be written"):
         compare.compare(tmp_path / "out")
     assert sorted((tmp_path / "out").rglob("*")) == before
+
+
+def test_a_model_that_guesses_is_asked_only_what_its_answers_do_not_decide(published):
+    guesses = {"accuracy": 0.5, "n": 8, "bound": 0.75}
+    rows = judge(published, clean=guesses)
+    judged = rows[rows["verdict"].isin([compare.HOLDS, compare.FAILS])]
+    sure = judge(published, clean=guesses | {"accuracy": 0.9})
+    of_states = paper.table("claims").set_index("id")["analysis"] == "state-similarity"
+    assert set(judged.index) == set(of_states[of_states].index) & set(sure.index[sure["verdict"] == compare.HOLDS])
+    assert len(judged) > 0
+    lost = rows.loc[rows["why"] == "the model cannot do the task", "verdict"]
+    assert len(lost) > 30
+    assert set(lost) == {compare.NOT_COMPARABLE}

@@ -26,13 +26,8 @@ def pairs(n=3):
     return Pairs(clean=tokens, corrupted=tokens.flip(1), answer=answer, wrong=answer + 7)
 
 
-def test_two_processes_write_the_same_bytes(tiny_mamba_dir, tmp_path, tried):
-    prompts = tmp_path / "pairs.jsonl"
-    prompts.write_text(
-        '{"uncorrupted": "7 9 11 5", "corrupted": "8 9 11 5", "answer_uncorrupted": " 7", "answer_corrupted": " 8", '
-        '"incorrect_for_uncorrupted": [" 8"], "incorrect_for_corrupted": [" 7"], "corruption": "A -> B"}\n'
-    )
-    flags = ["--model", tiny_mamba_dir, "--pairs", prompts, "--device", "cpu"]
+def test_two_processes_write_the_same_bytes(tiny_mamba_dir, pairs_file, tmp_path, tried):
+    flags = ["--model", tiny_mamba_dir, "--pairs", pairs_file, "--device", "cpu"]
     for out in "ab":
         command = processes.Command("run", *NAMES[:2], *flags, "--out", tmp_path / out)
         assert command.end() == 0, command.printed
@@ -94,9 +89,11 @@ def test_running_touches_no_global_generator_variable_or_default(tiny_mamba_dir,
 
 def test_importing_changes_no_variable_generator_or_default(tried):
     code = (
-        "import os, random, torch, numpy as np, transformers, nnsight, pandas\n"
+        "import os, random, signal, torch, numpy as np, transformers, nnsight, pandas\n"
         "now = lambda: (dict(os.environ), random.getstate(), torch.get_rng_state().tolist(), str(np.random.get_state()),"
-        " torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads())\n"
+        " torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_device(),"
+        " torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(), os.getcwd(),"
+        " signal.getsignal(signal.SIGINT))\n"
         "before = now()\n"
         "import ioi_mamba, analyses, ioi_mamba.cli, ioi_mamba.study, ioi_mamba.report\n"
         "[analyses.load(name) for name in analyses.available()]\n"
@@ -106,7 +103,9 @@ def test_importing_changes_no_variable_generator_or_default(tried):
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        # The tests set the variables that are ours themselves: the child must not have them beforehand.
+        env={key: value for key, value in os.environ.items() if key not in DOCUMENTED}
+        | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 0, done.stderr
-    tried("global state after importing", 8)
+    tried("global state after importing", 12)

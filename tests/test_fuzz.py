@@ -222,7 +222,8 @@ FLAGS = [
     "--backend",
     "--host",
 ]
-FLAGS += ["--submit", "--collect", "--max-upload", "--max-download", "--retries", "--no-such", "--threads"]
+FLAGS += ["--submit", "--collect", "--max-upload", "--max-download", "--retries", "--no-such", "--threads", "--task"]
+FLAGS += ["--charts", "--no-resume-points"]
 WORD = st.sampled_from(
     [
         "run",
@@ -243,7 +244,7 @@ WORD = st.sampled_from(
         "=",
         "rows=1,2",
     ]
-) | st.sampled_from(["layer=none", "\u202e", "\x00", "local", "float32", str(10**30), ""])
+) | st.sampled_from(["layer=none", "greater-than", "png", "\u202e", "\x00", "local", "float32", str(10**30), ""])
 
 
 @sizes(40, 1500)

@@ -3,56 +3,75 @@
 import json
 import os
 import random
+import shutil
 import signal
+import subprocess
 import time
 
 import pandas as pd
 import processes
 import pytest
+from conftest import save_mamba
+from transformers import AutoTokenizer
 
+import analyses
 from ioi_mamba import cli, lock
 from ioi_mamba.errors import InputError
+from ioi_mamba.models import MINI
 from ioi_mamba.results import read_manifest
 
 NAMES = ("layer-ablation", "layer-removal", "conv-shift")
-FILES = [f"{name}{suffix}" for name in NAMES for suffix in (".parquet", ".json")] + ["index.html"]
+FEW = {"target": 0, "threshold": 0.9, "compare_prompts": 0, "exact_prompts": 2, "part_prompts": 2, "steps": 2}
+FEW |= {"per_cell": 2}
+
+
+def files_of(names):
+    return sorted([f"{name}{suffix}" for name in names for suffix in (".parquet", ".json")] + ["index.html"])
+
+
+FILES = files_of(NAMES)
 
 
 @pytest.fixture(scope="module")
-def arguments(tiny_mamba_dir, tmp_path_factory):
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    rows = [([9, 11, 5, 6], 7, 8), ([9, 12, 4, 6], 3, 2), ([10, 11, 3, 6], 5, 1)]
-    with path.open("w") as file:
-        for tokens, answer, wrong in rows:
-            pair = {
-                "uncorrupted": " ".join(map(str, [answer, *tokens])),
-                "corrupted": " ".join(map(str, [wrong, *tokens])),
-                "answer_uncorrupted": f" {answer}",
-                "answer_corrupted": f" {wrong}",
-                "incorrect_for_uncorrupted": [f" {wrong}"],
-                "incorrect_for_corrupted": [f" {answer}"],
-                "corruption": "A -> B",
-            }
-            file.write(json.dumps(pair) + "\n")
-    return ["run", *NAMES, "--model", str(tiny_mamba_dir), "--pairs", str(path), "--device", "cpu"]
+def arguments(tiny_mamba_dir, pairs_file):
+    return ["run", *NAMES, "--model", str(tiny_mamba_dir), "--pairs", str(pairs_file), "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(arguments, tmp_path_factory):
+    return tables_and_seconds(arguments, NAMES, tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture(scope="module")
+def all_arguments(tmp_path_factory):
+    """`run all`, with few pairs, on a random Mamba of two layers that reads names."""
+    path = tmp_path_factory.mktemp("reads-names")
+    tokenizer = AutoTokenizer.from_pretrained(str(MINI))
+    save_mamba(path, vocab_size=len(tokenizer), n_layers=2)
+    tokenizer.save_pretrained(path)
+    options = [word for key, value in FEW.items() for word in ("--option", f"{key}={value}")]
+    return ["run", "all", "--model", str(path), "--n-pairs", "1", "--device", "cpu", *options]
+
+
+@pytest.fixture(scope="module")
+def all_undisturbed(all_arguments, tmp_path_factory):
+    return tables_and_seconds(all_arguments, analyses.ORDER, tmp_path_factory.mktemp("undisturbed"))
+
+
+def tables_and_seconds(arguments, names, out):
     """Table bytes by name of a run that nothing disturbed, and how long it took."""
-    out = tmp_path_factory.mktemp("undisturbed")
     processes.Command(*arguments, "--out", out).end()  # the first one starts the server that the others fork from
     began = time.monotonic()
     command = processes.Command(*arguments, "--out", out)
     assert command.end() == 0, command.printed
     seconds = time.monotonic() - began
-    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
-    return {name: (out / f"{name}.parquet").read_bytes() for name in NAMES}, seconds
+    assert sorted(path.name for path in out.iterdir()) == files_of(names)
+    return {name: (out / f"{name}.parquet").read_bytes() for name in names}, seconds
 
 
 def finished(out, tables):
     """Manifests by name of what a later run may keep; a manifest vouches for a table that is whole and right."""
-    found = {name: manifest for name in NAMES if (manifest := read_manifest(out / f"{name}.json")) is not None}
+    found = {name: manifest for name in tables if (manifest := read_manifest(out / f"{name}.json")) is not None}
     for name in found:
         assert (out / f"{name}.parquet").read_bytes() == tables[name]
     if (out / "index.html").exists():
@@ -65,14 +84,27 @@ def resumed(arguments, out, tables, kept):
     command = processes.Command(*arguments, "--out", out, "--resume")
     assert command.end() == 0, command.printed
     now = finished(out, tables)
-    assert set(now) == set(NAMES)
+    assert set(now) == set(tables)
     assert all(now[name] == kept[name] for name in kept)
-    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in out.iterdir()) == files_of(tables)
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_runs_killed_at_any_moment_end_as_if_they_had_not_been(kills, arguments, undisturbed, tmp_path, tried):
-    tables, seconds = undisturbed
+    killed(kills, arguments, *undisturbed, tmp_path)
+    tried("kill -9 of three experiments at a random moment", kills)
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_run_all_killed_at_any_moment_ends_as_if_it_had_not_been(
+    kills, all_arguments, all_undisturbed, tmp_path, tried
+):
+    killed(kills, all_arguments, *all_undisturbed, tmp_path)
+    tried("kill -9 of `run all` at a random moment", kills)
+
+
+def killed(kills, arguments, tables, seconds, tmp_path):
+    """Kill runs so often, each taken up again until it is done, and see that nothing was lost or done twice."""
     rng, number, left = random.Random(kills), 0, kills
     kept = {}
     while left:
@@ -85,10 +117,9 @@ def test_runs_killed_at_any_moment_end_as_if_they_had_not_been(kills, arguments,
         now = finished(out, tables) if out.exists() else {}
         assert all(now[name] == kept[name] for name in kept)
         kept = now
-        if len(kept) == len(NAMES) or not left:
+        if len(kept) == len(tables) or not left:
             resumed(arguments, out, tables, kept)
             number, kept = number + 1, {}
-    tried("kill -9 at a random moment", kills)
 
 
 AT = [(k, when) for k in range(1, len(FILES) + 1) for when in ("before", "after")]
@@ -196,6 +227,22 @@ def test_a_clock_that_runs_backwards_changes_no_table(arguments, undisturbed, tm
     tried("a clock that goes back a day at each look", 1)
 
 
+@pytest.mark.parametrize("years", [-50, 50])
+def test_times_of_files_decide_nothing(years, arguments, undisturbed, tmp_path, tried):
+    begun = ["run", NAMES[0], *arguments[1 + len(NAMES) :]]
+    command = processes.Command(*begun, "--out", tmp_path)
+    assert command.end() == 0, command.printed
+    (tmp_path / f".{NAMES[1]}.parquet.abc.part").write_text("half a tab")
+    (tmp_path / lock.NAME).write_text(json.dumps({"pid": 5, "host": "there", "since": "2999-01-01T00:00:00+00:00"}))
+    then = time.time() + years * 365 * 86400
+    for path in tmp_path.iterdir():
+        os.utime(path, (then, then))
+    kept = finished(tmp_path, undisturbed[0])
+    assert set(kept) == {NAMES[0]}
+    resumed(arguments, tmp_path, undisturbed[0], kept)
+    tried("files and a lock of another time, past or to come", 1)
+
+
 @pytest.mark.parametrize(
     "bytes_left", [0, 3000, 60000, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 100, 1000, 300_000))]
 )
@@ -215,3 +262,37 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_files_only(bytes_left, arg
             pd.read_parquet(path)
     resumed(arguments, out, undisturbed[0], kept)
     tried("a disk that is full (no file may grow beyond a limit)", 1)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 24 KiB in memory, and a function that gives it more room."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = lambda options: subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True)
+    if shutil.which("mount") is None or mount("size=24k").returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        yield place, lambda size: mount(f"remount,size={size}").check_returncode()
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_small_disk_that_fills_up_is_one_sentence_each_time_until_there_is_room(
+    small_disk, arguments, undisturbed, tried
+):
+    disk, give_room = small_disk
+    # One page of memory (the lock alone), some tables, all tables but no report, and room for all.
+    for size in ("4k", "24k", "64k", "400k"):
+        give_room(size)
+        command = processes.Command(*arguments, "--out", disk, "--resume")
+        assert command.end() == 2, command.printed
+        said = command.printed.strip().splitlines()[-1]
+        assert said.startswith("ioi-mamba: ")
+        assert "cannot be written (No space left on device): make room" in said
+        kept = finished(disk, undisturbed[0])
+        assert not [path for path in disk.iterdir() if path.name not in FILES]
+    assert set(kept) == set(NAMES)
+    give_room("64m")
+    resumed(arguments, disk, undisturbed[0], kept)
+    tried("a small disk that fills up", 4)

@@ -54,13 +54,8 @@ def test_memory_and_handles_stay_flat_over_traces_and_experiments(tiny_mamba, tr
     assert handles() <= before + 2
 
 
-def test_two_processes_read_one_model_directory_at_once(tiny_mamba_dir, tmp_path, tried):
-    prompts = tmp_path / "pairs.jsonl"
-    prompts.write_text(
-        '{"uncorrupted": "7 9 11 5", "corrupted": "8 9 11 5", "answer_uncorrupted": " 7", "answer_corrupted": " 8", '
-        '"incorrect_for_uncorrupted": [" 8"], "incorrect_for_corrupted": [" 7"], "corruption": "A -> B"}\n'
-    )
-    flags = ["run", "layer-removal", "--model", tiny_mamba_dir, "--pairs", prompts, "--device", "cpu"]
+def test_two_processes_read_one_model_directory_at_once(tiny_mamba_dir, pairs_file, tmp_path, tried):
+    flags = ["run", "layer-removal", "--model", tiny_mamba_dir, "--pairs", pairs_file, "--device", "cpu"]
     both = [processes.Command(*flags, "--out", tmp_path / out) for out in "ab"]
     for command in both:
         assert command.end() == 0, command.printed

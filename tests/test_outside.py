@@ -1,23 +1,28 @@
 """What comes from outside stays data: no code is loaded, no text escapes the page, no path its directory."""
 
 import ast
+import gzip
 import json
 import re
+import resource
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import zstandard
 from pyarrow import parquet
 from test_report import HEATMAP, LAYER_REMOVAL, own_part, put
 
 import analyses
 import ioi_mamba
-from ioi_mamba import graph, report, results
+from ioi_mamba import graph, remote, report, results
 from ioi_mamba.cli import _default_out, main
 from ioi_mamba.errors import InputError
 from ioi_mamba.graph import Circuit, Universe
+from ioi_mamba.tasks import prompts
+from ioi_mamba.tasks.base import Pairs
 
 ROOTS = [Path(ioi_mamba.__file__).parent, Path(analyses.__file__).parent]
 SOURCES = [path for root in ROOTS for path in sorted(root.rglob("*.py"))]
@@ -114,6 +119,38 @@ def test_a_table_that_would_unpack_to_more_than_memory_is_refused_before(tmp_pat
     with pytest.raises(InputError, match="are too many"):
         results.read_result(tmp_path, "layer-removal")
     tried("a table larger than memory", 1)
+
+
+@pytest.mark.parametrize("states_its_size", [True, False])
+def test_a_result_that_would_unpack_to_more_than_allowed_is_refused_before(states_its_size, tried):
+    compressor = zstandard.ZstdCompressor(write_content_size=states_its_size)
+    bomb = compressor.compress(bytes(200 * remote.MIB))
+    assert len(bomb) < 20_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match="more than 2 MiB unpacked"):
+        remote.unpacked(bomb, 2 * remote.MIB)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024
+    whole = bytes(range(256)) * 8192
+    assert remote.unpacked(compressor.compress(whole), 2 * remote.MIB) == whole
+    tried("a result larger than memory", 1)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\n",
+        b'{"uncorrupted": "7 9", "corrupted": "8 9", "answer_uncorrupted": " 7", '
+        b'"answer_corrupted": " 8", "incorrect_for_uncorrupted": [" 8"], "incorrect_for_corrupted": [" 7"], "corruption": "c"}\n',
+    ],
+)
+def test_a_pairs_file_that_would_unpack_to_more_than_memory_is_refused_before(line, tiny_mamba, tmp_path, tried):
+    path = tmp_path / "pairs.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(11):
+            file.write(line * (prompts.MAX_LINES // 10))
+    with pytest.raises(InputError, match=f"has more than {prompts.MAX_LINES} lines"):
+        Pairs.from_jsonl(path, tiny_mamba.tokenizer)
+    tried("a pairs file larger than memory", 1)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import paper_run
 import pytest
 
 import analyses
-from analyses import layer_removal
+from analyses import layer_removal, state_similarity
+from analyses.state_similarity import MEASURES
 from ioi_mamba import charts, doctor, report
 from ioi_mamba.errors import InputError
 
@@ -255,3 +256,30 @@ def test_charts_in_another_form_are_refused(directory):
     with pytest.raises(InputError, match="svg, png"):
         report.save_charts(directory, "gif")
     assert not (directory / "charts").exists()
+
+
+BELOW = {"accuracy": 0.5, "n": 8, "bound": 0.75}
+
+
+def test_of_a_model_that_guesses_no_chart_of_what_it_answers_is_on_the_page(tmp_path):
+    similarity = pd.DataFrame(
+        [("a b", measure, i, j, 0.5, "a", "b", False, 1) for measure in MEASURES for i in range(2) for j in range(2)],
+        columns=list(state_similarity.COLUMNS),
+    )
+    put(tmp_path, "layer-removal", LAYER_REMOVAL, clean=BELOW)
+    put(tmp_path, "layer-ablation", HEATMAP.assign(low=0.0, high=0.0, vanishing=0), clean=BELOW)
+    put(tmp_path, "state-similarity", similarity, clean=BELOW)
+    page = own_part(report.write_report(tmp_path).read_text())
+    assert re.findall(r'data-chart="([^"]+)"', page) == ["state-similarity-chart"]
+    for name in ("layer-removal", "layer-ablation"):
+        part = page.split(f'<section id="{name}"')[1].split("</section>")[0]
+        assert part.count("No chart is drawn") == 1
+        assert f"The numbers are in {name}.parquet" in part
+        assert "some/model cannot do this task" in part
+        assert f"rows of <code>{name}.parquet</code>" in part
+        assert "What was found" not in part
+        assert "What to look for" not in part
+    assert 'id="names-summary"' not in page
+    assert report.save_charts(tmp_path, "svg") == [tmp_path / "charts/state-similarity-of-model.svg"]
+    put(tmp_path, "layer-removal", LAYER_REMOVAL, clean=BELOW | {"accuracy": 0.75})
+    assert 'id="layer-removal-chart"' in report.write_report(tmp_path).read_text()

@@ -7,9 +7,11 @@ import time
 import urllib.request
 
 import pytest
+import torch
 import websocket
 
 from ioi_mamba import report, study
+from ioi_mamba.tasks.base import Pairs
 
 pytestmark = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
 
@@ -135,3 +137,22 @@ def test_no_chart_is_wider_than_the_page(browser, width):
         browser.until(lambda: browser.value(too_wide) == [])
     finally:
         browser.command("Emulation.clearDeviceMetricsOverride")
+
+
+def test_of_a_random_model_no_chart_is_drawn_and_the_table_is_there(tiny_mamba, tmp_path):
+    tokens = torch.arange(1, 61).reshape(12, 5) % 30
+    pairs = Pairs(clean=tokens, corrupted=tokens.flip(1), answer=torch.arange(12) + 10, wrong=torch.arange(12) + 23)
+    names = ["layer-ablation", "layer-removal", "conv-shift"]
+    written = study.run_study(tiny_mamba, names, tmp_path / "run", pairs=pairs, progress=False)
+    page = Browser(written.as_uri(), tmp_path / "browser")
+    try:
+        page.until(lambda: page.value("document.readyState") == "complete")
+        page.until(lambda: page.value("typeof vegaEmbed") == "function")
+        assert page.value("document.querySelectorAll('main svg, main canvas, .vega-embed, [data-drawn]').length") == 0
+        assert page.value("document.querySelectorAll('main .trouble').length") == len(names)
+        assert page.value("document.querySelectorAll('main .loud').length") == len(names)
+        assert page.value("document.querySelectorAll('main .more tbody tr').length") > len(names)
+        shown = page.value("document.querySelector('main').innerText")
+        assert shown.count("No chart is drawn") == len(names)
+    finally:
+        page.close()

@@ -154,6 +154,16 @@ def test_scores_that_are_no_numbers_stop_an_analysis_with_the_pair_that_made_the
     tried("a prompt whose scores are not numbers", 1)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_an_infinite_score_is_no_number_either(value, tried):
+    scores = torch.zeros(2, 5)
+    poisoned_pairs("clean").check_finite("logits", scores)
+    scores[1, 3] = value
+    with pytest.raises(InputError, match="Pair 3 gives logits that are not finite"):
+        poisoned_pairs("clean").check_finite("logits", scores)
+    tried("a prompt whose scores are not numbers", 1)
+
+
 def test_a_prompt_whose_states_are_no_numbers_has_no_similarity(poisoned, tried):
     with pytest.raises(InputError, match="not finite"):
         state_similarity.run(poisoned, poisoned_pairs("clean"), layer=1, prompt="3 13 5")

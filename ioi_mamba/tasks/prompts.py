@@ -14,7 +14,7 @@ from typing import Any
 
 from ioi_mamba.errors import InputError
 
-MAX_LINE_BYTES = 100_000
+MAX_LINE_BYTES, MAX_LINES = 100_000, 100_000  # packed, a small file can hold more than memory does
 TEXT_KEYS = ("uncorrupted", "corrupted", "answer_uncorrupted", "answer_corrupted", "corruption")
 NAME_LIST_KEYS = ("incorrect_for_uncorrupted", "incorrect_for_corrupted")
 
@@ -154,7 +154,12 @@ def read_jsonl(path: Path) -> list[PromptPair]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
             lines = iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b"")
-            pairs = [_parse_line(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+            pairs = []
+            for number, line in enumerate(lines, 1):
+                if number > MAX_LINES:
+                    raise InputError(f"{path} has more than {MAX_LINES} lines; give that many pairs at most.")
+                if line.strip():
+                    pairs.append(_parse_line(line, f"{path} line {number}"))
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path} cannot be read ({reason}); give a readable .jsonl or .jsonl.gz file.") from error
