@@ -101,7 +101,7 @@ def _experiment(module) -> str:
 
 
 def _options(module) -> list[str]:
-    from ioi_mamba.study import options_of
+    from ioi_mamba.options import options_of
 
     return list(options_of(module))
 

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from .errors import InputError, ServerError, Submitted
-from .options import parse_options
+from .options import options_of, parse_options
 
 NARROWEST = 20  # characters of a column that is broken to fit a terminal
 
@@ -216,9 +216,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _without_resume_points(modules: Sequence[ModuleType]) -> dict[str, Any]:
     """The option that makes experiments run every pass in full. Raises InputError where none of them has it."""
-    from . import study
-
-    if not any("resume" in study.options_of(module) for module in modules):
+    if not any("resume" in options_of(module) for module in modules):
         raise InputError("None of these experiments starts passes midway: leave out --no-resume-points.")
     return {"resume": False}
 

@@ -24,11 +24,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import pandas as pd
 import torch
 from tqdm import tqdm
-
-import analyses
 
 from . import doctor, report, tasks
 from .attribution import remembered
@@ -39,33 +36,11 @@ from .jobs import config_of, runs_here
 from .lock import only_run
 from .memory import check_fits
 from .models import MINI
+from .options import options_of
+from .plan import Plan, bottleneck_of, needs_bottleneck, plans_of
 from .probe import probe
 from .results import read_manifest
 from .tasks.base import Pairs
-from .tasks.prompts import is_name
-
-# Arguments of an experiment's `run` that a study gives it and that are not the user's to set.
-_SUPPLIED = ("progress", "held_out", "seed")
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """One experiment, ready to run. held_out: prompts of the next seed, if the experiment asks for them."""
-
-    module: ModuleType
-    pairs: Pairs
-    held_out: Pairs | None
-    options: dict[str, Any]
-
-
-def options_of(module: ModuleType) -> dict[str, inspect.Parameter]:
-    """The options a user may set: the keyword arguments of the experiment's `run`."""
-    parameters = inspect.signature(module.run).parameters
-    return {
-        name: parameter
-        for name, parameter in parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name not in _SUPPLIED
-    }
 
 
 def run_study(
@@ -101,13 +76,13 @@ def run_study(
     out = Path(out_dir)
     check_out_dir(out)
     chosen = tasks.load(task)
-    plans = _plan(model, names, chosen, pairs, held_out, n_pairs, seed, dict(options or {}))
+    plans = plans_of(model, names, chosen, pairs, held_out, n_pairs, seed, dict(options or {}))
     with only_run(out):
         return _run_plans(model, plans, out, task, seed, model_id, resume, progress)
 
 
 def _run_plans(
-    model, plans: list[_Plan], out: Path, task: str, seed: int, model_id: str | None, resume: bool, progress: bool
+    model, plans: list[Plan], out: Path, task: str, seed: int, model_id: str | None, resume: bool, progress: bool
 ) -> Path:
     found = probe(model)
     # A server that does not show its weights is taken at its word: one name, one model.
@@ -147,56 +122,7 @@ def check_out_dir(out: Path) -> None:
         raise InputError(f"The out directory {str(out)!r} cannot be written: choose one that you may write.")
 
 
-def _plan(
-    model,
-    names,
-    task: ModuleType,
-    pairs: Pairs | None,
-    held_out: Pairs | None,
-    n_pairs: int | None,
-    seed: int,
-    options: dict[str, Any],
-) -> list[_Plan]:
-    modules = {name: analyses.load(name) for name in names}
-    check_options(list(modules.values()), options)
-    for given in (pairs, held_out):
-        if given is not None:
-            given.check_vocab(config_of(model).vocab_size)
-    plans = []
-    for name in sorted(modules, key=analyses.ORDER.index):
-        module = modules[name]
-        judges = "held_out" in inspect.signature(module.run).parameters
-        if pairs is None:
-            chosen = _draw(module, task, model.tokenizer, n_pairs, seed)
-            other = _draw(module, task, model.tokenizer, n_pairs, seed + 1) if judges else None
-        elif judges and held_out is None:
-            chosen, other = _halves(pairs, name)
-        else:
-            chosen, other = pairs, held_out if judges else None
-        if getattr(module, "NEEDS_NAMES", False) and not any(map(is_name, chosen.roles)):
-            raise InputError(f"{name} is about names, and these prompts have none: leave it out.")
-        chosen.check_vocab(config_of(model).vocab_size)
-        own = {key: value for key, value in options.items() if key in options_of(module)}
-        plans.append(_Plan(module, chosen, other, own))
-    return plans
-
-
-def _halves(pairs: Pairs, name: str) -> tuple[Pairs, Pairs]:
-    """The first, third, ... pair and the second, fourth, ...: what an experiment chooses on, and what it judges on."""
-    if len(pairs) < 2:
-        raise InputError(f"{name} chooses on some pairs and judges on others: give two pairs or more.")
-    return pairs[::2], pairs[1::2]
-
-
-def _draw(module: ModuleType, task: ModuleType, tokenizer, n_pairs: int | None, seed: int) -> Pairs:
-    """The experiment's own choice of IOI prompts, as in the paper; of another task the same kind of pairs for all."""
-    if task is tasks.ioi:
-        return module.default_pairs(tokenizer, n_pairs, seed)
-    most = min(task.DEFAULT_PAIRS, getattr(module, "DEFAULT_PAIRS", task.DEFAULT_PAIRS))
-    return task.generate(tokenizer, n_pairs or most, seed)
-
-
-def _clean_scores(model, task: ModuleType, plans: Sequence[_Plan]) -> dict[str, dict[str, Any]]:
+def _clean_scores(model, task: ModuleType, plans: Sequence[Plan]) -> dict[str, dict[str, Any]]:
     """What the unpatched model does on the pairs of each experiment, by its name: accuracy and the task's own measures.
 
     Equal pairs are measured once.
@@ -223,14 +149,6 @@ def _examples(pairs: Pairs, tokenizer) -> list[dict[str, Any]]:
     return found
 
 
-def check_options(modules: Sequence[ModuleType], options: Mapping[str, Any]) -> None:
-    """Raise InputError for an option that none of the experiments takes."""
-    for key in options:
-        if not any(key in options_of(module) for module in modules):
-            known = [f"{module.NAME}: {', '.join(options_of(module)) or 'none'}" for module in modules]
-            raise InputError(f"Unknown option {key!r}: the options are {'; '.join(known)}.")
-
-
 @dataclass(frozen=True)
 class _Run:
     """What the experiments of one call of `run_study` have in common.
@@ -248,12 +166,12 @@ class _Run:
     resume: bool
     progress: bool
 
-    def one(self, plan: _Plan, waiting: list[tuple[str, str]]) -> None:
+    def one(self, plan: Plan, waiting: list[tuple[str, str]]) -> None:
         """Run one experiment and write its table and manifest. waiting: (name, job) of those not finished."""
         module = plan.module
-        if _needs_bottleneck(plan) and any(name == "layer-ablation" for name, _ in waiting):
+        if needs_bottleneck(plan) and any(name == "layer-ablation" for name, _ in waiting):
             raise Submitted("waits for layer-ablation, which finds its layer")
-        options = plan.options | _bottleneck(plan, self.out) | self._without_gradients(plan)
+        options = plan.options | bottleneck_of(plan, self.out) | self._without_gradients(plan)
         identity = {
             "analysis": module.NAME,
             "model": self.about,
@@ -333,7 +251,7 @@ class _Run:
             requests += jobs.records[before:]
             jobs.store = None
 
-    def _without_gradients(self, plan: _Plan) -> dict[str, Any]:
+    def _without_gradients(self, plan: Plan) -> dict[str, Any]:
         """On a server that gives no gradients: the method that needs none, unless the user named one."""
         if self.found["gradients"] or "method" not in options_of(plan.module) or "method" in plan.options:
             return {}
@@ -347,21 +265,6 @@ def _sums(requests: list[dict[str, Any]]) -> dict[str, Any]:
     names = ("bytes_up", "bytes_down", "queue_seconds", "run_seconds", "transfer_seconds", "retries")
     sums = {name: sum(request.get(name, 0) for request in requests) for name in names}
     return {"count": len(requests)} | {name: round(value, 3) for name, value in sums.items()}
-
-
-def _needs_bottleneck(plan: _Plan) -> bool:
-    parameter = options_of(plan.module).get("layer")
-    return parameter is not None and parameter.default is None and "layer" not in plan.options
-
-
-def _bottleneck(plan: _Plan, out: Path) -> dict[str, int]:
-    """The layer this run's layer-ablation found, for an experiment on one layer when the user named none."""
-    if not _needs_bottleneck(plan):
-        return {}
-    source = out / "layer-ablation.parquet"
-    if not source.is_file():
-        return {}
-    return {"layer": int(analyses.load("layer-ablation").bottleneck(pd.read_parquet(source)))}
 
 
 def _is_plain(value: Any) -> bool:
@@ -432,12 +335,12 @@ def _file_hash(path: Path) -> str:
 def _progress_bar(name: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
     """A function progress(done, total) that moves one line on stderr."""
     form = "{desc:<24} {percentage:3.0f}%|{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
-    with tqdm(desc=name, total=1, disable=not shown, bar_format=form, file=sys.stderr) as bar:
+    often = 0.1 if sys.stderr.isatty() else 30  # seconds; in a file each drawing stays
+    with tqdm(desc=name, total=1, disable=not shown, bar_format=form, file=sys.stderr, mininterval=often, miniters=1) as bar:
 
         def advance(done: int, total: int) -> None:
             bar.total = total
-            bar.n = done
-            bar.refresh()
+            bar.update(done - bar.n)
 
         yield advance
         bar.n = bar.total
