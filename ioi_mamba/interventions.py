@@ -83,6 +83,8 @@ def check_tokens(model, tokens: Tensor) -> Tensor:
 def _addresses(model, names: Iterable[str], n_positions: int) -> dict[str, Address]:
     """The address of each name. Raises InputError for two names of one value, of which only one could take effect."""
     config, where = config_of(model), {}
+    if config.model_type != "mamba":
+        raise InputError(f"A {config.model_type} model has none of these sites: open a Mamba.")
     for name in dict.fromkeys(names):
         address = parse(name, config.num_hidden_layers, n_positions, config.conv_kernel)
         other = next((known for known, place in where.items() if place == address), None)

@@ -98,6 +98,8 @@ def test_a_model_that_is_no_mamba_is_refused(tiny_gpt2_dir):
 
 def test_any_architecture_opens_on_request(tiny_gpt2_dir):
     model = im.open_model(str(tiny_gpt2_dir), device="cpu", any_architecture=True)
+    with pytest.raises(InputError, match="A gpt2 model has none of these sites"):
+        im.read(model, torch.tensor([[1, 2]]), ["hook_embed"])
     assert model.config.model_type == "gpt2"
 
 
