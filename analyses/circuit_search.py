@@ -174,7 +174,7 @@ def chart(table: pd.DataFrame):
         text=len(layers) <= 12,
         cell=44 if len(layers) <= 12 else 14,
         tooltip=("kept", "score"),
-    )
+    ).properties(title="Parts of the layers")
     edges = items[items["part"].isna()]
     charts = [heatmap, circuit_charts.searched_edges(edges)]
     compared = table[table["threshold"].notna()]
@@ -211,18 +211,23 @@ def findings(table: pd.DataFrame) -> list[str]:
 
 def _comparison(table: pd.DataFrame) -> str:
     """Which is closer to the model at one size, search or a ranking, or that their intervals do not tell."""
-    one = lambda name, measure: _circuits.of_circuit(table, name, measure).iloc[0]
+    one = lambda name, measure, sample="held out": _circuits.of_circuit(table, name, measure, sample).iloc[0]
     search, compared = one(SEARCH, "f"), []
     for name in (name for name in RANKINGS.values() if name in set(table["circuit"])):
         f, accuracy = one(less_search(name), "f"), one(less_search(name), "accuracy")
+        if one(name, "overlap", "train")["value"] == 1:
+            compared.append(f"{name} chooses the same items")
+            continue
         if f["low"] <= 0 <= f["high"]:
             verdict = "cannot be told apart from it"
         else:
             verdict = f"keeps {'more' if f['value'] > 0 else 'less'} of the logit difference"
-        compared.append(
-            f"{name} {verdict}: f {_circuits.interval_text(one(name, 'f'))}, difference {_circuits.interval_text(f)}, in "
-            f"accuracy {_circuits.interval_text(accuracy)}"
+        clause = (
+            f"{name} {verdict}, f {_circuits.interval_text(one(name, 'f'))}, difference {_circuits.interval_text(f)}"
         )
+        if not accuracy["low"] <= 0 <= accuracy["high"]:
+            clause += f", in accuracy {_circuits.interval_text(accuracy)}"
+        compared.append(clause)
     return (
         f"At {search['size']} of all items (threshold {search['threshold']:g}) the search has f "
         f"{_circuits.interval_text(search)}; {'; '.join(compared)} ({search['n']} held-out prompts)."

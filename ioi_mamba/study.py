@@ -336,7 +336,9 @@ def _progress_bar(name: str, shown: bool) -> Iterator[Callable[[int, int], None]
     """A function progress(done, total) that moves one line on stderr."""
     form = "{desc:<24} {percentage:3.0f}%|{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
     often = 0.1 if sys.stderr.isatty() else 30  # seconds; in a file each drawing stays
-    with tqdm(desc=name, total=1, disable=not shown, bar_format=form, file=sys.stderr, mininterval=often, miniters=1) as bar:
+    with tqdm(
+        desc=name, total=1, disable=not shown, bar_format=form, file=sys.stderr, mininterval=often, miniters=1
+    ) as bar:
 
         def advance(done: int, total: int) -> None:
             bar.total = total
