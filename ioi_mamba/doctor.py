@@ -1,4 +1,4 @@
-"""What is installed, whether it was tested with this project, and whether the embedded model works."""
+"""What is installed, whether this project supports it, and whether the embedded model works."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 from .probe import KERNELS
 
-# The least version tested and the first one that is not, as (major, minor); None: no upper end.
-TESTED: dict[str, tuple[tuple[int, int], tuple[int, int] | None]] = {
+# The least version that may be installed and the first one that may not, as (major, minor); None: no upper end.
+SUPPORTED: dict[str, tuple[tuple[int, int], tuple[int, int] | None]] = {
     "nnsight": ((0, 8), (0, 9)),
     "transformers": ((5, 15), (5, 24)),
     "torch": ((2, 9), (2, 14)),
@@ -53,14 +53,14 @@ def device_name(device: torch.device) -> str:
 
 
 def _check_version(package: str) -> Check:
-    low, high = TESTED[package]
+    low, high = SUPPORTED[package]
     found = version(package)
-    tested = f"tested from {low[0]}.{low[1]}" + (f" to before {high[0]}.{high[1]}" if high else "")
+    supported = f"supported from {low[0]}.{low[1]}" + (f" to before {high[0]}.{high[1]}" if high else "")
     if found is None:
-        return Check(False, package, f"not installed ({tested})")
+        return Check(False, package, f"not installed ({supported})")
     numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
     inside = low <= numbers and (high is None or numbers < high)
-    return Check(inside, package, found if inside else f"{found}, outside the tested range ({tested})")
+    return Check(inside, package, found if inside else f"{found}, outside the range ({supported})")
 
 
 def _check_kernels() -> Check:
@@ -179,7 +179,7 @@ def examine(name: str = "mini", backend: str = "local", host: str | None = None)
         "ioi-mamba",
         version("ioi-mamba") or "runs from its sources, not installed",
     )
-    for package in TESTED:
+    for package in SUPPORTED:
         yield _check_version(package)
     yield _check_kernels()
     yield _check_device()
