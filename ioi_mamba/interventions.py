@@ -57,12 +57,19 @@ class Start:
 def mixer(model, layer: int) -> Mixer:
     """The opened mixer of a layer, for use inside a trace: `with mixer(model, 3) as m: m.B_bar[:, 4] = 0`.
 
-    Raises InputError for a layer out of range.
+    Raises InputError for a layer out of range and a model that is no Mamba.
     """
+    _check_mamba(model)
     n_layers = config_of(model).num_hidden_layers
     if not 0 <= layer < n_layers:
         raise InputError(f"The model has layers 0 to {n_layers - 1}, not {layer}.")
     return Mixer(model, layer)
+
+
+def _check_mamba(model) -> None:
+    kind = config_of(model).model_type
+    if kind != "mamba":
+        raise InputError(f"A {kind} model has none of these sites: open a Mamba.")
 
 
 def check_tokens(model, tokens: Tensor) -> Tensor:
@@ -83,8 +90,6 @@ def check_tokens(model, tokens: Tensor) -> Tensor:
 def _addresses(model, names: Iterable[str], n_positions: int) -> dict[str, Address]:
     """The address of each name. Raises InputError for two names of one value, of which only one could take effect."""
     config, where = config_of(model), {}
-    if config.model_type != "mamba":
-        raise InputError(f"A {config.model_type} model has none of these sites: open a Mamba.")
     for name in dict.fromkeys(names):
         address = parse(name, config.num_hidden_layers, n_positions, config.conv_kernel)
         other = next((known for known, place in where.items() if place == address), None)
@@ -262,9 +267,11 @@ def read(model, tokens: Tensor, names: Iterable[str], *, own_scan: bool = False)
 
     tokens: Long[batch, pos]. names: `hook_embed`, `hook_norm`, `hook_logits` or `blocks.{i}.hook_{site}`; shapes in
     `ioi_mamba.sites.SITES`. own_scan: run `scan.py` in every layer instead of the stock loop, so that states that are
-    read are computed once: the same values within rounding, at about two thirds of the cost for all of them. Raises InputError for an unknown name, a layer, position or slice out of range, and
-    tokens outside the vocabulary.
+    read are computed once: the same values within rounding, at about two thirds of the cost for all of them.
+    Raises InputError for an unknown name, a layer, position or slice out of range, tokens outside the vocabulary, and a
+    model that is no Mamba.
     """
+    _check_mamba(model)
     return call(model, _read, tokens, list(names), own_scan)
 
 
@@ -281,6 +288,7 @@ def run(model, tokens: Tensor, edits: Mapping[str, Edit], *, own_scan: bool = Fa
     writes the entries it changes. `layer_input` reaches its layer only, `resid_pre` all that follows.
     own_scan: as `read` takes it. Raises InputError as `read` does, and for an edit of the wrong shape or with NaN in it.
     """
+    _check_mamba(model)
     return call(model, _run, tokens, dict(edits), own_scan)
 
 
