@@ -1,8 +1,8 @@
 """A run: experiments on a model, each leaving a table and a manifest of where it comes from, and one report.
 
-`DIR/NAME.parquet` is the table, `DIR/NAME.json` the manifest, `DIR/index.html` the report. Everything is
-planned and checked before anything runs; each file is written whole or not at all; a run that was cut off is
-taken up again with `resume=True`.
+`DIR/NAME.parquet` is the table, `DIR/NAME.json` the manifest, `DIR/index.html` the report. Experiments, prompts and the
+names and types of options are checked before anything runs, the range of an option by its experiment; each file is
+written whole or not at all; a run that was cut off is taken up again with `resume=True`.
 """
 
 from __future__ import annotations
