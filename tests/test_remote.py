@@ -79,7 +79,9 @@ def test_an_experiment_equals_its_local_table_in_few_requests(remote, local, nam
     before = len(remote.jobs.records)
     got, want = result(remote, name, local), result(local, name, local)
     requests = remote.jobs.records[before:]
-    pd.testing.assert_frame_equal(got, want, check_exact=True)
+    # Here a circuit's pass goes on from the one before it, there each request begins anew: equal, but for rounding.
+    close = {"rtol": 1e-5, "atol": 1e-6} if name in GRADIENTS else {"check_exact": True}
+    pd.testing.assert_frame_equal(got, want, **close)
     rounds = int(want.loc[want["measure"] == "tests", "value"].iloc[0]) if name == "circuit-search" else 0
     assert 1 <= len(requests) <= 10 + rounds
     assert sum(request["bytes_down"] for request in requests) <= 2**20 or name in (*GRADIENTS, "name-steering")
