@@ -52,27 +52,16 @@ def share_of(progress: Progress | None, begin: float, end: float) -> Progress | 
     return lambda done, total: progress(round(1000 * (begin + (end - begin) * done / total)), 1000)
 
 
-def attributed(
-    model,
-    pairs: Pairs,
-    *,
-    parts: bool,
-    steps: int,
-    variant: str,
-    method: str,
-    positions: bool = True,
-    progress: Progress | None = None,
-) -> tuple[pd.DataFrame, Tensor]:
+def attributed(model, pairs: Pairs, options: Options, progress: Progress | None = None) -> tuple[pd.DataFrame, Tensor]:
     """All items (source, target, part) and their attributions Float32[item, pos or 1, pair]."""
-    options = Options(method, variant, steps, positions, parts)
     kinds, scores = attributions(model, pairs, options, progress)
     return pd.DataFrame(kinds, columns=["source", "target", "part"]), scores
 
 
 def scored(model, pairs: Pairs, *, method: str, parts: bool, progress: Progress | None = None) -> pd.DataFrame:
     """All items and their `score` over all positions, the mean over pairs; the passes are those of `attributed`."""
-    options = {"steps": 5, "variant": "paper", "method": method, "positions": method != "exact"}
-    items, per_pair = attributed(model, pairs, parts=parts, progress=progress, **options)
+    options = Options(method, positions=method != "exact", parts=parts)
+    items, per_pair = attributed(model, pairs, options, progress)
     return items.assign(score=per_pair.sum(1).mean(-1).numpy())
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from analyses import _circuits
 from ioi_mamba import circuit_charts
-from ioi_mamba.attribution import ranked
+from ioi_mamba.attribution import Options, ranked
 from ioi_mamba.evaluator import Evaluator
 from ioi_mamba.faithfulness import rank_correlation, smallest
 from ioi_mamba.graph import items_of, universe_of
@@ -71,10 +71,10 @@ def run(
     no scores by position.
     """
     stage = lambda begin, end: _circuits.share_of(progress, begin, end)
-    options = {"steps": steps, "variant": variant, "method": method, "positions": method != "exact"}
-    items, per_pair = _circuits.attributed(model, pairs, parts=False, progress=stage(0, 0.4), **options)
+    options = Options(method, variant, steps, positions=method != "exact")
+    items, per_pair = _circuits.attributed(model, pairs, options, stage(0, 0.4))
     some = _circuits.some_of(pairs, part_prompts)
-    inner, per_part = _circuits.attributed(model, some, parts=True, progress=stage(0.4, 0.5), **options)
+    inner, per_part = _circuits.attributed(model, some, options._replace(parts=True), stage(0.4, 0.5))
     inside = torch.tensor(inner["part"].notna().to_numpy())
     few = _circuits.some_of(some, exact_prompts)
     alone = Evaluator(model, few, universe_of(model, parts=True))

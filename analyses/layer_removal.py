@@ -233,9 +233,7 @@ def _scores(
     model, pairs: Pairs, places: tuple[str, str], n_layers: int, removed: Sequence[frozenset[int]], rows: int
 ) -> list[tuple[float, float]]:
     """(accuracy, probability) of each set of removed layers; sets times prompts are rows of few passes."""
-    candidates = pairs.candidates
-    if candidates is None:
-        candidates = torch.stack([pairs.answer, pairs.wrong], 1)
+    candidates = pairs.choices
     accuracy, probability = [], []
     for part in torch.arange(len(pairs)).split(rows):
         without = torch.zeros(len(removed), n_layers, dtype=torch.bool)

@@ -13,7 +13,7 @@ import pandas as pd
 
 from analyses import _circuits, _missing_names
 from ioi_mamba import circuit_charts, position_charts
-from ioi_mamba.attribution import ranked
+from ioi_mamba.attribution import Options, ranked
 from ioi_mamba.errors import InputError
 from ioi_mamba.evaluator import Evaluator
 from ioi_mamba.faithfulness import smallest
@@ -68,15 +68,8 @@ def run(
     if held_out is not None and held_out.clean.shape[1] != pairs.clean.shape[1]:
         lengths = f"{held_out.clean.shape[1]} positions, the pairs {pairs.clean.shape[1]}"
         raise InputError(f"The held-out prompts have {lengths}: give prompts of one length.")
-    items, per_pair = _circuits.attributed(
-        model,
-        pairs,
-        parts=False,
-        steps=steps,
-        variant=variant,
-        method=method,
-        progress=_circuits.share_of(progress, 0, 0.7),
-    )
+    options = Options(method, variant, steps, positions=True)
+    items, per_pair = _circuits.attributed(model, pairs, options, _circuits.share_of(progress, 0, 0.7))
     n_items, n_positions, _ = per_pair.shape
     each = items.drop(columns="part").loc[items.index.repeat(n_positions)].reset_index(drop=True)
     each["position"] = list(range(n_positions)) * n_items

@@ -105,13 +105,13 @@ def attributions(model, pairs: Pairs, options: Options, progress: Progress | Non
 
     The axis of positions has length 1 without `positions`, that of pairs without `per_pair`.
     """
-    known, key = _remembered.get(), (id(model), pairs.hash(), options)
-    if known is not None and key in known:
-        return known[key]
-    found = _attributions(model, pairs, options, progress)
-    if known is not None:
-        known[key] = found
-    return found
+    known = _remembered.get()
+    if known is None:
+        return _attributions(model, pairs, options, progress)
+    key = (id(model), pairs.hash(), options)
+    if key not in known:
+        known[key] = _attributions(model, pairs, options, progress)
+    return known[key]
 
 
 def _attributions(model, pairs: Pairs, options: Options, progress: Progress | None) -> _Attributions:

@@ -60,12 +60,8 @@ def note(manifest: Mapping[str, Any]) -> str:
     )
 
 
-def _candidates(pairs: Pairs) -> Tensor:
-    return torch.stack([pairs.answer, pairs.wrong], 1) if pairs.candidates is None else pairs.candidates
-
-
 def _guessing(pairs: Pairs) -> float:
-    return float((1 / (_candidates(pairs) >= 0).sum(1)).mean())
+    return float((1 / (pairs.choices >= 0).sum(1)).mean())
 
 
 def _accuracies(model, sets: list[Pairs], *, progress=None) -> list[Tensor]:
@@ -78,6 +74,6 @@ def _accuracies(model, sets: list[Pairs], *, progress=None) -> list[Tensor]:
             with torch.no_grad(), model.trace(part.clean.to(device_of(model)), use_cache=False):
                 logits = model.output.logits
                 last = nnsight.save(logits[torch.arange(len(rows)), part.last.to(logits.device)])
-            parts.append(accuracy(last.float().cpu(), part.answer, _candidates(part)))
+            parts.append(accuracy(last.float().cpu(), part.answer, part.choices))
         found.append(torch.cat(parts))
     return found

@@ -143,9 +143,7 @@ class _Rows:
     def scores(self, layer: int | None) -> Tensor:
         """[accuracy or probability, row] with `layer` given back too; None: as it is."""
         logits = (self.logits if layer is None else self._candidate(layer)).float().cpu()
-        answer, names = self.pairs.answer, self.pairs.candidates
-        if names is None:
-            names = torch.stack([answer, self.pairs.wrong], 1)
+        answer, names = self.pairs.answer, self.pairs.choices
         probability = metrics.relative_probability(logits, answer, names)
         self.pairs.check_finite("probabilities", probability)
         return torch.stack([metrics.accuracy(logits, answer, names), probability])

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import InputError
 from .graph import Masks, Universe, universe_of
 from .interventions import forward
 from .jobs import config_of, device_of
@@ -166,11 +165,7 @@ def scores(
             progress(min(first + pairs_per_pass, len(pairs)), len(pairs))
     found = {name: torch.cat([chunk[name] for chunk in chunks]).cpu() for name in chunks[0]}
     for name, score in found.items():
-        bad = ~torch.isfinite(score).flatten(1).all(1)
-        if bad.any():
-            raise InputError(
-                f"Pair {int(bad.nonzero()[0])} gives scores that are not finite; look at its prompts and leave it out."
-            )
+        pairs.check_finite("scores", score.movedim(0, -1))
         score = score if positions else score.sum(-1, keepdim=True)
         found[name] = score if per_pair else score.mean(0, keepdim=True)
     return found

@@ -144,11 +144,6 @@ class Evaluator:
         return patched - metrics.normalized_logit_diff(clean, clean, corrupted)
 
 
-def candidates_of(pairs: Pairs) -> Tensor:
-    """The candidates of the pairs, or (answer, wrong) where they have none."""
-    return torch.stack((pairs.answer, pairs.wrong), 1) if pairs.candidates is None else pairs.candidates
-
-
 def _scores(
     model,
     pairs: Pairs,
@@ -174,9 +169,9 @@ def _scores(
             nothing = Masks(*(torch.zeros_like(mask[:1]) for mask in masks))
             logits, last_run = patched_run(model, chunk, corrupted, nothing)
             values = (corrupted, logits[0].float(), last_run)
+            for name, logits in zip(ENDS, (values[1], corrupted.logits), strict=True):
+                chunk.check_finite(f"logits of its {name} prompt", logits.sum(-1), first)
         corrupted, clean, last_run = values
-        for name, logits in zip(ENDS, (clean, corrupted.logits), strict=True):
-            chunk.check_finite(f"logits of its {name} prompt", logits.sum(-1), first)
         step = max(1, rows // len(chunk))
         of_sets: dict[str, list[Tensor]] = {name: [] for name in SCORES}
         for begin in range(0, n_sets, step):
@@ -203,7 +198,7 @@ def _answers(pairs: Pairs, like: Tensor) -> tuple[Tensor, Tensor]:
 def _score(pairs: Pairs, logits: Tensor, clean: Tensor, corrupted: Tensor) -> dict[str, Tensor]:
     """Scores [set, pair] of logits [set, pair, vocab], given those of the clean and corrupted prompts [pair, vocab]."""
     answers = _answers(pairs, logits)
-    candidates = candidates_of(pairs)
+    candidates = pairs.choices
     difference, *ends = (metrics.logit_diff(each, *answers) for each in (logits, clean, corrupted))
     return {
         "normalized_logit_diff": metrics.normalized_logit_diff(difference, *ends),

@@ -1,6 +1,6 @@
 """How much memory a computation takes: how many rows go into a pass, and whether an experiment fits at all.
 
-The figures are those of measured passes, in float32, rounded up; `python -m bench.scaling` shows both side by side.
+The figures are those of measured passes, in float32, rounded up; `python -m bench.scaling` lists them for a large model.
 """
 
 from __future__ import annotations

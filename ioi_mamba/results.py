@@ -5,7 +5,6 @@ In a notebook, `open_result("out", "layer-ablation").chart()` draws what the rep
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from pyarrow import parquet
 import analyses
 
 from .errors import InputError
+from .files import sha256_of
 
 # Packed and dictionary-coded, a small file can hold more than memory does.
 MAX_BYTES = 1 << 30
@@ -107,7 +107,7 @@ def read_result(directory: Path, name: str) -> Result | None:
 
 def _check(directory: Path, result: Result) -> None:
     path = directory / f"{result.name}.parquet"
-    if hashlib.sha256(path.read_bytes()).hexdigest() != result.manifest["table_sha256"]:
+    if sha256_of(path) != result.manifest["table_sha256"]:
         raise InputError(f"{path} is not the table that {result.name}.json is of: run {result.name} again.")
 
 

@@ -31,7 +31,7 @@ from . import doctor, report, tasks
 from .attribution import remembered
 from .baseline import clean_accuracies
 from .errors import InputError, Submitted
-from .files import written_whole
+from .files import sha256_of, written_whole
 from .jobs import config_of, runs_here
 from .lock import only_run
 from .memory import check_fits
@@ -230,7 +230,7 @@ class _Run:
         # The manifest vouches for the table by its hash: a table without its manifest counts as unfinished.
         with written_whole(self.out / f"{module.NAME}.parquet") as path:
             table.to_parquet(path, index=False)
-            manifest["table_sha256"] = _file_hash(path)
+            manifest["table_sha256"] = sha256_of(path)
         with written_whole(self.out / f"{module.NAME}.json") as path:
             path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if not runs_here(self.model):
@@ -275,7 +275,7 @@ def _is_finished(out: Path, identity: Mapping[str, Any]) -> bool:
     """Whether the table of this experiment is there, whole, and made from the same things."""
     manifest = read_manifest(out / f"{identity['analysis']}.json")
     table = out / f"{identity['analysis']}.parquet"
-    if manifest is None or not table.is_file() or manifest.get("table_sha256") != _file_hash(table):
+    if manifest is None or not table.is_file() or manifest.get("table_sha256") != sha256_of(table):
         return False
     ours = json.loads(json.dumps(dict(identity)))
     theirs = {key: manifest.get(key) for key in ours}
@@ -324,11 +324,6 @@ def _peak_memory_mib() -> float:
     """The most memory this process has held so far, over all that it did."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -251,6 +251,11 @@ class Pairs:
                     "make the pairs with the model's own tokenizer."
                 )
 
+    @property
+    def choices(self) -> Tensor:
+        """What accuracy is counted among, Int64[pair, choice]: the candidates, or (answer, wrong) where there are none."""
+        return torch.stack([self.answer, self.wrong], 1) if self.candidates is None else self.candidates
+
     def check_finite(self, what: str, values: Tensor, first: int = 0) -> None:
         """Raise InputError, naming the pair and its prompt, unless all values [..., pair] of `what` are finite.
 
