@@ -173,7 +173,7 @@ class _Rows:
 
     def _walk(self, layer: int, values: dict[str, list[Tensor]] | None) -> None:
         """Run one layer as it is, or with `values` in place of its own."""
-        mixer = MixerPass(self.model, layer)
+        mixer = MixerPass(self.model, layer, alone=True)
         if values is None:
             mixer.own_scan()
         else:

@@ -160,7 +160,7 @@ class _LayerPlan:
 
     def walk(self, model, layer: int, saved: dict[str, Tensor], own_scan: bool) -> None:
         """Do all of it in the order the layer computes its values; an edit precedes a read of the same site."""
-        open_pass = MixerPass(model, layer)
+        open_pass = MixerPass(model, layer, alone=True)
         own_scan = own_scan and not self._output_is_given(layer)
         wanted = sorted({*self.edits, *self.observers, *self.reads}, key=lambda a: (a.index is not None, a.index or 0))
         for site in SITES:

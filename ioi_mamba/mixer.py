@@ -2,9 +2,9 @@
 
 `opened.Mixer` is the same for people, as attributes.
 
-How it works. The mixer calls two functions, the causal convolution and the selective scan. nnsight serves the
-*inputs of those calls*; everything between is a formula of them (`scan.py`), so every internal value can be
-computed beside the stock pass, and when one is written the call is replaced by the same formulas run from the
+How it works. The mixer calls two functions, the causal convolution and the selective scan (`calls.py`). nnsight
+serves the *inputs of those calls*; everything between is a formula of them (`scan.py`), so every internal value can be
+computed beside the stock pass, and when one is written the call's output is replaced by the same formulas run from the
 written value on. What is only read costs no rewrite, and a layer that is not opened runs stock code.
 
 Values must be asked for in the order the pass reaches them (the order of `sites.SITES`); within a stage a value
@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import scan
+from .calls import Calls, FullConv, FullScan
 from .errors import InputError
 from .jobs import config_of
-from .sites import CONV_OP, SCAN_OP, SITES, STAGES
+from .sites import SITES, STAGES
 
 # What a value is computed from, within its stage. A value may be written until something it feeds was computed.
 _FED_BY = {
@@ -48,8 +49,13 @@ def _base(site: str) -> str:
     return site.split(".")[0]
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+# What the scan's last state depends on, of all that can be written after its inputs were served.
+_MOVES_STATE = {"delta_2", "delta", "A", "A_bar", "B_bar", "h_start", "h"}
+
+
+def has_values(value: Tensor) -> bool:
+    """Whether a tensor has numbers: those of `model.scan`, which only follows shapes, have none."""
+    return not value.is_meta and type(value).__name__ != "FakeTensor"
 
 
 def fitted(name: str, value: Tensor, like: Tensor) -> Tensor:
@@ -61,23 +67,27 @@ def fitted(name: str, value: Tensor, like: Tensor) -> Tensor:
         raise InputError(f"{name}: an edit must be a tensor, not {type(value).__name__}.")
     if value.shape != like.shape:
         raise InputError(f"{name}: the edit has shape {tuple(value.shape)}, the site {tuple(like.shape)}.")
-    if not bool(torch.isfinite(value).all()):
+    if has_values(value) and not bool(torch.isfinite(value).all()):
         raise InputError(f"{name}: the edit holds NaN or infinity; write finite numbers.")
     return value.to(dtype=like.dtype, device=like.device)
 
 
 class MixerPass:
-    """A pass through one block, stage by stage. `get` and `set` take site names (`conv_slice.-1` for one tap)."""
+    """A pass through one block, stage by stage. `get` and `set` take site names (`conv_slice.-1` for one tap).
 
-    def __init__(self, model, layer: int):
+    alone: the trace has one invoke and no cache, so that what is replaced need not run.
+    """
+
+    def __init__(self, model, layer: int, *, alone: bool):
         self._block = model.backbone.layers[layer]
         self._config = config_of(model)
         self._layer = layer
+        self._alone = alone
         self._stage = -1
         self._values: dict[str, Tensor] = {}
         self._written: set[str] = set()
-        self._raw: dict[str, Tensor] = {}  # what the current stage's call was served
-        self._ran = False  # whether the current stage's call has run, so that only its output can still change
+        self._calls: Calls | None = None  # from in_proj on
+        self._call: FullConv | FullScan | None = None  # that of the current stage
         self._state_writes: list[tuple[Tensor, Tensor]] = []  # (mask, value), both broadcastable to h
 
     # -- the two verbs ------------------------------------------------------------------------------------------
@@ -116,13 +126,26 @@ class MixerPass:
     def _replace_mixer(self, value: Tensor) -> None:
         value = fitted(f"blocks.{self._layer}.hook_out_proj", value, self.get("normalized_input"))
         self.finish()
-        self._block.mixer.skip(value)
+        if self._alone:
+            self._block.mixer.skip(value)
+        else:
+            self._block.mixer.output = value
         self._stage = STAGES.index("mixer_output")
         self._values["out_proj"] = value
 
     def _like(self, site: str) -> Tensor:
         """A tensor of the site's shape and dtype: the value itself, or for y the scan's input, which costs no scan."""
-        return self._raw["x"] if site == "y" and "y" not in self._values else self.get(site)
+        return self._scan.x if site == "y" and "y" not in self._values else self.get(site)
+
+    @property
+    def _conv_call(self) -> FullConv:
+        assert isinstance(self._call, FullConv)
+        return self._call
+
+    @property
+    def _scan(self) -> FullScan:
+        assert isinstance(self._call, FullScan)
+        return self._call
 
     def write_states(self, mask: Tensor, value: Tensor) -> None:
         """Write `value` where `mask` is True (both broadcastable to [batch, pos, E, N]); the recurrence goes on."""
@@ -153,9 +176,11 @@ class MixerPass:
         wanted = STAGES.index(SITES[_base(site)].stage)
         if wanted > self._stage:
             self.finish()
-            self._raw, self._ran = {}, False
+            self._call = None
             self._stage = wanted
             try:
+                if self._calls is None and wanted in range(STAGES.index("in_proj"), STAGES.index("mixer_output")):
+                    self._calls = Calls(self._block, self._alone)
                 self._enter()
             except Exception as error:
                 self._name_if_passed(site, error)
@@ -175,7 +200,7 @@ class MixerPass:
         used = [v for v in self._values if base in _FED_BY.get(_base(v), ())]
         if STAGES.index(SITES[base].stage) < self._stage:
             used = [STAGES[self._stage]]
-        elif self._ran and base not in _CALL_OUTPUTS:
+        elif self._call is not None and self._call.ran and base not in _CALL_OUTPUTS:
             used = [v for v in _CALL_OUTPUTS if v in self._values and SITES[v].stage == SITES[base].stage]
         if used:
             raise InputError(
@@ -194,22 +219,15 @@ class MixerPass:
         elif stage == "in_proj":
             self._values["in_proj"], self._values["skip"] = block.mixer.in_proj.output.chunk(2, dim=-1)
         elif stage == "conv":
-            (u, weight, bias, *_), _ = getattr(block.mixer.source, CONV_OP).inputs
-            self._raw = {"u": u.transpose(1, 2), "weight": weight}
-            if bias is not None:
-                self._raw["bias"] = bias
+            assert self._calls is not None
+            self._call = self._calls.conv()
         elif stage == "x_proj":
             sizes = [self._config.time_step_rank, self._config.state_size, self._config.state_size]
             parts = block.mixer.x_proj.output.split(sizes, dim=-1)
             self._values.update(zip(("delta_1", "B", "C"), parts, strict=True))
         elif stage == "scan":
-            (x, dt, A, B, C), kwargs = getattr(block.mixer.source, SCAN_OP).inputs
-            self._raw = {"x": x, "dt": dt, "B_in": B, "C_in": C, "D": kwargs["D"], "z": kwargs["z"]}
-            self._raw = {
-                name: _at_least_float32(v.transpose(1, 2)) if v.ndim == 3 else v for name, v in self._raw.items()
-            }
-            self._raw["bias"], self._raw["A"] = kwargs["delta_bias"], A
-            self._raw["like"] = x
+            assert self._calls is not None
+            self._call = self._calls.scan()
         elif stage == "mixer_output":
             self._values["out_proj"] = block.mixer.output
         else:
@@ -228,26 +246,15 @@ class MixerPass:
         elif stage == "in_proj":
             block.mixer.in_proj.output = torch.cat((values["in_proj"], values["skip"]), dim=-1)
         elif stage == "conv":
-            self._replace_call(CONV_OP, self.get("ssm_input"))
+            self._conv_call.give(self.get("ssm_input"))
         elif stage == "x_proj":
             block.mixer.x_proj.output = torch.cat((values["delta_1"], values["B"], values["C"]), dim=-1)
         elif stage == "scan":
-            self._replace_call(SCAN_OP, self.get("after_skip").to(self._raw["like"].dtype))
+            self._scan.give(self.get("after_skip"), self._last_state)
         elif stage == "mixer_output":
             block.mixer.output = values["out_proj"]
         else:
             block.output = values["resid_post"]
-
-    def _call_output(self, label: str) -> Tensor:
-        self._ran = True
-        return getattr(self._block.mixer.source, label).output.transpose(1, 2)
-
-    def _replace_call(self, label: str, value: Tensor) -> None:
-        call = getattr(self._block.mixer.source, label)
-        if self._ran:
-            call.output = value.transpose(1, 2)
-        else:
-            call.skip(value.transpose(1, 2))
 
     # -- the formulas -------------------------------------------------------------------------------------------
 
@@ -257,21 +264,20 @@ class MixerPass:
         return getattr(self, f"_{site}")()
 
     def _conv_start(self) -> Tensor:
-        u = self._raw["u"]
-        return u.new_zeros(u.shape[0], self._raw["weight"].shape[-1] - 1, u.shape[2])
+        return self._conv_call.start
 
     def _padded(self) -> Tensor:
-        return torch.cat((self.get("conv_start"), self._raw["u"]), dim=1)
+        return torch.cat((self.get("conv_start"), self._conv_call.u), dim=1)
 
     def _conv_slice(self, s: int) -> Tensor:
-        weight, u = self._raw["weight"], self._raw["u"]
+        weight, u = self._conv_call.weight, self._conv_call.u
         first = weight.shape[-1] - 1 + s
         if not 0 <= first < weight.shape[-1]:
             raise InputError(f"blocks.{self._layer}: conv slices are {1 - weight.shape[-1]} to 0, not {s}.")
         return weight[:, first] * self._padded()[:, first : first + u.shape[1]]
 
     def _conv(self) -> Tensor:
-        weight, bias = self._raw["weight"], self._raw.get("bias")
+        weight, bias = self._conv_call.weight, self._conv_call.bias
         if any(_base(w) == "conv_slice" for w in self._written):
             total = torch.stack([self.get(f"conv_slice.{s}") for s in range(1 - weight.shape[-1], 1)]).sum(0)
             return total if bias is None else total + bias
@@ -280,31 +286,30 @@ class MixerPass:
 
     def _ssm_input(self) -> Tensor:
         if self._written & {"conv", "conv_start"} or any(_base(w) == "conv_slice" for w in self._written):
-            return F.silu(self.get("conv")).to(self._raw["u"].dtype)
-        return self._call_output(CONV_OP)
+            return F.silu(self.get("conv")).to(self._conv_call.u.dtype)
+        return self._conv_call.output()
 
     def _delta_2(self) -> Tensor:
-        bias = self._raw["bias"]
-        return self._raw["dt"] if bias is None else self._raw["dt"] + bias
+        delta_2, bias = self._scan.delta_2, self._scan.bias
+        return delta_2 if bias is None else delta_2 + bias
 
     def _delta(self) -> Tensor:
         return F.softplus(self.get("delta_2"))
 
     def _A(self) -> Tensor:
-        return self._raw["A"]
+        return self._scan.A
 
     def _A_bar(self) -> Tensor:
         return (self.get("delta")[..., None] * self.get("A")).exp_()
 
     def _B_bar(self) -> Tensor:
-        return self.get("delta")[..., None] * self._raw["B_in"][:, :, None, :]
+        return self.get("delta")[..., None] * self._scan.B[:, :, None, :]
 
     def _h_start(self) -> Tensor:
-        x, A = self._raw["x"], self._raw["A"]
-        return x.new_zeros(x.shape[0], *A.shape)
+        return self._scan.start
 
     def _h(self) -> Tensor:
-        decay, drive = self.get("A_bar"), self.get("B_bar") * self._raw["x"][..., None]
+        decay, drive = self.get("A_bar"), self.get("B_bar") * self._scan.x[..., None]
         # A written state forgets what came before it (decay 0) and is driven by the written value alone.
         for mask, value in self._state_writes:
             decay, drive = torch.where(mask, 0.0, decay), torch.where(mask, value, drive)
@@ -312,17 +317,26 @@ class MixerPass:
 
     def _y(self) -> Tensor:
         if self._written & {"A_bar", "B_bar", "h"} or "h" in self._values:
-            return scan.read_out(self.get("h"), self._raw["C_in"])
-        raw = self._raw
-        y, _ = scan.selective_scan(
-            raw["x"], self.get("delta"), self.get("A"), raw["B_in"], raw["C_in"], self.get("h_start")
-        )
-        return y
+            return scan.read_out(self.get("h"), self._scan.C)
+        return self._scanned()[0]
+
+    def _scanned(self) -> tuple[Tensor, Tensor]:
+        """y and the last state, of a scan in which neither A_bar, B_bar nor h is written."""
+        call = self._scan
+        return scan.selective_scan(call.x, self.get("delta"), self.get("A"), call.B, call.C, self.get("h_start"))
+
+    def _last_state(self) -> Tensor | None:
+        """The state after the last position, for a cache; None where nothing that moves it was written."""
+        if not self._written & _MOVES_STATE:
+            return None
+        if self._written & {"A_bar", "B_bar", "h"} or "h" in self._values:
+            return self.get("h")[:, -1]
+        return self._scanned()[1]
 
     def _ssm_output(self) -> Tensor:
-        return self.get("y") + self._raw["x"] * self._raw["D"]
+        return self.get("y") + self._scan.x * self._scan.D
 
     def _after_skip(self) -> Tensor:
         if self._written:
-            return self.get("ssm_output") * F.silu(self._raw["z"])
-        return self._call_output(SCAN_OP)
+            return self.get("ssm_output") * F.silu(self._scan.z)
+        return self._scan.output()

@@ -20,19 +20,20 @@ from .sites import SITES
 class Mixer:
     """`with mixer(model, layer) as m`: every site of the layer as an attribute, readable and writable.
 
-    `m.B_bar` hands out a copy; editing it in place or assigning `m.B_bar = value` both take effect.
+    `m.B_bar` hands out a copy; editing it in place or assigning `m.B_bar = value` both take effect, on the rows of the
+    invoke it is used in. It works in every step of a generation, with a cache or without: a step has one position then.
     `m.h[rows, pos]` and `m.conv_slice[s]` are read and written by index. Raises InputError as `MixerPass.set` does,
     and when used outside its `with` block, where nothing could be handed back to the model.
     """
 
     _pass: MixerPass
     _open: bool
-    _loans: list
+    _lent: list
 
     def __init__(self, model, layer: int):
-        self.__dict__["_pass"] = MixerPass(model, layer)
+        self.__dict__["_pass"] = MixerPass(model, layer, alone=False)
         self.__dict__["_open"] = False
-        self.__dict__["_loans"] = []  # (copy handed out, what it was, how to write it back)
+        self.__dict__["_lent"] = []  # (copy handed out, its version then, how to write it back)
 
     def __enter__(self) -> Mixer:
         self.__dict__["_open"] = True
@@ -47,16 +48,18 @@ class Mixer:
     def _settle(self) -> None:
         if not self._open:
             raise InputError("A mixer is used in a block: `with im.mixer(model, layer) as m:` inside the trace.")
-        loans, self.__dict__["_loans"] = self._loans, []
-        for handed, was, write in loans:
-            if not torch.equal(handed, was):
+        lent, self.__dict__["_lent"] = self._lent, []
+        for handed, version, write in lent:
+            # Any edit in place counts, also one that leaves the numbers as they were: a state is held by it.
+            if handed._version != version:
                 write(handed)
-                was = handed.clone()
-            self._loans.append((handed, was, write))
+            self._lent.append((handed, handed._version, write))
 
     def _lend(self, value: Tensor, write) -> Tensor:
-        handed = value.clone()
-        self._loans.append((handed, value, write))
+        # Tensors made in inference mode do not count their edits.
+        with torch.inference_mode(False):
+            handed = value.clone()
+        self._lent.append((handed, handed._version, write))
         return handed
 
     def __getattr__(self, site: str):

@@ -238,7 +238,8 @@ def corrupted_read_out(corrupted: CorruptedRun, layer: int, A: Tensor, C: Tensor
     """C_t h_t [row, pos, E] with the corrupted run's states and this pass' C, for some rows of sets x pairs."""
     x, delta, B = (corrupted.sites[f"blocks.{layer}.hook_{site}"] for site in _SSM_SITES)
     of_pair = rows % len(x)
-    y, _ = selective_scan(x[of_pair].to(A.dtype), delta[of_pair], A, B[of_pair].to(A.dtype), C[rows].to(A.dtype))
+    wide = delta.dtype
+    y, _ = selective_scan(x[of_pair].to(wide), delta[of_pair], A, B[of_pair].to(wide), C[rows].to(wide))
     return y
 
 
@@ -274,10 +275,10 @@ def patched_run(
 def _patched(model, pairs: Pairs, masks: Masks, patch: Patch, everywhere: bool) -> Tensor:
     n_sets, first, start = masks.edges.shape[0], len(patch.outputs) - 1, None
     if first > 0:
-        # The residual stream is the sum of all outputs below.
-        stream = patch.outputs[0]
+        # The residual stream is the sum of all outputs below, added up in the order and dtype of the model.
+        in_fp32, stream = config_of(model).residual_in_fp32, patch.outputs[0]
         for output in patch.outputs[1:]:
-            stream = stream + output
+            stream = (stream.float() if in_fp32 else stream) + output
         start = Start(first, stream.repeat(n_sets, 1, 1), {}, {})
     edits, observe = patch.hooks()
     with torch.no_grad():

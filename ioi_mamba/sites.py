@@ -17,10 +17,14 @@ from typing import NamedTuple
 from .errors import InputError
 from .portable import portable
 
-# Operations inside MambaMixer.forward as nnsight's `.source` labels them (transformers 5.15 to 5.23).
+# Operations inside MambaMixer.forward as nnsight's `.source` labels them, the same in all supported transformers.
 # `check_labels` verifies them when a model is opened, so that a moved label is named and never silently dead.
 CONV_OP = "causal_conv1d_fn_0"
 SCAN_OP = "mamba_selective_scan_0"
+# What stands in their place in a step of a generation with a cache.
+STEP_CONV_OP = "causal_conv1d_update_0"
+STEP_SCAN_OP = "mamba_selective_state_update_0"
+OPS = (CONV_OP, SCAN_OP, STEP_CONV_OP, STEP_SCAN_OP)
 
 STAGES = (
     "block_input",
@@ -175,14 +179,14 @@ def parse(hook: str, n_layers: int, n_positions: int, conv_width: int) -> Addres
 
 
 def check_labels(model) -> None:
-    """Touch `.source` of every mixer and verify that both operation labels are there.
+    """Touch `.source` of every mixer and verify that its operation labels are there.
 
     nnsight instruments a module when its source is first touched; doing so before the first trace is what makes
     the operations reachable. Raises RuntimeError naming the label that moved.
     """
     for i, block in enumerate(model.backbone.layers):
         source = block.mixer.source
-        for label in (CONV_OP, SCAN_OP):
+        for label in OPS:
             try:
                 getattr(source, label)
             except AttributeError:

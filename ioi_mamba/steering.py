@@ -256,10 +256,10 @@ def read_up_to(model, tokens: Tensor, layer: int, site: str) -> Tensor:
     blocks, n_layers = model.backbone.layers, layer_count(model)
     with model.trace(tokens.to(device_of(model)), use_cache=False):
         for i in range(layer):
-            below = MixerPass(model, i)
+            below = MixerPass(model, i, alone=True)
             below.own_scan()
             below.finish()
-        here = MixerPass(model, layer)
+        here = MixerPass(model, layer, alone=True)
         value = nnsight.save(here.get(site))
         here.own_scan()
         here.finish()

@@ -142,6 +142,6 @@ def test_a_name_that_is_not_there_is_refused_by_naming_it_and_the_fix(verb, hook
 
 
 def test_a_moved_operation_label_is_named_when_a_model_is_opened(monkeypatch):
-    monkeypatch.setattr(sites, "SCAN_OP", "mamba_selective_scan_9")
+    monkeypatch.setattr(sites, "OPS", ("mamba_selective_scan_9",))
     with pytest.raises(RuntimeError, match="'mamba_selective_scan_9' is not in layer 0"):
         sites.check_labels(golden.model())
