@@ -1,7 +1,8 @@
 """Take a Mamba apart: read and write every value inside the mixer, run the IOI experiments, find circuits."""
 
 import sys
-from types import ModuleType, SimpleNamespace
+from importlib import import_module
+from types import ModuleType
 
 from .acdc import acdc
 from .attribution import attribute
@@ -36,11 +37,11 @@ __all__ = [
 ]
 
 
-class _Package(ModuleType):
-    """This package in a block that is sent to a server: what can be used inside a trace goes along, no more."""
+class Package(ModuleType):
+    """This package as a value: every serialiser takes it by its name, also after its code was made to travel."""
 
     def __reduce__(self):
-        return SimpleNamespace, (), {"mixer": mixer, "InputError": InputError}
+        return import_module, (self.__name__,)
 
 
-sys.modules[__name__].__class__ = _Package
+sys.modules[__name__].__class__ = Package

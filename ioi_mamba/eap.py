@@ -5,7 +5,7 @@ What the scores mean and which variant to use stands in `attribution.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -95,7 +95,9 @@ def _chunk_scores(model, pairs: Pairs, alphas: list[float], steps: int, variant:
     answer, wrong = pairs.answer.to(device_of(model)), pairs.wrong.to(device_of(model))
     from_corrupted = logit_diff(corrupted.logits, answer, wrong)
     clean: dict = {}
-    zeros = {"device": device_of(model), "dtype": torch.float32}
+    # Products and sums are never rounded below float32, whatever the weights are in.
+    wide = torch.promote_types(corrupted.outputs[0].dtype, torch.float32)
+    zeros = {"device": device_of(model), "dtype": wide}
     total = {"edges": torch.zeros(P, n + 1, n + 1, L, **zeros)}
     if parts:
         total |= {
@@ -122,18 +124,19 @@ def _chunk_scores(model, pairs: Pairs, alphas: list[float], steps: int, variant:
         with torch.no_grad():
             outputs = clean.get("outputs", patch.outputs)
             values = clean.get("values", point.values | point.gradient_at)
-            change = [c - o for c, o in zip(corrupted.outputs, outputs, strict=True)]
+            change = [c.to(wide) - o for c, o in zip(corrupted.outputs, outputs, strict=True)]
             # [pair, pos, sink, source]; also for sources above a sink, which are no edges and not read.
-            at_sinks = torch.stack([gradient["sink", j] for j in range(n + 1)], dim=2)
+            at_sinks = torch.stack([gradient["sink", j].to(wide) for j in range(n + 1)], dim=2)
             total["edges"] += (at_sinks @ torch.stack(change, dim=3)).permute(0, 3, 2, 1)
             for i in range(n if parts else 0):
                 for k in range(K):
                     name = slice_hook(i, k, K)
-                    total["conv"][:, i, k] += (gradient["conv", i] * (corrupted.sites[name] - values[name])).sum(-1)
+                    slice_change = corrupted.sites[name].to(wide) - values[name]
+                    total["conv"][:, i, k] += (gradient["conv", i] * slice_change).sum(-1)
                 rows = torch.arange(P, device=device_of(model))
                 A, C = (values[f"blocks.{i}.hook_{site}"] for site in "AC")
                 y = corrupted_read_out(corrupted, i, A, C, rows) - values["y", i]
-                skip = corrupted.sites[f"blocks.{i}.hook_skip"] - values["skip", i]
+                skip = corrupted.sites[f"blocks.{i}.hook_skip"].to(wide) - values["skip", i]
                 total["ssm"][:, i] += (gradient["y", i] * y).sum(-1)
                 total["skip"][:, i] += (gradient["skip", i] * skip).sum(-1)
         return {}
@@ -159,8 +162,11 @@ def scores(
     """As `_chunk_scores`, of all pairs; without `positions` summed, without `per_pair` averaged, to length 1."""
     chunks = []
     for first in range(0, len(pairs), pairs_per_pass):
-        part = pairs[first : first + pairs_per_pass]
-        chunks.append(_chunk_scores(model, part, alphas, steps, variant, parts))
+        # Gradients are to be had inside torch.inference_mode too, from tensors that were made outside it.
+        with torch.inference_mode(False):
+            part = pairs[first : first + pairs_per_pass]
+            part = replace(part, clean=part.clean.clone(), corrupted=part.corrupted.clone())
+            chunks.append(_chunk_scores(model, part, alphas, steps, variant, parts))
         if progress:
             progress(min(first + pairs_per_pass, len(pairs)), len(pairs))
     found = {name: torch.cat([chunk[name] for chunk in chunks]).cpu() for name in chunks[0]}

@@ -4,25 +4,27 @@
 of the same function, `forward`, which also serves every experiment: it can keep the logits of one position only,
 and it can *resume*, that is run layers >= l on positions >= p alone, from what a clean run had there.
 
-An edit is a tensor (the new value), a function of the value (returns the new value), or `Given`.
+An edit is a tensor (the new value), a number (which it then is everywhere), a function of the value (returns the new
+value), or `Given`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nnsight
 import torch
 from torch import Tensor
 
 from .errors import InputError
-from .jobs import call, config_of, device_of
+from .jobs import call, config_of
 from .mixer import MixerPass, fitted
 from .opened import Mixer
 from .portable import portable
-from .sites import SITES, STAGES, Address, parse
+from .sites import SITES, STAGES, Address, expanded, parse
+from .tokens import check_tokens, prompts_of
 
 
 @portable
@@ -32,7 +34,7 @@ class Given(NamedTuple):
     make: Callable[[], Tensor]
 
 
-Edit = Tensor | Given | Callable[[Tensor], Tensor]
+Edit = Tensor | float | Given | Callable[[Tensor], Tensor]
 Observer = Callable[[Tensor], None]
 
 
@@ -57,34 +59,19 @@ class Start:
 def mixer(model, layer: int) -> Mixer:
     """The opened mixer of a layer, for use inside a trace: `with mixer(model, 3) as m: m.B_bar[:, 4] = 0`.
 
-    Raises InputError for a layer out of range and a model that is no Mamba.
+    A negative layer counts from the last. Raises InputError for a layer out of range and a model that is no Mamba.
     """
     _check_mamba(model)
     n_layers = config_of(model).num_hidden_layers
-    if not 0 <= layer < n_layers:
-        raise InputError(f"The model has layers 0 to {n_layers - 1}, not {layer}.")
-    return Mixer(model, layer)
+    if not isinstance(layer, int) or not -n_layers <= layer < n_layers:
+        raise InputError(f"The model has layers 0 to {n_layers - 1}, not {layer!r}.")
+    return Mixer(model, layer % n_layers)
 
 
 def _check_mamba(model) -> None:
     kind = config_of(model).model_type
     if kind != "mamba":
         raise InputError(f"A {kind} model has none of these sites: open a Mamba.")
-
-
-def check_tokens(model, tokens: Tensor) -> Tensor:
-    """`tokens` as Long[batch, pos] on the model's device. Raises InputError if they do not fit the vocabulary."""
-    tokens = torch.as_tensor(tokens)
-    vocab = config_of(model).vocab_size
-    if tokens.ndim != 2 or tokens.dtype.is_floating_point or tokens.dtype == torch.bool or 0 in tokens.shape:
-        raise InputError(
-            f"tokens must be whole numbers of shape [batch, pos], not {tokens.dtype} of shape {tuple(tokens.shape)}."
-        )
-    if tokens.numel() and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab):
-        raise InputError(
-            f"tokens must be 0 to {vocab - 1} for this vocabulary; found {int(tokens.min())} to {int(tokens.max())}."
-        )
-    return tokens.to(device_of(model))
 
 
 def _addresses(model, names: Iterable[str], n_positions: int) -> dict[str, Address]:
@@ -104,8 +91,12 @@ def _apply(edit: Edit, current: Callable[[], Tensor], name: str) -> Tensor:
         return edit
     if isinstance(edit, Given):
         return edit.make()
+    if isinstance(edit, int | float):
+        return torch.full_like(current(), edit)
     if not callable(edit):
-        raise InputError(f"{name}: an edit is a tensor or a function of the value, not {type(edit).__name__}.")
+        raise InputError(
+            f"{name}: an edit is a tensor, a number or a function of the value, not {type(edit).__name__}."
+        )
     value = edit(current())
     if not isinstance(value, Tensor):
         raise InputError(f"{name}: the edit returned {type(value).__name__}, not a tensor; return the new value.")
@@ -262,17 +253,21 @@ def forward(
     return saved
 
 
-def read(model, tokens: Tensor, names: Iterable[str], *, own_scan: bool = False) -> dict[str, Tensor]:
+def read(model, tokens: Any, names: str | Iterable[str], *, own_scan: bool = False) -> dict[str, Tensor]:
     """Values by MambaLens hook name, from one stock forward pass.
 
-    tokens: Long[batch, pos]. names: `hook_embed`, `hook_norm`, `hook_logits` or `blocks.{i}.hook_{site}`; shapes in
-    `ioi_mamba.sites.SITES`. own_scan: run `scan.py` in every layer instead of the stock loop, so that states that are
+    tokens: Long[batch, pos], or a text, texts, an encoding or `Pairs` (see `tokens.prompts_of`). names: one or several
+    of `hook_embed`, `hook_norm`, `hook_logits` and `blocks.{i}.hook_{site}`; shapes in `ioi_mamba.sites.SITES`. A `*`
+    stands for any layer, site or index (`blocks.*.hook_h.7`); negative layers and positions count from the end.
+    own_scan: run `scan.py` in every layer instead of the stock loop, so that states that are
     read are computed once: the same values within rounding, at about two thirds of the cost for all of them.
     Raises InputError for an unknown name, a layer, position or slice out of range, tokens outside the vocabulary, and a
     model that is no Mamba.
     """
     _check_mamba(model)
-    return call(model, _read, tokens, list(names), own_scan)
+    tokens, config = check_tokens(model, prompts_of(model, tokens)), config_of(model)
+    names = expanded(names, config.num_hidden_layers, tokens.shape[1], config.conv_kernel)
+    return call(model, _read, tokens, names, own_scan)
 
 
 def _read(model, tokens: Tensor, names: list[str], own_scan: bool, *, progress=None) -> dict[str, Tensor]:
@@ -280,16 +275,22 @@ def _read(model, tokens: Tensor, names: list[str], own_scan: bool, *, progress=N
     return {name: saved[name] for name in names}
 
 
-def run(model, tokens: Tensor, edits: Mapping[str, Edit], *, own_scan: bool = False) -> Tensor:
+def run(model, tokens: Any, edits: Mapping[str, Edit] | None = None, *, own_scan: bool = False) -> Tensor:
     """Logits [batch, pos, vocab] of a pass in which the named values are replaced.
 
-    edits: hook name -> new value, or function from the value to the new one. All combine; later edits see earlier
+    tokens: as `read` takes them. edits: hook name -> new value, a number, or function from the value to the new one;
+    names as `read` takes them, each match edited. All combine; later edits see earlier
     ones. `blocks.{i}.hook_h.{p}` continues the recurrence from what is written; a function at `blocks.{i}.hook_h`
     writes the entries it changes. `layer_input` reaches its layer only, `resid_pre` all that follows.
     own_scan: as `read` takes it. Raises InputError as `read` does, and for an edit of the wrong shape or with NaN in it.
     """
     _check_mamba(model)
-    return call(model, _run, tokens, dict(edits), own_scan)
+    if edits is not None and not isinstance(edits, Mapping):
+        raise InputError(f"Edits are a dictionary from hook name to value, not {type(edits).__name__}.")
+    tokens, config = check_tokens(model, prompts_of(model, tokens)), config_of(model)
+    sizes = (config.num_hidden_layers, tokens.shape[1], config.conv_kernel)
+    found = {name: edit for names, edit in (edits or {}).items() for name in expanded(names, *sizes)}
+    return call(model, _run, tokens, found, own_scan)
 
 
 def _run(model, tokens: Tensor, edits: dict[str, Edit], own_scan: bool, *, progress=None) -> Tensor:

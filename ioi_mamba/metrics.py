@@ -16,8 +16,12 @@ from ioi_mamba.errors import InputError
 
 
 def answer_logits(logits: Tensor, answer: Tensor, wrong: Tensor) -> Tensor:
-    """Float[..., pair, 2]: the logits of A and of B, out of Float[..., pair, vocab]."""
-    return _gather(logits, torch.stack([answer, wrong], -1))
+    """Float[..., pair, 2]: the logits of A and of B, out of Float[..., pair, vocab]; float32 or above.
+
+    A difference of two logits in half precision would be rounded again.
+    """
+    found = _gather(logits, torch.stack([answer, wrong], -1))
+    return found.to(torch.promote_types(found.dtype, torch.float32))
 
 
 def logit_diff(logits: Tensor, answer: Tensor | None = None, wrong: Tensor | None = None) -> Tensor:

@@ -22,6 +22,7 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
+_SILU = ("silu", "swish")  # two names of one function
 _NOT_READ = {
     "mamba2": "Mamba-2 has another mixer",
     "falcon_mamba": "Falcon-Mamba normalises B, C and delta",
@@ -80,7 +81,7 @@ def _refuse(config: dict, name: str, any_architecture: bool) -> None:
         raise InputError(
             f"{name!r} is a {kind} model, not a Mamba: use a checkpoint whose config says model_type 'mamba'."
         )
-    if kind == "mamba" and config.get("hidden_act", "silu") != "silu":
+    if kind == "mamba" and config.get("hidden_act", "silu") not in _SILU:
         raise InputError(f"{name!r} uses the activation {config['hidden_act']!r}; only 'silu' is supported.")
 
 

@@ -11,7 +11,9 @@ import hashlib
 import io
 import pickle
 import re
+import sys
 import time
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -22,6 +24,7 @@ import nnsight
 import torch
 from nnsight.intervention.backends.local import LocalSimulationBackend
 from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
+from nnsight.intervention.serialization import CustomCloudPickler
 from nnsight.schema.response import ResponseModel, Status
 from torch import Tensor
 
@@ -29,6 +32,8 @@ from .errors import InputError, ServerError, Submitted
 from .files import written_whole
 
 PACKAGES = ("ioi_mamba", "analyses")
+IN_A_TRACE = ("mixer", "InputError")
+"""What of the package itself, `im`, goes along with a block that mentions it: all that can be used inside a trace."""
 MIB = 2**20
 
 _TRANSIENT = (
@@ -54,6 +59,21 @@ class _EnvelopeUnpickler(pickle.Unpickler):
 
 
 _ENVELOPE = SimpleNamespace(Unpickler=_EnvelopeUnpickler, load=None, __name__="envelope")
+
+
+def _send_by_value() -> None:
+    """Have nnsight's serialiser take this package's code along by value.
+
+    The package itself, which a block calls `im`, becomes a namespace of IN_A_TRACE there, and only there.
+    """
+    for package in PACKAGES:
+        nnsight.register(package)
+    ours = sys.modules[PACKAGES[0]]
+
+    def reduced(module):
+        return SimpleNamespace, (), {name: getattr(module, name) for name in IN_A_TRACE}
+
+    CustomCloudPickler.dispatch_table = ChainMap({type(ours): reduced}, CustomCloudPickler.dispatch_table)
 
 
 class _Courier(RemoteBackend):
@@ -128,8 +148,7 @@ class Jobs:
         self.wait, self.busy = True, False
         self.store: Path | None = None
         self.records: list[dict[str, Any]] = []
-        for package in PACKAGES:
-            nnsight.register(package)
+        _send_by_value()
 
     def limit(self, max_upload_mib: float = 64, max_download_mib: float = 256, retries: int = 5) -> None:
         """Set how large a request and a result may be, and how often a request is tried again.

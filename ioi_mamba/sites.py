@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from .errors import InputError
@@ -154,8 +155,11 @@ def parse(hook: str, n_layers: int, n_positions: int, conv_width: int) -> Addres
         Traceback (most recent call last):
         ioi_mamba.errors.InputError: Unknown hook name 'blocks.3.hook_B_baar': did you mean 'blocks.3.hook_B_bar'? `ioi-mamba sites` lists them all.
 
-    Raises InputError for an unknown name (with the nearest known one), a layer, position or slice out of range.
+    Negative layers and positions count from the end. Raises InputError for an unknown name (with the nearest known one),
+    a layer, position or slice out of range.
     """
+    if not isinstance(hook, str):
+        raise InputError(f"{hook!r} is no hook name: `ioi-mamba sites` lists them all.")
     match = _HOOK.fullmatch(hook)
     address = None
     if match:
@@ -169,13 +173,40 @@ def parse(hook: str, n_layers: int, n_positions: int, conv_width: int) -> Addres
         examples = [*_known_names(n_layers), "blocks.0.hook_h.0", "blocks.0.hook_conv_slice.-1"]
         nearest = difflib.get_close_matches(hook, examples, n=1, cutoff=0.0)[0]
         raise InputError(f"Unknown hook name {hook!r}: did you mean {nearest!r}? `ioi-mamba sites` lists them all.")
-    if address.layer is not None and not 0 <= address.layer < n_layers:
-        raise InputError(f"{hook!r}: the model has layers 0 to {n_layers - 1}, not {address.layer}.")
-    if address.site == "h" and address.index is not None and not 0 <= address.index < n_positions:
-        raise InputError(f"{hook!r}: the prompt has positions 0 to {n_positions - 1}, not {address.index}.")
+    if address.layer is not None:
+        if not -n_layers <= address.layer < n_layers:
+            raise InputError(f"{hook!r}: the model has layers 0 to {n_layers - 1}, not {address.layer}.")
+        address = address._replace(layer=address.layer % n_layers)
+    if address.site == "h" and address.index is not None:
+        if not -n_positions <= address.index < n_positions:
+            raise InputError(f"{hook!r}: the prompt has positions 0 to {n_positions - 1}, not {address.index}.")
+        return address._replace(index=address.index % n_positions)
     if address.site == "conv_slice" and not -conv_width < (address.index or 0) <= 0:
         raise InputError(f"{hook!r}: conv slices are {1 - conv_width} to 0, not {address.index}.")
     return address
+
+
+def expanded(names: str | Iterable[str], n_layers: int, n_positions: int, conv_width: int) -> list[str]:
+    """The names with each that holds a `*` replaced by all it matches, in the order of a pass; each name once.
+
+    Raises InputError where a pattern matches nothing.
+    """
+    found: dict[str, None] = {}
+    for name in [names] if isinstance(names, str) else names:
+        if not isinstance(name, str) or "*" not in name:
+            found[name] = None
+            continue
+        pattern = re.compile(re.escape(name).replace(r"\*", "[^.]*"))
+        known = _known_names(n_layers)
+        for i in range(n_layers):
+            known += [f"blocks.{i}.hook_h.{p}" for p in range(n_positions)]
+            known += [f"blocks.{i}.hook_conv_slice.{s}" for s in range(1 - conv_width, 1)]
+        # Without its index, a conv slice is no value.
+        matches = [each for each in known if pattern.fullmatch(each) and not each.endswith("hook_conv_slice")]
+        if not matches:
+            raise InputError(f"No hook name matches {name!r}: `ioi-mamba sites` lists them all.")
+        found |= dict.fromkeys(matches)
+    return list(found)
 
 
 def check_labels(model) -> None:

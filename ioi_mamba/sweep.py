@@ -89,7 +89,8 @@ class Roll:
             start=self.start(0, token.new_empty(0)),
             own_scan=True,
         )
-        conv = {i: torch.cat((self.conv_start[i][:, 1:], at[inputs[i]]), dim=1) for i in layers}
+        # Cut after joining: a convolution of one tap keeps nothing.
+        conv = {i: torch.cat((self.conv_start[i], at[inputs[i]]), dim=1)[:, 1:] for i in layers}
         return replace(
             self, position=self.position + 1, conv_start=conv, h_start={i: at[states[i]] for i in layers}
         ), at
@@ -204,7 +205,7 @@ def _logit_diffs(
 def _sweep(
     model, pairs: Pairs, site: str, layers, positions, resume: bool, *, progress: Progress | None = None
 ) -> Tensor:
-    out = torch.empty(len(layers), len(positions), len(pairs), 2)
+    out: list[Tensor] = []
     chunk = rows_per_pass(model, pairs.clean.shape[1])
     done, total = 0, len(positions) * len(layers) * len(pairs)
     with torch.no_grad():
@@ -212,9 +213,9 @@ def _sweep(
             rows = slice(first, min(first + chunk, len(pairs)))
             part = pairs[rows]
             report = (lambda n, base=done: progress(base + n, total)) if progress else None
-            out[:, :, rows] = _sweep_chunk(model, part, site, layers, positions, resume, report).cpu()
+            out.append(_sweep_chunk(model, part, site, layers, positions, resume, report).cpu())
             done += len(positions) * len(layers) * len(part)
-    return out
+    return torch.cat(out, dim=2)
 
 
 def _sweep_chunk(model, pairs: Pairs, site: str, layers, positions, resume: bool, report) -> Tensor:
@@ -223,8 +224,8 @@ def _sweep_chunk(model, pairs: Pairs, site: str, layers, positions, resume: bool
     last = pairs.last.to(device_of(model))
     streams = block_sites("resid_pre", layers)
     run = forward(model, clean, reads=streams, logits_at=last, own_scan=True)
-    out = torch.empty(len(layers), len(positions), n, 2, device=device_of(model))
-    out[:] = answer_logits(run["hook_logits"][:, 0], pairs.answer, pairs.wrong)
+    unpatched = answer_logits(run["hook_logits"][:, 0], pairs.answer, pairs.wrong)
+    out = unpatched.expand(len(layers), len(positions), -1, -1).clone()
     begins = pairs.first_difference.to(device_of(model))
     roll = Roll.begin(model, torch.cat((clean, corrupted)))
     weights = _conv_weights(model, layers) if site == STATE_AND_CONV else {}
@@ -242,7 +243,9 @@ def _sweep_chunk(model, pairs: Pairs, site: str, layers, positions, resume: bool
                 taps = (weights[layer], taps[alive], taps[n + alive]) if site == STATE_AND_CONV else None
                 logits = _patched(model, clean[alive], last[alive], site, layer, p, value, start, taps)
                 rows = alive.cpu()
-                out[k, positions.index(p), alive] = answer_logits(logits[:, 0], pairs.answer[rows], pairs.wrong[rows])
+                found = answer_logits(logits[:, 0], pairs.answer[rows], pairs.wrong[rows])
+                for column in (column for column, position in enumerate(positions) if position == p):
+                    out[k, column, alive] = found
             done += n
             if report:
                 report(done)

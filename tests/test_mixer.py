@@ -299,7 +299,7 @@ def test_a_mixer_after_its_block_is_refused():
         write_after_the_block()
 
 
-@pytest.mark.parametrize("layer", [-1, 4])
+@pytest.mark.parametrize("layer", [-5, 4])
 def test_a_mixer_of_a_layer_that_is_not_there_is_refused(layer):
     with pytest.raises(InputError, match=f"layers 0 to 3, not {layer}"):
         im.mixer(golden.model(), layer)
