@@ -47,7 +47,10 @@ class Mixer:
 
     def _settle(self) -> None:
         if not self._open:
-            raise InputError("A mixer is used in a block: `with im.mixer(model, layer) as m:` inside the trace.")
+            raise InputError(
+                "A mixer is used in a block of its own inside the trace: `with im.mixer(model, layer) as m:`, on a line "
+                "below `with model.trace(...):`."
+            )
         lent, self.__dict__["_lent"] = self._lent, []
         for handed, version, write in lent:
             # Any edit in place counts, also one that leaves the numbers as they were: a state is held by it.

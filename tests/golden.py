@@ -26,24 +26,28 @@ def model():
 
 
 @cache
-def odd_model(dtype="float32"):
-    """A random Mamba with every size and option other than usual: 3 conv taps, biases turned about, 3 layers."""
-    config = MambaConfig(
-        vocab_size=60,
-        hidden_size=20,
-        expand=3,
-        state_size=5,
-        num_hidden_layers=3,
-        conv_kernel=3,
-        time_step_rank=3,
-        use_bias=True,
-        use_conv_bias=False,
-        layer_norm_epsilon=1e-3,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
+def odd_model(dtype="float32", **sizes):
+    """A random Mamba with every size and option other than usual: 3 conv taps, biases turned about, 3 layers.
+
+    sizes: options of its config that are to be other still.
+    """
+    options = {
+        "vocab_size": 60,
+        "hidden_size": 20,
+        "expand": 3,
+        "state_size": 5,
+        "num_hidden_layers": 3,
+        "conv_kernel": 3,
+        "time_step_rank": 3,
+        "use_bias": True,
+        "use_conv_bias": False,
+        "layer_norm_epsilon": 1e-3,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    config = MambaConfig(**options | sizes)
     with torch.random.fork_rng(), TemporaryDirectory() as directory:
         torch.manual_seed(1)
         built = AutoModelForCausalLM.from_config(config)

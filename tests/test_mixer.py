@@ -282,7 +282,7 @@ def test_a_state_that_is_not_finite_is_refused():
     "verb", [lambda m: m.y, lambda m: m.h[:, 2], lambda m: m.conv_slice[0], lambda m: setattr(m, "y", 0)]
 )
 def test_a_mixer_outside_its_block_is_refused(verb):
-    with pytest.raises(InputError, match="used in a block"):
+    with pytest.raises(InputError, match="used in a block of its own"):
         verb(im.mixer(golden.model(), 1))
 
 
@@ -295,7 +295,7 @@ def test_a_mixer_after_its_block_is_refused():
                 m.y = m.y * 2
             m.out_proj *= 0
 
-    with pytest.raises(InputError, match="used in a block"):
+    with pytest.raises(InputError, match="used in a block of its own"):
         write_after_the_block()
 
 
