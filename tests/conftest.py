@@ -20,6 +20,10 @@ torch.set_num_threads(1)  # models so small that a second thread only waits
 VOCAB = 40
 
 
+def pytest_addoption(parser):
+    parser.addoption("--write-docs", action="store_true", help="write the tables that tests make into docs/")
+
+
 @pytest.fixture
 def tried(record_property):
     """A function tried(what, number) with which a test tells `reliability.py` what it went through."""

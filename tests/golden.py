@@ -20,9 +20,9 @@ NODES = ["embed", "0", "1", "2", "3", "output"]
 
 
 @cache
-def model():
+def model(dtype="float32"):
     """The random Mamba that the golden values belong to."""
-    return im.open_model(str(DIRECTORY), device="cpu")
+    return im.open_model(str(DIRECTORY), device="cpu", dtype=dtype)
 
 
 @cache

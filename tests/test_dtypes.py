@@ -1,0 +1,151 @@
+"""Every experiment in every dtype that is offered: it runs, and says what it says in float32 to the dtype's rounding.
+
+`python -m pytest tests/test_dtypes.py --write-docs` writes what was found into docs/dtypes.md.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import golden
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MambaConfig
+
+import analyses
+import ioi_mamba as im
+from ioi_mamba.evaluator import Evaluator
+from ioi_mamba.graph import Item, universe_of
+from ioi_mamba.study import run_study
+from ioi_mamba.sweep import resample_sweep
+
+PAGE = Path(__file__).parents[1] / "docs/dtypes.md"
+BEGIN, END = "<!-- begin: written by tests/test_dtypes.py -->", "<!-- end -->"
+
+ROUNDING = {"float64": 1e-6, "float16": 2**-10, "bfloat16": 2**-7}
+"""Of a number between 1 and 2 in the dtype; of float64, that of the float32 numbers it is held against."""
+# Logits of `mini` go up to some 30 and their differences to some 20: a difference rounds by a few times this, and an
+# effect, which is a ratio of two, by as much again.
+TOLERANCE = {dtype: 16 * rounding for dtype, rounding in ROUNDING.items()} | {"float64": 1e-3}
+
+COLUMN = {
+    "layer-ablation": "effect",
+    "layer-removal": "probability",
+    "cross-talk": "probability",
+    "state-similarity": "similarity",
+    "conv-shift": "effect",
+    "name-steering": "success",
+    "state-ablation": "effect",
+    "output-ablation": "effect",
+    "edge-attribution": "score",
+    "circuit-search": "score",
+    "positional-attribution": "score",
+}
+# Of these, what is in a table depends on what the model chose: only what both have is compared.
+KEYS = {
+    "layer-removal": (["mode", "layer"], "mode == 'single'"),
+    "cross-talk": (["template", "corruption", "layer"], "step == 1"),
+    "edge-attribution": (["source", "target", "part", "position"], "what == 'item'"),
+    "circuit-search": (["source", "target", "part"], "what == 'item'"),
+    "positional-attribution": (["source", "target", "position"], "what == 'item'"),
+}
+
+
+@cache
+def few_layers(directory):
+    """`mini` without most of its layers, as a checkpoint: the first and the last two still do the task."""
+    whole = im.open_model("mini", device="cpu")
+    kept = [0, *range(whole.config.num_hidden_layers - 2, whole.config.num_hidden_layers)]
+    weights = AutoModelForCausalLM.from_config(MambaConfig(**whole.config.to_diff_dict() | {"num_hidden_layers": 3}))
+    weights.load_state_dict(whole._module.state_dict(), strict=False)
+    for layer, old in enumerate(kept):
+        weights.backbone.layers[layer].load_state_dict(whole._module.backbone.layers[old].state_dict())
+    weights.save_pretrained(directory)
+    whole.tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@cache
+def tables(dtype, directory):
+    """The tables of all experiments on a few pairs in a dtype, by name."""
+    model = im.open_model(few_layers(directory.parent), device="cpu", dtype=dtype)
+    pairs = im.ioi.generate(
+        model.tokenizer, 4, 27, templates=im.ioi.TEMPLATES[:1], corruptions=im.ioi.CORRUPTIONS[:1], symmetric=False
+    ).symmetric()
+    options = {"layer": 1, "offset": 0, "per_cell": 4, "compare_prompts": 0, "exact_prompts": 2, "part_prompts": 2}
+    run_study(model, analyses.ORDER, directory, pairs=pairs, options=options, progress=False)
+    return {name: pd.read_parquet(directory / f"{name}.parquet") for name in analyses.ORDER}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("dtypes")
+
+
+def compared(name, dtype, directory):
+    """The experiment's main column in float32 and in the dtype, row by row."""
+    one, other = (tables(each, directory / each)[name] for each in ("float32", dtype))
+    if name in KEYS:
+        keys, rows = KEYS[name]
+        one, other = (table.query(rows).fillna({"part": "", "position": -1}) for table in (one, other))
+        both = one.merge(other, on=[key for key in keys if key in one], suffixes=("", "_other"))
+    else:
+        assert len(one) == len(other)
+        both = one.assign(**{f"{COLUMN[name]}_other": other[COLUMN[name]].to_numpy()})
+    return both[[COLUMN[name], f"{COLUMN[name]}_other"]].dropna().astype(float)
+
+
+FOUND: dict[tuple[str, str], float] = {}
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("name", analyses.ORDER)
+def test_every_experiment_runs_in_every_dtype_and_finds_what_it_finds_in_float32(name, dtype, directory):
+    both = compared(name, dtype, directory)
+    assert len(both) >= 3
+    difference = float((both.iloc[:, 0] - both.iloc[:, 1]).abs().max())
+    FOUND[name, dtype] = difference
+    # A share of few prompts moves by whole prompts.
+    assert difference <= (1 / 2 if name == "name-steering" else TOLERANCE[dtype])
+
+
+def test_what_was_found_is_written(request):
+    if not request.config.getoption("--write-docs"):
+        pytest.skip("with --write-docs")
+    lines = ["| experiment | column | float64 | float16 | bfloat16 |", "|---|---|---|---|---|"]
+    for name in analyses.ORDER:
+        cells = " | ".join(f"{FOUND[name, dtype]:.2g}" for dtype in ROUNDING)
+        lines.append(f"| {name} | {COLUMN[name]} | {cells} |")
+    before, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}")
+
+
+# -- resumed passes are whole passes, in every dtype ----------------------------------------------------------------
+
+
+def tolerance(dtype, logits):
+    """Two passes of one edit differ by a few roundings of the largest logit."""
+    return 8 * torch.finfo(getattr(torch, dtype)).eps * float(logits.abs().max()) + 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", *ROUNDING])
+@pytest.mark.parametrize("site", ["layer_input", "ssm_input", "conv_slice.-1", "h", "h_and_conv", "out_proj", "B"])
+def test_a_resumed_sweep_is_the_whole_one_in_every_dtype(site, dtype):
+    pairs = golden.golden_pairs()[:2]
+    model = golden.model(dtype)
+    resumed, whole = (resample_sweep(model, pairs, site, resume=resume, layers=[1, 3]) for resume in (True, False))
+    assert (resumed - whole).abs().max() <= tolerance(dtype, whole)
+    assert resumed.dtype == (torch.float64 if dtype == "float64" else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", *ROUNDING])
+def test_an_edge_without_effect_has_none_in_a_resumed_pass_of_any_dtype(dtype):
+    """The residual stream a pass goes on from is the model's own, bit for bit: its sum and its dtype."""
+    model, pairs = golden.model(dtype), golden.golden_pairs()[:3]
+    same = im.Pairs.from_tokens(pairs.clean, pairs.clean, pairs.answer, pairs.wrong)
+    universe = universe_of(model, parts=True)
+    resumed = Evaluator(model, same, universe)
+    resumed.scores([[]])
+    for item in (Item("2", "output"), Item("3", "3", None, "skip"), Item("0", "3"), Item("embed", "2")):
+        scores = resumed.scores([[item]])["logit_diff"][0]
+        assert (scores - resumed.ends()[0]).abs().max() <= tolerance(dtype, resumed.ends()), item
