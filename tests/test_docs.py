@@ -88,6 +88,15 @@ def test_the_readme_counts_the_claims_as_they_are():
     assert f"all {['ten', 'eleven', 'twelve'][len(analyses.available()) - 10]} experiments" in text
 
 
+def test_the_traces_of_the_docs_run_one_after_the_other(tmp_path):
+    names = {}
+    for number, code in enumerate(code_of(DOCS / "traces.md")):
+        path = tmp_path / f"traces_{number}.py"  # nnsight reads the source of a traced block from a file
+        path.write_text(code)
+        exec(compile(code, str(path), "exec"), names)
+    assert (names["edited"] - names["plain"][:1]).abs().max() > 1e-3
+
+
 def test_the_prompts_of_the_docs_are_read_and_their_code_runs(tmp_path, monkeypatch):
     page = (DOCS / "own-prompts.md").read_text(encoding="utf-8")
     row = json.loads(re.search(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1])
