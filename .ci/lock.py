@@ -1,0 +1,38 @@
+"""constraints.txt anew: the newest release allowed of everything that the commands of README.md, CI and docs install.
+
+`make lock` calls it; it needs Python 3.11 and a package index, and nothing that the old file may have broken. Pip reads
+the file by `-c`. It has neither hashes nor local version parts (the "+cpu" of torch), which would tie it to one build.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCK = ROOT / "constraints.txt"
+# Beside the project and its development tools: pip, and what builds the project.
+WANTED = [f"{ROOT}[dev]", "pip", "hatchling", "editables"]
+HEADER = """\
+# Written by `make lock` with Python {python} on {system}: the releases that `make`, .ci/run and `nox` install, by `pip -c`.
+# The CUDA libraries of a torch built for a GPU are not here: torch names each by its exact version.
+"""
+
+
+def newest():
+    """Name -> version of everything that `WANTED` would install into an empty environment."""
+    with tempfile.TemporaryDirectory() as place:
+        subprocess.run([sys.executable, "-m", "venv", place], check=True)
+        pip = [f"{place}/bin/python", "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, "--upgrade", "pip"], check=True)
+        report = Path(place) / "report.json"
+        subprocess.run([*pip, "--dry-run", "--ignore-installed", "--report", report, *WANTED], check=True)
+        found = [item["metadata"] for item in json.loads(report.read_text())["install"]]
+    return {item["name"].lower(): item["version"].split("+")[0] for item in found if item["name"] != "ioi-mamba"}
+
+
+if __name__ == "__main__":
+    header = HEADER.format(python=platform.python_version(), system=platform.system())
+    LOCK.write_text(header + "".join(f"{name}=={version}\n" for name, version in sorted(newest().items())))
