@@ -1,9 +1,11 @@
 """constraints.txt anew: the newest release allowed of everything that the commands of README.md, CI and docs install.
 
-`make lock` calls it; it needs Python 3.11 and a package index, and nothing that the old file may have broken. Pip reads
-the file by `-c`. It has neither hashes nor local version parts (the "+cpu" of torch), which would tie it to one build.
+`make lock` calls it; it needs Python 3.11 and a package index, and nothing that the old file may have broken. With
+`--check` (.ci/run) it holds the environment it runs in against the file instead. Pip reads the file by `-c`. It has
+neither hashes nor local version parts (the "+cpu" of torch), which would tie it to one build.
 """
 
+import importlib.metadata
 import json
 import platform
 import subprocess
@@ -30,9 +32,27 @@ def newest():
         report = Path(place) / "report.json"
         subprocess.run([*pip, "--dry-run", "--ignore-installed", "--report", report, *WANTED], check=True)
         found = [item["metadata"] for item in json.loads(report.read_text())["install"]]
-    return {item["name"].lower(): item["version"].split("+")[0] for item in found if item["name"] != "ioi-mamba"}
+    return {_key(item["name"]): item["version"].split("+")[0] for item in found if item["name"] != "ioi-mamba"}
+
+
+def unlocked():
+    """The distributions of this environment that the file does not have, or has in another release."""
+    locked = dict(line.split("==") for line in LOCK.read_text().split() if "==" in line)
+    here = {_key(each.name): each.version.split("+")[0] for each in importlib.metadata.distributions()}
+    # A torch built for a GPU brings these, by their exact versions; and venv its own setuptools.
+    theirs = ("ioi-mamba", "setuptools", "nvidia-", "cuda-", "triton")
+    return {f"{name}=={version}" for name, version in here.items() if not name.startswith(theirs)} - {
+        f"{_key(name)}=={version}" for name, version in locked.items()
+    }
+
+
+def _key(name):
+    return name.lower().replace("_", "-").replace(".", "-")
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--check"]:
+        others = sorted(unlocked())
+        sys.exit(f"Not as constraints.txt has it: {', '.join(others)}. Run `make lock`." if others else 0)
     header = HEADER.format(python=platform.python_version(), system=platform.system())
     LOCK.write_text(header + "".join(f"{name}=={version}\n" for name, version in sorted(newest().items())))
