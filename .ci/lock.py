@@ -19,7 +19,7 @@ LOCK = ROOT / "constraints.txt"
 WANTED = [f"{ROOT}[dev]", "pip", "hatchling", "editables"]
 HEADER = """\
 # Written by `make lock` with Python {python} on {system}: the releases that `make`, .ci/run and `nox` install, by `pip -c`.
-# The CUDA libraries of a torch built for a GPU are not here: torch names each by its exact version.
+# The CUDA libraries of a torch built for a GPU are not here: torch bounds them itself.
 """
 
 
@@ -39,7 +39,7 @@ def unlocked():
     """The distributions of this environment that the file does not have, or has in another release."""
     locked = dict(line.split("==") for line in LOCK.read_text().split() if "==" in line)
     here = {_key(each.name): each.version.split("+")[0] for each in importlib.metadata.distributions()}
-    # A torch built for a GPU brings these, by their exact versions; and venv its own setuptools.
+    # A torch built for a GPU brings these, within its own bounds; and venv its own setuptools.
     theirs = ("ioi-mamba", "setuptools", "nvidia-", "cuda-", "triton")
     return {f"{name}=={version}" for name, version in here.items() if not name.startswith(theirs)} - {
         f"{_key(name)}=={version}" for name, version in locked.items()

@@ -1,9 +1,13 @@
-"""Other systems than this one: what of it is asked for at import, and what is written down of them."""
+"""Other systems than this one: what of them is asked for at import; and the lock of this one."""
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 IMPORT_ALL = """
@@ -43,3 +47,18 @@ def test_every_module_is_imported_without_what_windows_has_not():
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= len([*ROOT.glob("ioi_mamba/*.py"), *ROOT.glob("analyses/*.py")]) - 1
+
+
+def test_the_lock_has_every_direct_dependency_in_a_release_that_the_project_allows():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *extras["dev"], *extras["docs"]]
+    wanted = [each for each in map(Requirement, lines) if each.name != "ioi-mamba"]
+    locked = dict(re.findall(r"^([a-z0-9-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert [each.name for each in wanted if not each.specifier.contains(locked.get(each.name, "0"))] == []
+    assert {"pip", "hatchling", "editables"} <= set(locked)
+
+
+def test_the_lock_is_of_no_single_build_or_index():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line)] == []
