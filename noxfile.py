@@ -67,9 +67,9 @@ def newest(session):
     Nothing here is promised: a release may have come out since pyproject.toml was written.
     """
     names = list(bounds())
-    tools = [
-        re.match(r"[\w-]+", line)[0] for line in project()["optional-dependencies"]["dev"] if "ioi-mamba" not in line
-    ]
+    extras = project()["optional-dependencies"]
+    lines = [line for line in (*extras["dev"], *extras["docs"]) if not line.startswith("ioi-mamba")]
+    tools = [re.match(r"[\w-]+(\[\w+\])?", line)[0] for line in lines]
     session.install("--upgrade", "--upgrade-strategy", "eager", *names, *tools)
     session.install("--no-deps", "--editable", ".")
     # Names the releases that pyproject.toml does not allow yet.
