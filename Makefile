@@ -1,19 +1,26 @@
-# `make report` and `make test` are the two commands of the README; both set up .venv first.
+# `make report` and `make test` are the two commands of the README; both set up .venv first, from constraints.txt.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+# Compiling all that is installed takes longer than installing it, and most of it is never imported.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: setup report test test-remote docs lint clean
+.PHONY: setup report test test-remote test-processors docs lint lock clean
 
-setup: $(VENV)/.done
+setup: $(VENV)/.dev
 
-$(VENV)/.done: pyproject.toml
+# What running needs; `.dev` adds what tests, lint and docs need.
+$(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade "pip>=23.2"
-	$(BIN)/pip install --quiet -e ".[dev]"
+	$(INSTALL) --upgrade pip
+	$(INSTALL) --build-constraint constraints.txt --editable .
 	touch $@
 
-report: setup
+$(VENV)/.dev: $(VENV)/.run
+	$(INSTALL) --build-constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+report: $(VENV)/.run
 	$(BIN)/ioi-mamba run layer-ablation layer-removal --model mini --out reports/mini
 
 test: setup
@@ -23,6 +30,10 @@ test: setup
 test-remote: setup
 	$(BIN)/python -m pytest -m remote -rs
 
+# The tests of numbers, once more on each of the processors that tests/processors.py imitates.
+test-processors: setup
+	$(BIN)/python -m tests.processors
+
 # The documentation site, in build/site; a broken link or an unknown name is an error.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -31,6 +42,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# constraints.txt anew, from the newest releases that pyproject.toml allows; the tests say whether they serve.
+lock:
+	$(PYTHON) .ci/lock.py
 
 clean:
 	rm -rf $(VENV)

@@ -1,4 +1,7 @@
-"""The least and the newest versions that pyproject.toml allows, tested in one command, which writes docs/compatibility.md: `nox`.
+"""The versions that pyproject.toml allows, and newer ones, tested: `nox` and `nox -s newest`.
+
+`nox` tests the least and the newest that are allowed and writes docs/compatibility.md; `nox -s newest` tries the newest
+releases of all, allowed or not; `nox -s lock` tests constraints.txt in an environment that has nothing else.
 
 One environment of its own whose packages are changed from set to set; what was installed and what came of it is read
 from there. Of torch each set has the newest that is allowed: an older one would be downloaded anew for every set.
@@ -24,14 +27,22 @@ VERSIONS = (
     "print(json.dumps({'python': platform.python_version()} | {p: importlib.metadata.version(p) for p in sys.argv[1:]}))"
 )
 
+LOCK = ("--constraint", str(ROOT / "constraints.txt"))
+
 nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["compatibility"]
 nox.options.reuse_existing_virtualenvs = True
+
+
+def project():
+    """What pyproject.toml says of the project."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def bounds():
     """Package -> (the least version, the whole requirement), as pyproject.toml has them."""
-    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    return {name: (least, f"{name}>={least}{rest}") for name, least, rest in (_parts(line) for line in wanted)}
+    lines = project()["dependencies"]
+    return {name: (least, f"{name}>={least}{rest}") for name, least, rest in (_parts(line) for line in lines)}
 
 
 def _parts(requirement):
@@ -47,6 +58,32 @@ def sets():
     found = {"the least of every package": least}
     found |= {f"the least {name}, else the newest": packages for name, packages in alone.items()}
     return found | {"the newest of every package": newest}
+
+
+@nox.session
+def newest(session):
+    """Try the newest release of everything, without the lock and without upper ends: what fails says what to mend or to bound.
+
+    Nothing here is promised: a release may have come out since pyproject.toml was written.
+    """
+    names = list(bounds())
+    extras = project()["optional-dependencies"]
+    lines = [line for line in (*extras["dev"], *extras["docs"]) if not line.startswith("ioi-mamba")]
+    tools = [re.match(r"[\w-]+(\[\w+\])?", line)[0] for line in lines]
+    session.install("--upgrade", "--upgrade-strategy", "eager", *names, *tools)
+    session.install("--no-deps", "--editable", ".")
+    # Names the releases that pyproject.toml does not allow yet.
+    session.run("ioi-mamba", "doctor", success_codes=[0, 1])
+    session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def lock(session):
+    """Install what constraints.txt says and nothing else, and run the tests: what `make test` does, apart from .venv."""
+    session.install(*LOCK, "--build-constraint", str(ROOT / "constraints.txt"), "--editable", ".[dev]")
+    session.run("python", "-m", "pip", "check")
+    session.run("ioi-mamba", "doctor")
+    session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *session.posargs)
 
 
 @nox.session

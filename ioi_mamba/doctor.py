@@ -9,18 +9,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from packaging.requirements import Requirement
 
 from .probe import KERNELS
-
-# The least version that may be installed and the first one that may not, as (major, minor); None: no upper end.
-SUPPORTED: dict[str, tuple[tuple[int, int], tuple[int, int] | None]] = {
-    "nnsight": ((0, 8), (0, 9)),
-    "transformers": ((5, 15), (5, 24)),
-    "torch": ((2, 9), (2, 14)),
-    "altair": ((6, 0), (7, 0)),
-    "pandas": ((3, 0), None),
-    "vl-convert-python": ((1, 8), None),
-}
 
 
 class Check(NamedTuple):
@@ -52,15 +43,24 @@ def device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-def _check_version(package: str) -> Check:
-    low, high = SUPPORTED[package]
-    found = version(package)
-    supported = f"supported from {low[0]}.{low[1]}" + (f" to before {high[0]}.{high[1]}" if high else "")
+def requirements() -> list[Requirement]:
+    """The packages a run needs and the versions of them that were tested, as the installed project's metadata has them.
+
+    Empty where the project runs from its sources: nothing is installed then that could be asked.
+    """
+    try:
+        found = [Requirement(line) for line in importlib.metadata.requires("ioi-mamba") or ()]
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return [each for each in found if each.marker is None or each.marker.evaluate({"extra": ""})]
+
+
+def _check_version(wanted: Requirement) -> Check:
+    found, supported = version(wanted.name), f"supported: {wanted.specifier}"
     if found is None:
-        return Check(False, package, f"not installed ({supported})")
-    numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
-    inside = low <= numbers and (high is None or numbers < high)
-    return Check(inside, package, found if inside else f"{found}, outside the range ({supported})")
+        return Check(False, wanted.name, f"not installed ({supported})")
+    inside = wanted.specifier.contains(found, prereleases=True)
+    return Check(inside, wanted.name, found if inside else f"{found}, outside the range ({supported})")
 
 
 def _check_kernels() -> Check:
@@ -179,8 +179,8 @@ def examine(name: str = "mini", backend: str = "local", host: str | None = None)
         "ioi-mamba",
         version("ioi-mamba") or "runs from its sources, not installed",
     )
-    for package in SUPPORTED:
-        yield _check_version(package)
+    for wanted in requirements():
+        yield _check_version(wanted)
     yield _check_kernels()
     yield _check_device()
     if backend == "local":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
 import os
 import platform
@@ -15,7 +15,17 @@ from pathlib import Path
 from .errors import InputError
 from .files import remove_parts, writing
 
+try:
+    import fcntl
+except ImportError:  # Windows has msvcrt's locks instead
+    fcntl = None
+    try:
+        import msvcrt
+    except ImportError:
+        msvcrt = None
+
 NAME = ".lock"
+_FAR = 2**30
 
 
 @contextmanager
@@ -38,18 +48,29 @@ def only_run(directory: Path) -> Iterator[None]:
         yield
     finally:
         # Removed while it is held, and `_acquire` looks again: nobody can hold a lock that is no longer there.
-        (directory / NAME).unlink(missing_ok=True)
+        removed = _remove(directory / NAME)
         os.close(handle)
+        if not removed:
+            _remove(directory / NAME)
         for place in made:
             with suppress(OSError):
                 place.rmdir()
+
+
+def _remove(path: Path) -> bool:
+    """Whether the file is gone: Windows removes none that is open, and so neither one that the next run holds already."""
+    try:
+        path.unlink(missing_ok=True)
+    except PermissionError:
+        return False
+    return True
 
 
 def _acquire(directory: Path) -> int:
     """A handle of the locked file, emptied of what another process said there."""
     path = directory / NAME
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
         try:
             _lock(handle, directory)
             # The owner before us may have removed the file between our opening it and our locking it.
@@ -64,7 +85,7 @@ def _acquire(directory: Path) -> int:
 
 def _lock(handle: int, directory: Path) -> None:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock_of_the_system(handle)
     except BlockingIOError:
         raise InputError(
             f"{str(directory)!r} is in use by {_owner(handle)}: wait for that run, or choose another out directory."
@@ -76,6 +97,23 @@ def _lock(handle: int, directory: Path) -> None:
         )
 
 
+def _lock_of_the_system(handle: int) -> None:
+    """Lock the open file until it is closed. Raises BlockingIOError where another process holds it, OSError where there are no locks."""
+    if fcntl is not None:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    if msvcrt is None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+    # Nobody else may read what is locked here: one byte far beyond what the file tells of its owner.
+    os.lseek(handle, _FAR, os.SEEK_SET)
+    try:
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+    except PermissionError as error:
+        raise BlockingIOError(*error.args) from error
+    finally:
+        os.lseek(handle, 0, os.SEEK_SET)
+
+
 def _ourselves() -> dict[str, str | int]:
     return {"pid": os.getpid(), "host": platform.node(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
 
@@ -83,7 +121,8 @@ def _ourselves() -> dict[str, str | int]:
 def _owner(handle: int) -> str:
     """Process, host and age as the lock file tells them; a run that has just begun may not have written them yet."""
     try:
-        told = json.loads(os.pread(handle, 1000, 0))
+        os.lseek(handle, 0, os.SEEK_SET)
+        told = json.loads(os.read(handle, 1000))
         age = datetime.now(UTC) - datetime.fromisoformat(told["since"])
         # The clock may have been set back since.
         return f"process {told['pid']} on {told['host']}, for {max(0, int(age.total_seconds()))} s"

@@ -19,6 +19,7 @@ def lines(manifests: list[dict[str, Any]]) -> list[tuple[str, str]]:
     shape += [f"width {sizes['hidden_size']}"] if "hidden_size" in sizes else []
     shape += [f"state {sizes['state_size']}"] if "state_size" in sizes else []
     versions = manifests[0]["versions"]
+    peaks = [m["peak_memory_mib"] for m in manifests if m["peak_memory_mib"] is not None]
     return [
         ("Model", each(lambda m: m["model"]["id"])),
         ("Architecture", ", ".join([model["architecture"], *shape])),
@@ -29,7 +30,7 @@ def lines(manifests: list[dict[str, Any]]) -> list[tuple[str, str]]:
         ("Seed", each(lambda m: m["seed"])),
         *_clean_scores(manifests),
         ("Time", f"{wall:.1f} s for {len(manifests)} analys{'is' if len(manifests) == 1 else 'es'}"),
-        ("Peak memory", f"{max(m['peak_memory_mib'] for m in manifests):,.0f} MiB"),
+        *([("Peak memory", f"{max(peaks):,.0f} MiB")] if peaks else []),
         ("Made", max(m["created"] for m in manifests).replace("T", " ").replace("+00:00", " UTC")),
         ("Versions", ", ".join(f"{package} {number}" for package, number in versions.items())),
     ]

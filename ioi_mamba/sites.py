@@ -18,7 +18,7 @@ from typing import NamedTuple
 from .errors import InputError
 from .portable import portable
 
-# Operations inside MambaMixer.forward as nnsight's `.source` labels them, the same in all supported transformers.
+# Operations inside MambaMixer.forward as nnsight's `.source` labels them, in every transformers that pyproject.toml allows.
 # `check_labels` verifies them when a model is opened, so that a moved label is named and never silently dead.
 CONV_OP = "causal_conv1d_fn_0"
 SCAN_OP = "mamba_selective_scan_0"
@@ -225,5 +225,5 @@ def check_labels(model) -> None:
 
                 raise RuntimeError(
                     f"Operation {label!r} is not in layer {i}'s mixer under transformers {transformers.__version__}: "
-                    "the label moved; use transformers 5.15 to 5.23 or correct ioi_mamba/sites.py."
+                    "the label moved; `ioi-mamba doctor` says which versions were tested, take one of them."
                 ) from None

@@ -12,7 +12,6 @@ import inspect
 import json
 import os
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +41,11 @@ from .probe import probe
 from .results import read_manifest
 from .tasks.base import Pairs
 
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
+
 
 def run_study(
     model,
@@ -66,13 +70,15 @@ def run_study(
     choose something judge it; None: every second of `pairs`, which is then not chosen on. Without `pairs` these are
     drawn from the next seed. options: for every named experiment that takes them.
     model_id: how the manifest names the model. resume: keep a table that is whole and was made from the same
-    weights, pairs, options and seed. Raises InputError before anything is written for an unknown name or
+    weights, pairs, options and seed. Raises InputError before anything is written for no name, an unknown name or
     option, an `out_dir` that cannot be written, is in use by another run or holds tables of another model or task,
     pairs that do not fit the model, and an experiment on names with pairs that have none; and later for a disk that is
     full. An experiment that fails leaves the tables finished before it, and a report of them.
     With a model on a server, finished requests are kept in `out_dir/jobs` until their experiment is done. Raises
     ServerError for a server that fails, and Submitted where requests were handed over and not waited for.
     """
+    if not names:
+        raise InputError("names is empty: give at least one experiment, `ioi-mamba run --help` lists them.")
     out = Path(out_dir)
     check_out_dir(out)
     chosen = tasks.load(task)
@@ -219,7 +225,7 @@ class _Run:
             "n_pairs": len(plan.pairs),
             "rows": len(table),
             "wall_seconds": round(seconds, 3),
-            "peak_memory_mib": round(_peak_memory_mib(), 1),
+            "peak_memory_mib": _peak_memory_mib(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         if requests:
@@ -320,10 +326,12 @@ def describe_model(model, model_id: str | None = None) -> dict[str, Any]:
     return {"id": model_id, "revision": revision, "architecture": config.model_type, "config": summary}
 
 
-def _peak_memory_mib() -> float:
-    """The most memory this process has held so far, over all that it did."""
+def _peak_memory_mib() -> float | None:
+    """The most memory this process has held so far, over all that it did; None where the system does not tell."""
+    if resource is None:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10, 1)
 
 
 @contextmanager

@@ -42,13 +42,18 @@ def tiny_mamba_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory):
     """Three pairs of prompts of token ids, for a model without tokenizer, as a file."""
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     rows = [([9, 11, 5, 6], 7, 8), ([9, 12, 4, 6], 3, 2), ([10, 11, 3, 6], 5, 1)]
+    pairs = [([answer, *tokens], [wrong, *tokens], answer, wrong) for tokens, answer, wrong in rows]
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", pairs)
+
+
+def write_pairs(path, pairs):
+    """Write pairs (tokens, corrupted tokens, answer, wrong answer) for a model without tokenizer; returns the path."""
     with path.open("w") as file:
-        for tokens, answer, wrong in rows:
+        for clean, corrupted, answer, wrong in pairs:
             pair = {
-                "uncorrupted": " ".join(map(str, [answer, *tokens])),
-                "corrupted": " ".join(map(str, [wrong, *tokens])),
+                "uncorrupted": " ".join(map(str, clean)),
+                "corrupted": " ".join(map(str, corrupted)),
                 "answer_uncorrupted": f" {answer}",
                 "answer_corrupted": f" {wrong}",
                 "incorrect_for_uncorrupted": [f" {wrong}"],

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/reliability.md"
 BEGIN, END = "<!-- begin: written by tests/reliability.py -->", "<!-- end -->"
-FILES = ["interruptions", "wrongness", "determinism", "outside", "secrets", "fuzz", "numerics", "load"]
+FILES = ["interruptions", "wrongness", "determinism", "processors", "outside", "secrets", "fuzz", "numerics", "load"]
 
 
 class Recorder:

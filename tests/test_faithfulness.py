@@ -4,6 +4,7 @@ import golden
 import pandas as pd
 import pytest
 import torch
+from conditioning import effect_rounding
 
 import ioi_mamba as im
 from ioi_mamba import evaluator as evaluators
@@ -53,22 +54,26 @@ def test_every_score_lies_in_its_interval_and_a_seed_repeats_it(pairs, universe)
 def test_rows_per_pass_and_kept_memory_change_nothing(pairs, universe):
     sets = [universe.items()[i::3] for i in range(3)]
     want = evaluators.Evaluator(golden.model(), pairs, universe).scores(sets)
+    rounding = effect_rounding(golden.model(), pairs)
     for options in ({"rows": 1}, {"rows": 5}, {"rows": 30}, {"keep_mib": 0}):
         got = evaluators.Evaluator(golden.model(), pairs, universe, **options).scores(sets)
         for name in want:
-            torch.testing.assert_close(got[name], want[name], rtol=0, atol=1e-4)
+            torch.testing.assert_close(got[name], want[name], rtol=rounding, atol=rounding)
 
 
 def test_every_single_removal_goes_on_from_the_run_before_as_if_run_whole(universe):
     """Also the last edge out of a layer, which leaves the layer unread, and the only edge of a circuit."""
     model, everything = golden.model(), universe.items()
     few = golden.golden_pairs()[:2]
+    rounding = effect_rounding(model, few)
     resumed, plain = (evaluators.Evaluator(model, few, universe, resume=resume) for resume in (True, False))
     for kept in ([("embed", "0"), ("0", "output")], [("embed", "1"), ("1", "2"), ("2", "output"), ("0", "output")]):
         removed = [item for item in everything if item.part is None and (item.source, item.target) not in kept]
         for item in (item for item in everything if item not in removed):
             for sets in ([removed], [[*removed, item]]):
-                torch.testing.assert_close(resumed.normalized(sets), plain.normalized(sets), rtol=0, atol=1e-4)
+                torch.testing.assert_close(
+                    resumed.normalized(sets), plain.normalized(sets), rtol=rounding, atol=rounding
+                )
 
 
 def test_a_size_curve_ends_at_the_model_and_its_rows_are_single_evaluations(pairs):
@@ -117,6 +122,7 @@ def test_circuits_are_resampled_together_so_that_their_difference_has_an_interva
 def test_exact_effects_are_those_of_patching_one_item_at_a_time(pairs, universe):
     model, chosen = golden.model(), universe.items()[::5]
     got = evaluators.Evaluator(model, pairs, universe).exact_effects(chosen)
+    rounding = effect_rounding(model, pairs)
     rows = torch.arange(len(pairs))
     logits = {name: im.run(model, getattr(pairs, name), {})[rows, pairs.last] for name in ("clean", "corrupted")}
     clean, corrupted = (metrics.logit_diff(logits[name], pairs.answer, pairs.wrong) for name in ("clean", "corrupted"))
@@ -124,7 +130,7 @@ def test_exact_effects_are_those_of_patching_one_item_at_a_time(pairs, universe)
         patched = im.patch_edges(model, pairs, [item])[rows, pairs.last]
         difference = metrics.logit_diff(patched, pairs.answer, pairs.wrong)
         want = (difference - clean) / (clean - corrupted).abs()
-        torch.testing.assert_close(effect, want, rtol=0, atol=1e-3)
+        torch.testing.assert_close(effect, want, rtol=rounding, atol=rounding)
 
 
 def test_the_rank_correlation_is_the_one_of_the_definition():

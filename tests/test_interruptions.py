@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pandas as pd
 import processes
@@ -213,6 +214,54 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(lock.fcntl, "flock", no_locks)
+    with pytest.warns(UserWarning, match="keeps no locks"), lock.only_run(tmp_path):
+        pass
+
+
+class Msvcrt:
+    """Windows' locks as its documentation has them: a byte range of a file, which no other handle may then lock."""
+
+    LK_NBLCK = 2
+
+    def __init__(self):
+        self.held = []
+
+    def locking(self, handle, mode, n):
+        where = (os.fstat(handle).st_ino, os.lseek(handle, 0, os.SEEK_CUR), n)
+        if mode != self.LK_NBLCK or where in self.held:
+            raise PermissionError(13, "Permission denied")
+        self.held.append(where)
+
+
+def test_on_windows_its_own_locks_keep_a_second_run_out_and_the_file_tells_whose_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "fcntl", None)
+    monkeypatch.setattr(lock, "msvcrt", Msvcrt(), raising=False)
+    with lock.only_run(tmp_path):
+        with pytest.raises(InputError, match=f"in use by process {os.getpid()} on "), lock.only_run(tmp_path):
+            pass
+        assert lock.msvcrt.held[0][1] > 1000  # beyond what is read of the owner
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_no_open_file_can_be_removed_the_lock_file_goes_after_it_is_closed(tmp_path, monkeypatch):
+    opened, unlink, acquire, close = [], Path.unlink, lock._acquire, os.close
+
+    def as_on_windows(path, **options):
+        if opened:
+            raise PermissionError(13, "The file is in use")
+        unlink(path, **options)
+
+    monkeypatch.setattr(lock, "_acquire", lambda directory: opened.append(acquire(directory)) or opened[-1])
+    monkeypatch.setattr(os, "close", lambda handle: close(handle) or (handle in opened and opened.remove(handle)))
+    monkeypatch.setattr(Path, "unlink", as_on_windows)
+    with lock.only_run(tmp_path):
+        assert (tmp_path / lock.NAME).exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_system_without_any_locks_gets_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "fcntl", None)
+    monkeypatch.setattr(lock, "msvcrt", None, raising=False)
     with pytest.warns(UserWarning, match="keeps no locks"), lock.only_run(tmp_path):
         pass
 

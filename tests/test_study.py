@@ -57,6 +57,13 @@ def test_the_manifest_says_where_the_table_comes_from(tiny_mamba, tmp_path):
     assert manifest["rows"] == len(pd.read_parquet(page.parent / "layer-removal.parquet"))
 
 
+def test_a_system_that_does_not_tell_the_peak_memory_leaves_it_open(tiny_mamba, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "resource", None)
+    page = run(tiny_mamba, tmp_path)
+    assert read_manifest(tmp_path / "layer-removal.json")["peak_memory_mib"] is None
+    assert "Peak memory" not in page.read_text()
+
+
 def test_own_pairs_are_judged_on_pairs_that_were_not_chosen_on(tiny_mamba, tmp_path):
     given = run(tiny_mamba, tmp_path / "given", held_out=pairs(9))
     manifest = json.loads((given.parent / "layer-removal.json").read_text())
@@ -121,6 +128,12 @@ def test_a_directory_of_another_model_is_refused(tiny_mamba, tiny_gpt2_dir, tmp_
     other = im.open_model(str(tiny_gpt2_dir), device="cpu", any_architecture=True)
     with pytest.raises(InputError, match="of another model"):
         run(other, tmp_path)
+
+
+def test_no_experiment_at_all_is_refused_before_anything_is_written(tiny_mamba, tmp_path):
+    with pytest.raises(InputError, match="names is empty: give at least one experiment"):
+        study.run_study(tiny_mamba, [], tmp_path / "out", pairs=pairs(), progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_option_is_refused_before_anything_is_written(tiny_mamba, tmp_path):

@@ -4,6 +4,7 @@ import golden
 import pytest
 import reference
 import torch
+from conditioning import logit_rounding
 from golden import at_last
 
 import ioi_mamba as im
@@ -17,6 +18,10 @@ TABLES = {
     for key, value in golden.TENSORS.items()
     if key.startswith("sweep/") and "edge" not in key
 }
+
+
+def rounding(model, pairs):
+    return logit_rounding(model, pairs.clean, pairs.corrupted)
 
 
 def site_of(table):
@@ -69,7 +74,7 @@ def test_some_layers_and_positions_are_those_cells_of_the_whole_sweep():
     model, pairs = golden.model(), golden.golden_pairs()
     whole = resample_sweep(model, pairs, "in_proj")
     some = resample_sweep(model, pairs, "in_proj", layers=[3, 1], positions=[15, 4])
-    torch.testing.assert_close(some, whole[[3, 1]][:, [15, 4]], rtol=0, atol=1e-4)
+    torch.testing.assert_close(some, whole[[3, 1]][:, [15, 4]], rtol=0, atol=rounding(model, pairs))
 
 
 @pytest.mark.parametrize("resume", [True, False])
@@ -81,18 +86,19 @@ def test_ragged_pairs_are_swept_as_each_pair_alone_would_be(resume):
         alone = pairs[[row]]
         alone = im.Pairs.from_tokens(alone.clean[:, :length], alone.corrupted[:, :length], alone.answer, alone.wrong)
         table = resample_sweep(model, alone, "layer_input", resume=resume)
-        torch.testing.assert_close(whole[:, :length, row], table[:, :, 0], rtol=0, atol=1e-4)
+        torch.testing.assert_close(whole[:, :length, row], table[:, :, 0], rtol=0, atol=rounding(model, alone))
         clean = answer_logits(last_logits(model, alone.clean, alone.last)[:, 0], alone.answer, alone.wrong)
-        torch.testing.assert_close(whole[:, length:, row], clean.expand(4, 9 - length, 2), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            whole[:, length:, row], clean.expand(4, 9 - length, 2), rtol=0, atol=rounding(model, alone)
+        )
 
 
 def test_the_number_of_rows_in_a_pass_changes_nothing(monkeypatch):
     model, pairs = golden.model(), golden.golden_pairs()
     whole = resample_sweep(model, pairs, "h", layers=[1], positions=[3, 9])
     monkeypatch.setattr(sweep, "rows_per_pass", lambda *_: 2)
-    torch.testing.assert_close(
-        resample_sweep(model, pairs, "h", layers=[1], positions=[3, 9]), whole, rtol=0, atol=1e-4
-    )
+    split = resample_sweep(model, pairs, "h", layers=[1], positions=[3, 9])
+    torch.testing.assert_close(split, whole, rtol=0, atol=rounding(model, pairs))
 
 
 def test_progress_counts_up_to_its_total(monkeypatch):
