@@ -25,7 +25,7 @@ from ioi_mamba.interventions import forward
 from ioi_mamba.jobs import call
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import ABSENT, Pairs
-from ioi_mamba.tasks.prompts import bos_id, find_roles, is_name
+from ioi_mamba.tasks.prompts import find_roles, is_name, read
 
 NAME = "state-similarity"
 TITLE = "Contributions in the hidden state"
@@ -208,14 +208,12 @@ def _of_pairs(tokenizer, pairs: Pairs) -> list[tuple[str, Tensor, set[int]]]:
     return prompts
 
 
-def _of_text(tokenizer, prompt: str, names: Sequence[str]) -> tuple[str, Tensor, set[int]]:
-    encoding = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-    bos, ids = bos_id(tokenizer), encoding["input_ids"]
-    if not ids:
+def _of_text(tokenizer, text: str, names: Sequence[str]) -> tuple[str, Tensor, set[int]]:
+    if not text.strip():
         raise InputError("The prompt is empty; give a text.")
-    prefix = [] if ids[0] == bos else [bos]
-    roles = find_roles(prompt, list(names) or sorted(set(ioi.NAMES)), encoding["offset_mapping"], len(prefix))
-    return prompt, torch.tensor(prefix + ids), {index + 1 for role, index in roles.items() if is_name(role)}
+    (prompt,) = read(tokenizer, [text])
+    roles = find_roles(prompt, names or ioi.NAMES)
+    return prompt.text, torch.tensor(prompt.tokens), {index + 1 for role, index in roles.items() if is_name(role)}
 
 
 def _similarities(

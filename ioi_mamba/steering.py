@@ -31,7 +31,7 @@ from .portable import portable
 from .sweep import Progress, layer_count
 from .tasks import ioi
 from .tasks.base import ABSENT, Pairs
-from .tasks.prompts import bos_id, find_roles, is_name, single_token_ids
+from .tasks.prompts import find_roles, is_name, read, single_token_ids, words_of
 
 METHODS = ("replace", "subtract-add")
 
@@ -296,15 +296,14 @@ def _kept_averages(model, layer: int | None, offset: int | None) -> Averages:
     return kept[layer, offset]
 
 
-def _read_prompt(tokenizer: Any, prompt: str, averages: Averages) -> tuple[Tensor, dict[str, int]]:
+def _read_prompt(tokenizer: Any, text: str, averages: Averages) -> tuple[Tensor, dict[str, int]]:
     """Int64[pos] with BOS in front, and the roles of a prompt, in which the averaged names are the names."""
-    names = [tokenizer.decode([name]).strip() for name in averages.names.tolist()]
-    encoding = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-    bos, ids = bos_id(tokenizer), encoding["input_ids"]
-    if not ids:
+    if not text.strip():
         raise InputError("The prompt is empty; give a text with names in it.")
-    prefix = [] if ids[0] == bos else [bos]
-    return torch.tensor(prefix + ids), find_roles(prompt, names, encoding["offset_mapping"], len(prefix))
+    averaged = set(averages.names.tolist())
+    ids_of = single_token_ids(tokenizer, dict.fromkeys(words_of(text)))
+    (prompt,) = read(tokenizer, [text])
+    return torch.tensor(prompt.tokens), find_roles(prompt, [word for word, i in ids_of.items() if i in averaged])
 
 
 def _distinct(pairs: Pairs, at: Tensor, leave_out: Tensor | None) -> tuple[Tensor, Tensor]:
