@@ -108,7 +108,10 @@ def run(
 
 
 def chart(table: pd.DataFrame) -> alt.ConcatChart:
-    """The figure's measure for each prompt, then the other three for the first, as far as 5,000 cells go."""
+    """The figure's measure for each prompt, then the other three for the first, as far as 5,000 cells go.
+
+    Of a prompt that has more by itself, the rows with the strongest similarities are drawn.
+    """
     panels = [(prompt, CONTRIBUTION_STATE) for prompt in dict.fromkeys(table["prompt"])]
     panels = panels[:3] + [(panels[0][0], measure) for measure in MEASURES[1:]]
     drawn, cells = [], 0
@@ -117,7 +120,7 @@ def chart(table: pd.DataFrame) -> alt.ConcatChart:
         cells += len(part)
         if cells > charts.MAX_ROWS and drawn:
             break
-        drawn.append(_panel(part, prompt, measure))
+        drawn.append(_panel(charts.strongest(part, "similarity", by="row"), prompt, measure))
     return alt.concat(*drawn, columns=2).resolve_scale(x="independent", y="independent")
 
 

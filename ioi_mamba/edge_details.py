@@ -5,7 +5,7 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from .charts import MAX_ROWS, check_size
+from .charts import MAX_ROWS, check_size, rounded
 from .circuit_axes import label_axis, places, position_labels
 from .theme import BLUE, CATEGORIES, ORANGE, PLOT_WIDTH
 
@@ -37,7 +37,7 @@ def edge_details(items: pd.DataFrame, edges: pd.DataFrame) -> alt.VConcatChart:
     strongest = edges.loc[edges["score"].abs().nlargest(n_edges).index, ["source", "target"]]
     at = at.merge(strongest, on=["source", "target"]).assign(place=lambda t: places(t))
     positions = (
-        alt.Chart(check_size(at[["source", "target", "place", "score"]]))
+        alt.Chart(check_size(rounded(at[["source", "target", "place", "score"]])))
         .transform_filter(EDGE)
         .mark_bar()
         .encode(

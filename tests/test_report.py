@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from types import SimpleNamespace
 
+import deep
 import pandas as pd
 import paper_run
 import pytest
@@ -256,6 +257,29 @@ def test_charts_in_another_form_are_refused(directory):
     with pytest.raises(InputError, match="svg, png"):
         report.save_charts(directory, "gif")
     assert not (directory / "charts").exists()
+
+
+@pytest.fixture(scope="module")
+def deep_tables():
+    return deep.tables(64, 40)
+
+
+@pytest.mark.parametrize("name", analyses.available())
+def test_the_chart_of_every_experiment_is_drawn_for_64_layers_and_40_positions(name, deep_tables):
+    module, table = analyses.load(name), deep_tables[name]
+    assert module.findings(table)
+    spec = report.chart_spec(module.chart(table))
+    sizes = [len(rows) for rows in spec["datasets"].values()]
+    assert 0 < max(sizes) <= charts.MAX_ROWS
+    if name in ("layer-ablation", "state-ablation", "output-ablation"):
+        assert sizes == [64 * 40] * 5
+
+
+def test_the_page_of_all_experiments_holds_64_layers_and_40_positions(deep_tables, tmp_path):
+    paper_run.write(tmp_path, deep_tables)
+    page = own_part(report.write_report(tmp_path).read_text())
+    assert page.count('class="chart"') >= len(deep_tables)
+    assert "The chart could not be drawn. " not in page
 
 
 BELOW = {"accuracy": 0.5, "n": 8, "bound": 0.75}
