@@ -327,7 +327,9 @@ def _each_once(items: Iterable[Item]) -> list[Item]:
         try:
             known = item in seen
         except TypeError:
-            raise InputError(f"{item!r} is no Item: give ioi_mamba.graph.Item(source, target, position, part).") from None
+            raise InputError(
+                f"{item!r} is no Item: give ioi_mamba.graph.Item(source, target, position, part)."
+            ) from None
         if known:
             raise InputError(f"{item} is given twice: give every item once.")
         seen.add(item)
