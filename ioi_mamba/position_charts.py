@@ -179,7 +179,7 @@ def _strip_title(table: str) -> str:
 def strongest_edges(items: pd.DataFrame, n_edges: int = 24) -> alt.Chart:
     """Scores by edge and position, of at most n_edges edges with the strongest cells; kept items are outlined."""
     edge = items["source"] + " to " + items["target"]
-    n_edges = max(1, min(n_edges, MAX_ROWS // max(1, items["position"].nunique())))
+    n_edges = max(1, min(n_edges, MAX_ROWS // max(1, len(set(items["position"])))))
     strongest = items["score"].abs().groupby(edge).max().nlargest(n_edges).index
     shown = items.assign(edge=edge, place=places(items))[edge.isin(strongest)]
     labels = position_labels(items)

@@ -196,6 +196,10 @@ def steer(
     Raises InputError for a slot the prompt has not, a name that is not one token or has no average, and a `layer`
     or `offset` that is not that of `averages`.
     """
+    if not isinstance(prompt, str) or not isinstance(names, Mapping):
+        raise InputError(
+            'The prompt must be a text and names a dict, such as {"n2": "Mary"}; give one prompt at a time.'
+        )
     if averages is None:
         averages = _kept_averages(model, layer, offset)
     elif layer not in (None, averages.layer) or offset not in (None, averages.offset):

@@ -329,6 +329,9 @@ def test_other_bad_input_is_refused(mini, pairs, place, averages, tiny_mamba):
         steering.steer(mini, prompt, {}, layer=place.layer + 1, averages=averages)
     with pytest.raises(InputError, match="empty"):
         steering.steer(mini, "", {}, averages=averages)
+    for text, names in (([prompt], {}), (prompt, ["Mary"]), (pairs.clean, {})):
+        with pytest.raises(InputError, match="one prompt at a time"):
+            steering.steer(mini, text, names, averages=averages)
     at, name = torch.tensor([3]), averages.names[:1]
     with pytest.raises(InputError, match="method"):
         steering.steering_edit(averages, "swap", at, name, name, "n1")

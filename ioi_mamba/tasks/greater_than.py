@@ -28,7 +28,7 @@ from ioi_mamba.errors import InputError
 from ioi_mamba.interventions import forward
 from ioi_mamba.jobs import call
 from ioi_mamba.tasks.base import ABSENT, Pairs
-from ioi_mamba.tasks.prompts import Prompt, following_ids, read
+from ioi_mamba.tasks.prompts import Prompt, check_drawn, following_ids, read
 
 TASK = "greater-than"
 TITLE = "How the model works out which year is later"
@@ -88,8 +88,7 @@ def generate(tokenizer: Any, n_pairs: int, seed: int) -> Pairs:
 
     Raises InputError for a tokenizer that does not cut a year into its century and its last two digits.
     """
-    if n_pairs < 1:
-        raise InputError(f"n_pairs is {n_pairs}; ask for at least one pair.")
+    n_pairs, seed = check_drawn(n_pairs, seed)
     endings = _endings(tokenizer)
     first = {year: token for year, token in enumerate(_first_tokens(endings).tolist()) if token != ABSENT}
     order = list(dict.fromkeys(first.values()))

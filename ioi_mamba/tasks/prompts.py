@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def bos_id(tokenizer: Any) -> int:
 
 def read(tokenizer: Any, texts: Iterable[str]) -> list[Prompt]:
     """The texts as the model reads them, each with exactly one BOS in front."""
-    if not tokenizer.is_fast:
+    if not getattr(tokenizer, "is_fast", False):
         raise InputError("This tokenizer does not report character offsets; open it with use_fast=True.")
     texts, bos = list(map(composed, texts)), bos_id(tokenizer)
     if not texts:
@@ -216,6 +217,16 @@ def find_roles(prompt: Prompt, names: Iterable[str]) -> dict[str, int]:
 def words_of(text: str) -> list[str]:
     """The words of a text, in order: runs of letters, digits and what is written above or below them."""
     return ["".join(run) for is_word, run in groupby(composed(text), _in_word) if is_word]
+
+
+def check_drawn(n_pairs: Any, seed: Any) -> tuple[int, int]:
+    """How many pairs to draw, and from which seed. Raises InputError for what is no whole number, and for none."""
+    for name, value in (("n_pairs", n_pairs), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise InputError(f"{name} is {value!r}; give a whole number.")
+    if n_pairs < 1:
+        raise InputError(f"n_pairs is {n_pairs}; ask for at least one pair.")
+    return int(n_pairs), int(seed)
 
 
 def is_name(role: str) -> bool:
