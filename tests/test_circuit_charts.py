@@ -94,6 +94,13 @@ def widths(spec):
     return spec.get("width", 0) if isinstance(spec.get("width", 0), int) else 0
 
 
+def test_the_positions_of_as_many_edges_as_a_chart_carries_are_drawn_and_its_title_says_of_how_many():
+    rows, _ = tables(64, n_positions=40)
+    text = json.dumps(edge_chart(rows))
+    assert f"the strongest {5000 // 40} of {65 * 66 // 2} edges are drawn" in text
+    assert "strongest" not in json.dumps(edge_chart(tables(8)[0]))
+
+
 def test_of_more_edges_than_a_chart_carries_the_strongest_are_drawn_and_the_titles_say_so():
     rows, items = tables(110, n_positions=8)
     n_edges = 111 * 112 // 2
