@@ -136,7 +136,10 @@ def test_years_are_cut_after_their_century_not_alone(endings):
     assert words == [f"\u2581{pairs.texts[0][0].split()[1]}", f"\u2581{pairs.texts[0][0].split()[-1]}"]
 
 
-@pytest.mark.parametrize("which", ["prepend and replace", "word piece, lower case", "bytes, prefix space"])
+@pytest.mark.parametrize(
+    "which",
+    ["prepend and replace", "byte fallback", "without accents", "word piece, lower case", "bytes, prefix space"],
+)
 def test_steering_and_similarity_find_names_with_any_tokenizer(which, tmp_path):
     tokenizer = KINDS[which](IOI_WORDS)
     save_mamba(tmp_path, vocab_size=len(tokenizer), n_layers=2)

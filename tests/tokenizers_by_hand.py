@@ -41,6 +41,34 @@ def metaspace(scheme):
     return build
 
 
+def without_accents(words):
+    """ALBERT: SentencePiece after taking accents and capitals away."""
+    normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()])
+    tokenizer = _unigram([f"\u2581{normalizer.normalize_str(word)}" for word in words])
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return _fast(tokenizer)
+
+
+def byte_fallback(words):
+    """Llama 2: merges of a whole text whose spaces are marks, bytes for letters it does not know."""
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *LETTERS[:-2]]
+    merges = []
+    for word in words:
+        spelled = f"\u2581{word}"
+        # A letter that is only bytes cannot be merged: it is an entry here.
+        vocabulary += [letter for letter in spelled if letter not in vocabulary]
+        for k in range(1, len(spelled)):
+            merges.append((spelled[:k], spelled[k]))
+            vocabulary.append(spelled[: k + 1])
+    ids = {piece: index for index, piece in enumerate(dict.fromkeys(vocabulary))}
+    bpe = models.BPE(ids, list(dict.fromkeys(merges)), unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    return _fast(tokenizer)
+
+
 def byte_level(add_prefix_space, trim_offsets=True):
     """GPT-2 and RoBERTa: bytes, merged into words with the space before them."""
 
@@ -95,6 +123,8 @@ KINDS = {
     "metaspace first": metaspace("first"),
     "metaspace always": metaspace("always"),
     "metaspace never": metaspace("never"),
+    "without accents": without_accents,
+    "byte fallback": byte_fallback,
     "bytes": byte_level(False),
     "bytes, spaces in spans": byte_level(False, trim_offsets=False),
     "bytes, prefix space": byte_level(True),
