@@ -25,7 +25,7 @@ from ioi_mamba.interventions import forward
 from ioi_mamba.jobs import call
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import ABSENT, Pairs
-from ioi_mamba.tasks.prompts import bos_id, find_roles, is_name
+from ioi_mamba.tasks.prompts import find_roles, is_name, read
 
 NAME = "state-similarity"
 TITLE = "Contributions in the hidden state"
@@ -108,7 +108,10 @@ def run(
 
 
 def chart(table: pd.DataFrame) -> alt.ConcatChart:
-    """The figure's measure for each prompt, then the other three for the first, as far as 5,000 cells go."""
+    """The figure's measure for each prompt, then the other three for the first, as far as 5,000 cells go.
+
+    Of a prompt that has more by itself, the rows with the strongest similarities are drawn.
+    """
     panels = [(prompt, CONTRIBUTION_STATE) for prompt in dict.fromkeys(table["prompt"])]
     panels = panels[:3] + [(panels[0][0], measure) for measure in MEASURES[1:]]
     drawn, cells = [], 0
@@ -117,7 +120,7 @@ def chart(table: pd.DataFrame) -> alt.ConcatChart:
         cells += len(part)
         if cells > charts.MAX_ROWS and drawn:
             break
-        drawn.append(_panel(part, prompt, measure))
+        drawn.append(_panel(charts.strongest(part, "similarity", by="row"), prompt, measure))
     return alt.concat(*drawn, columns=2).resolve_scale(x="independent", y="independent")
 
 
@@ -208,14 +211,12 @@ def _of_pairs(tokenizer, pairs: Pairs) -> list[tuple[str, Tensor, set[int]]]:
     return prompts
 
 
-def _of_text(tokenizer, prompt: str, names: Sequence[str]) -> tuple[str, Tensor, set[int]]:
-    encoding = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-    bos, ids = bos_id(tokenizer), encoding["input_ids"]
-    if not ids:
+def _of_text(tokenizer, text: str, names: Sequence[str]) -> tuple[str, Tensor, set[int]]:
+    if not text.strip():
         raise InputError("The prompt is empty; give a text.")
-    prefix = [] if ids[0] == bos else [bos]
-    roles = find_roles(prompt, list(names) or sorted(set(ioi.NAMES)), encoding["offset_mapping"], len(prefix))
-    return prompt, torch.tensor(prefix + ids), {index + 1 for role, index in roles.items() if is_name(role)}
+    (prompt,) = read(tokenizer, [text])
+    roles = find_roles(prompt, names or ioi.NAMES)
+    return prompt.text, torch.tensor(prompt.tokens), {index + 1 for role, index in roles.items() if is_name(role)}
 
 
 def _similarities(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,21 +12,63 @@ import pandas as pd
 from .errors import InputError
 from .theme import BLUE, DIVERGING, ORANGE, PLOT_WIDTH, SEQUENTIAL
 
-MAX_ROWS = 5000
+MAX_ROWS = 5000  # of one data set
+MAX_CELLS = 3 * MAX_ROWS  # of all panels of a chart, so that a page can hold several
 
 
 def check_size(table: pd.DataFrame) -> pd.DataFrame:
-    """The table itself. Raises InputError for one of more rows than a page should carry."""
+    """The table itself. Raises InputError for one of more rows than a chart's data set should have."""
     if len(table) > MAX_ROWS:
         raise InputError(f"A chart of {len(table)} rows is too large: aggregate to {MAX_ROWS} at most.")
     return table
 
 
-def _columns(table: pd.DataFrame, names: Sequence[str | None]) -> pd.DataFrame:
+def strongest(table: pd.DataFrame, value: str, by: str | None = None, panels: str | None = None) -> pd.DataFrame:
+    """As much of a table as a chart may have: the rows with the largest |value|, in their order.
+
+    by: rows that share a value of this column are kept or left out together, in all panels alike. panels: each value of
+    this column is a panel with a data set of its own.
+    """
+    panel = [] if panels is None else [table[panels]]
+    most = MAX_ROWS if panels is None else min(MAX_ROWS, MAX_CELLS // max(1, table[panels].nunique()))
+    if table.empty or (table.groupby(panel).size().max() if panel else len(table)) <= most:
+        return table
+    groups = pd.Series(range(len(table)), table.index) if by is None else table[by]
+    rows_of_a_group = int(table.groupby([groups, *panel]).size().max())
+    order = table[value].abs().groupby(groups).max().sort_values(ascending=False, kind="stable").index
+    return table[groups.isin(order[: max(1, most // rows_of_a_group)])]
+
+
+def how_many(drawn: int, there: int, what: str) -> list[str]:
+    """The line for below a title where `strongest` left something out: "the strongest 50 of 64 layers are drawn"."""
+    return [] if drawn == there else [f"the strongest {drawn} of {there} {what} are drawn"]
+
+
+def _with_columns(table: pd.DataFrame, names: Sequence[str | None]) -> pd.DataFrame:
     missing = [name for name in names if name is not None and name not in table]
     if missing:
         raise InputError(f"The table has no column {missing[0]!r}; it has {', '.join(map(str, table.columns))}.")
-    return check_size(table)
+    return table
+
+
+def _columns(table: pd.DataFrame, names: Sequence[str | None]) -> pd.DataFrame:
+    return check_size(_with_columns(table, names))
+
+
+def _slim(table: pd.DataFrame, names: Sequence[str | None]) -> pd.DataFrame:
+    """The columns of these names, as far as they are there, so that a page of many cells stays small."""
+    return rounded(table[[name for name in dict.fromkeys(names) if name is not None and name in table]])
+
+
+def rounded(table: pd.DataFrame) -> pd.DataFrame:
+    """Floats with five digits, which is more than is seen."""
+    floats = [name for name in table if pd.api.types.is_float_dtype(table[name])]
+    return table.assign(
+        **{
+            name: [float(f"{value:.5g}") for value in table[name].to_numpy(float, na_value=float("nan"))]
+            for name in floats
+        }
+    )
 
 
 def _tooltips(table: pd.DataFrame, names: Sequence[str | None]) -> list[alt.Tooltip]:
@@ -75,44 +118,62 @@ def position_heatmap(
     tooltip: Sequence[str] = (),
     columns: int = 2,
     panel_width: int = 280,
-) -> alt.FacetChart | alt.Chart:
+) -> alt.FacetChart | alt.ConcatChart | alt.Chart:
     """Layer by position, one panel for each value of `facet`, all panels on one scale centred at 0.
 
     table: at most one row for each (facet, y, x). labels: the column with the text below each position, such
     as "n1" or a token; None writes the position itself. largest: the magnitude at which colours end; default
     the largest of the table. Tooltips show all of these columns, `n` and those of `tooltip`. The report lays
-    out as many panels side by side as fit; elsewhere there are `columns`. Raises InputError for a missing
-    column and for more than 5,000 rows.
+    out as many panels side by side as fit; elsewhere there are `columns`. Of panels with more than 5,000 cells the
+    strongest values of `y` are drawn, and the title says how many of how many. Raises InputError for a missing column.
     """
-    _columns(table, (x, y, color, facet, labels))
+    _with_columns(table, (x, y, color, facet, labels))
+    whole = table
+    table = _slim(strongest(table, color, y, facet), (facet, y, x, labels, color, "n", *tooltip))
     names, order = _position_names(table, x, labels)
-    data = table.assign(_position=names)
+    own = labels is not None and names.equals(table[labels])
+    data, below = (table, labels) if own else (table.assign(_position=names), "_position")
     rows = len(set(data[y]))
     shown = sorted(set(data[y]))[:: -(-rows // 16)]
+    scale = diverging_scale(data[color], largest)
+    cell = panel_width // max(1, len(order))
+    labels_that_fit = {} if cell > 9 else {"labelFontSize": 7, "labelOverlap": "greedy" if cell < 7 else False}
+    left_out = how_many(rows, whole[y].nunique(), f"{y}s")
+    heading = {"title": alt.Title(title, subtitle=left_out) if left_out else title} if title or left_out else {}
     base = (
-        alt.Chart(data)
+        alt.Chart()
         .mark_rect(stroke="currentColor", strokeOpacity=0.06, strokeWidth=0.5)
         .encode(
             x=alt.X(
-                "_position:N",
+                f"{below}:N",
                 sort=order,
                 title="position",
-                axis=alt.Axis(labelAngle=-90, ticks=False, domain=False, labelLimit=90),
+                axis=alt.Axis(labelAngle=-90, ticks=False, domain=False, labelLimit=90, **labels_that_fit),
             ),
             y=alt.Y(f"{y}:O", title=y, axis=alt.Axis(values=shown, ticks=False, domain=False)),
-            color=_color(color, diverging_scale(data[color], largest), color_title or color),
+            color=_color(color, scale, color_title or color),
             tooltip=_tooltips(data, (facet, y, x, labels, color, "n", *tooltip)),
         )
         .properties(width=panel_width, height=max(120, min(420, rows * 18)))
     )
     if facet is None:
-        return base.properties(title=title) if title else base
-    panels = base.facet(
-        alt.Facet(f"{facet}:N", sort=list(dict.fromkeys(data[facet])), title=None, header=alt.Header(labelPadding=6)),
-        columns=columns,
-        spacing=24,
-    ).resolve_axis(x="independent", y="independent")
-    return panels.properties(title=title) if title else panels
+        return base.properties(data=check_size(data), **heading)
+    values = list(dict.fromkeys(data[facet]))
+    if len(data) <= MAX_ROWS:
+        panels = base.properties(data=data).facet(
+            alt.Facet(f"{facet}:N", sort=values, title=None, header=alt.Header(labelPadding=6)),
+            columns=columns,
+            spacing=24,
+        )
+        return panels.resolve_axis(x="independent", y="independent").properties(**heading)
+    # Together they are too many for one data set: each panel has its own, in which the facet is a constant.
+    parts = [
+        base.properties(
+            data=check_size(data[data[facet] == value].drop(columns=facet)), title=str(value)
+        ).transform_calculate(**{facet: json.dumps(str(value))})
+        for value in values
+    ]
+    return alt.concat(*parts, columns=columns, spacing=24).resolve_scale(color="shared").properties(**heading)
 
 
 def matrix_heatmap(
@@ -141,7 +202,7 @@ def matrix_heatmap(
     domain: the values at which colours end; a scale that reaches below 0 is centred at 0. Orders default to
     those of the table. Raises InputError for a missing column and for more than 5,000 rows.
     """
-    _columns(table, (x, y, color, facet))
+    table = _slim(_columns(table, (x, y, color, facet)), (facet, y, x, color, "n", *tooltip))
     x_order = list(x_order if x_order is not None else dict.fromkeys(table[x]))
     y_order = list(y_order if y_order is not None else dict.fromkeys(table[y]))
     if domain[0] < 0:

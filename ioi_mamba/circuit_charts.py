@@ -14,7 +14,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from .charts import check_size, diverging_scale
+from .charts import check_size, diverging_scale, how_many, rounded, strongest
 from .circuit_axes import node_axis, node_order, score_color
 from .edge_details import EDGE, edge_details
 from .theme import BLUE, ORANGE, PLOT_WIDTH
@@ -52,8 +52,9 @@ def linked_matrices(items: pd.DataFrame) -> alt.VConcatChart:
     edges = totals[totals["part"].isna()]
     nodes = node_order(edges)
     columns = ["source", "target", "score", "rank", "kept", "exact"]
-    edges = check_size(edges[columns].assign(name=edges["source"] + " to " + edges["target"]))
-    cell = max(6, min(30, 300 // len(nodes)))
+    n_edges = len(edges)
+    edges = rounded(strongest(edges[columns].assign(name=edges["source"] + " to " + edges["target"]), "score"))
+    cell = max(3, min(30, 300 // len(nodes)))
     top = float(edges["score"].abs().max()) or 1.0
     lowest = float(edges.loc[edges["score"] != 0, "score"].abs().min())
     low = math.floor(math.log10(lowest)) if lowest > 0 else -6
@@ -91,12 +92,13 @@ def linked_matrices(items: pd.DataFrame) -> alt.VConcatChart:
         ],
     )
     size = {"width": cell * (len(nodes) - 1), "height": cell * (len(nodes) - 1)}
+    title = alt.Title("Attribution", subtitle=how_many(len(edges), n_edges, "edges"))
     scores = base.mark_rect(cursor="pointer").encode(color=score_color(colors))
     kept_scale = alt.Scale(domain=[True, False], range=[BLUE, "rgba(128,128,128,0.10)"])
     kept_legend = alt.Legend(orient="top", title="in the circuit", labelExpr="datum.value ? 'kept' : 'patched'")
     kept = base.mark_rect(cursor="pointer").encode(color=alt.Color("kept:N", scale=kept_scale, legend=kept_legend))
     matrices = alt.hconcat(
-        scores.properties(name="scores", title="Attribution", **size).add_params(slider, full),
+        scores.properties(name="scores", title=title, **size).add_params(slider, full),
         kept.properties(name="kept", title="Kept edges", **size),
         spacing=24,
     ).resolve_scale(color="independent")
@@ -118,6 +120,8 @@ def exact_scatter(totals: pd.DataFrame) -> alt.HConcatChart:
     points["part"] = points["part"].fillna("")
     for name in ("estimate", "exact"):
         points[f"|{name}|"] = points[name].abs().clip(lower=SMALLEST)
+    n_points = len(points)
+    points = rounded(strongest(points, "exact"))
     low = float(points[["|estimate|", "|exact|"]].min().min())
     high = float(points[["|estimate|", "|exact|"]].max().max())
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -125,7 +129,7 @@ def exact_scatter(totals: pd.DataFrame) -> alt.HConcatChart:
     axis = alt.Axis(format="~g", values=[10.0**k for k in powers])
     diagonal = pd.DataFrame({"|exact|": [low, high], "|estimate|": [low, high]})
     marks = (
-        alt.Chart(check_size(points))
+        alt.Chart(points)
         .mark_point(size=55, filled=True, cursor="pointer")
         .encode(
             x=alt.X("|exact|:Q", scale=scale, axis=axis, title="|exact effect| of patching it alone"),
@@ -152,7 +156,8 @@ def exact_scatter(totals: pd.DataFrame) -> alt.HConcatChart:
         .mark_line(strokeDash=[4, 4], strokeWidth=1, color="gray")
         .encode(x=alt.X("|exact|:Q", scale=scale), y=alt.Y("|estimate|:Q", scale=scale))
     )
-    title = alt.Title("Exact effect and attribution", subtitle="on the same prompts; dashed: equal")
+    about = ["on the same prompts; dashed: equal", *how_many(len(points), n_points, "edges and parts")]
+    title = alt.Title("Exact effect and attribution", subtitle=about)
     # Among others Altair numbers the names of layers, and the selection would not find its view; alone it does not.
     alone = alt.hconcat(alt.layer(line, marks).properties(width=PLOT_WIDTH, height=320, title=title))
     return alone.resolve_scale(color="independent", shape="independent")
@@ -200,9 +205,11 @@ def searched_edges(edges: pd.DataFrame) -> alt.Chart:
     """Every edge as a cell: how much it mattered to the search (drop), or that it was removed."""
     nodes = node_order(edges)
     cell = max(6, min(30, 480 // len(nodes)))
-    shown = edges[["source", "target", "drop", "kept", "score"]].assign(drop=edges["drop"].fillna(0.0))
+    whole = edges[["source", "target", "drop", "kept", "score"]].assign(drop=edges["drop"].fillna(0.0))
+    shown = strongest(whole, "drop")
+    title = alt.Title("Edges of the search", subtitle=how_many(len(shown), len(whole), "edges"))
     return (
-        alt.Chart(check_size(shown))
+        alt.Chart(shown)
         .mark_rect(stroke="gray", strokeWidth=0.2)
         .encode(
             x=alt.X("target:N", sort=nodes[1:], title="to", axis=node_axis(cell)),
@@ -221,7 +228,7 @@ def searched_edges(edges: pd.DataFrame) -> alt.Chart:
                 alt.Tooltip("score:Q", format=".5f"),
             ],
         )
-        .properties(width=cell * (len(nodes) - 1), height=cell * (len(nodes) - 1), title="Edges of the search")
+        .properties(width=cell * (len(nodes) - 1), height=cell * (len(nodes) - 1), title=title)
     )
 
 

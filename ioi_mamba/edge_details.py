@@ -5,7 +5,7 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from .charts import MAX_ROWS, check_size
+from .charts import MAX_ROWS, check_size, how_many, rounded
 from .circuit_axes import label_axis, places, position_labels
 from .theme import BLUE, CATEGORIES, ORANGE, PLOT_WIDTH
 
@@ -35,9 +35,10 @@ def edge_details(items: pd.DataFrame, edges: pd.DataFrame) -> alt.VConcatChart:
     labels = position_labels(at)
     n_edges = MAX_ROWS // max(1, len(labels))
     strongest = edges.loc[edges["score"].abs().nlargest(n_edges).index, ["source", "target"]]
+    title = alt.Title("Its positions", subtitle=how_many(len(strongest), len(edges), "edges"))
     at = at.merge(strongest, on=["source", "target"]).assign(place=lambda t: places(t))
     positions = (
-        alt.Chart(check_size(at[["source", "target", "place", "score"]]))
+        alt.Chart(check_size(rounded(at[["source", "target", "place", "score"]])))
         .transform_filter(EDGE)
         .mark_bar()
         .encode(
@@ -46,7 +47,7 @@ def edge_details(items: pd.DataFrame, edges: pd.DataFrame) -> alt.VConcatChart:
             color=alt.when("datum.score < 0").then(alt.value(BLUE)).otherwise(alt.value(ORANGE)),
             tooltip=["place:N", alt.Tooltip("score:Q", format=".5f")],
         )
-        .properties(width=310, height=120, title="Its positions")
+        .properties(width=310, height=120, title=title)
     )
     parts = items[items["part"].notna() & items["position"].isna()]
     order = list(dict.fromkeys(parts["part"]))

@@ -73,7 +73,7 @@ class Evaluator:
     pairs are kept between calls while they take less than `keep_mib` MiB; else, and on a server, each call runs the
     clean and corrupted prompts anew. resume: a pass begins at the first layer where its sets differ from the set that
     was run before, which is what makes a search cheap; False runs every pass in full (slower, same values).
-    All that is returned is on the CPU.
+    All that is returned is on the CPU. Raises InputError for the universe of another model or of other positions.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Evaluator:
         keep_mib: int = 1024,
         resume: bool = True,
     ):
+        universe.check_fits(model, pairs.clean.shape[1])
         self.model, self.pairs, self.universe, self.resume = model, pairs, universe, resume
         self.rows = rows or rows_per_pass(model, pairs.clean.shape[1], "parts" if universe.parts else "edges")
         config = config_of(model)

@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -70,6 +71,43 @@ class Universe(NamedTuple):
         positions = [None] if self.n_positions is None else range(self.n_positions)
         return [Item(s, t, p, part) for s, t, part in kinds for p in positions]
 
+    def check(self, items: Iterable[Item]) -> None:
+        """Raise InputError, naming it, for the first of the items that is not one of this graph's; makes no list."""
+        nodes = {name: k for k, name in enumerate(self.nodes)}
+        parts = {*conv_parts(self.conv_width), "ssm", "skip"} if self.parts else set()
+        last = self.n_layers + 1
+        for item in items:
+            if not isinstance(item, Item):
+                raise InputError(f"{item!r} is no Item: give ioi_mamba.graph.Item(source, target, position, part).")
+            source, target, position, part = item
+            if self.n_positions is None:
+                placed = position is None
+            else:
+                placed = _is_whole(position) and 0 <= position < self.n_positions  # type: ignore[operator]
+            i, j = nodes.get(source, last), nodes.get(target, -1)
+            there = i < j if part is None else part in parts and 1 <= i == j < last
+            if not (there and placed):
+                raise InputError(f"{item} is not in this graph: {self._described()}.")
+
+    def _described(self) -> str:
+        where = "no positions (None)" if self.n_positions is None else f"positions 0 to {self.n_positions - 1}"
+        inside = "conv slices, ssm and skip inside layers" if self.parts else "no parts inside layers"
+        return f'it has edges forward among "embed", "0" to "{self.n_layers - 1}" and "output", {inside}, {where}'
+
+    def check_fits(self, model, n_positions: int) -> None:
+        """Raise InputError unless this is a graph of the model, on prompts of so many positions if it has positions."""
+        config = config_of(model)
+        sizes = {"layers": (self.n_layers, config.num_hidden_layers)}
+        if self.parts:
+            sizes["conv slices"] = (self.conv_width, config.conv_kernel)
+        if self.n_positions is not None:
+            sizes["positions"] = (self.n_positions, n_positions)
+        for what, (here, there) in sizes.items():
+            if here != there:
+                raise InputError(
+                    f"The circuit's graph has {here} {what}, the model and prompts have {there}: take universe_of(model)."
+                )
+
 
 def universe_of(model, *, parts: bool = False, n_positions: int | None = None) -> Universe:
     """The universe of an open model; n_positions tells positions apart."""
@@ -108,10 +146,14 @@ def masks_of(sets: list[Iterable[Item]], universe: Universe, n_positions: int) -
         for item in items:
             source, target = index.get(item.source), index.get(item.target)
             where = slice(None) if item.position is None else item.position
-            inside = item.position is None or 0 <= item.position < n_positions
+            inside = item.position is None or (_is_whole(item.position) and 0 <= item.position < n_positions)
             if source is None or target is None or not inside:
                 raise InputError(
                     f"{item} is not in this graph: nodes are embed, 0 to {n - 1}, output; positions below {n_positions}."
+                )
+            if item.part is not None and not universe.parts:
+                raise InputError(
+                    f"{item} is a part of a layer, and this graph has none: take a universe with parts=True."
                 )
             if item.part is None and source < target:
                 masks.edges[s, source, target - 1, where] = 1
@@ -128,7 +170,8 @@ def masks_of(sets: list[Iterable[Item]], universe: Universe, n_positions: int) -
 class Circuit:
     """Items kept clean; every other item of the universe is patched when the circuit is evaluated.
 
-    Circuits of one universe combine with `|`, `&`, `-` and compare with `jaccard` and `overlap`.
+    Raises InputError, naming it, for an item that the universe does not have and for one that is given twice. Circuits of
+    one universe combine with `|`, `&`, `-` and compare with `jaccard` and `overlap`.
 
         >>> universe = Universe(n_layers=2)
         >>> a = Circuit(frozenset({Item("embed", "0"), Item("0", "output"), Item("embed", "1")}), universe)
@@ -140,6 +183,12 @@ class Circuit:
 
     items: frozenset[Item]
     universe: Universe
+
+    def __post_init__(self) -> None:
+        _check_size(self.universe)
+        if not isinstance(self.items, frozenset):
+            object.__setattr__(self, "items", frozenset(_each_once(self.items)))
+        self.universe.check(self.items)
 
     @classmethod
     def full(cls, universe: Universe) -> Circuit:
@@ -232,12 +281,9 @@ class Circuit:
         try:
             table = read_table(path.with_name(path.name + _SUFFIXES[0]))
             universe = Universe(**json.loads(path.with_name(path.name + _SUFFIXES[1]).read_text())["universe"])
-            _check_size(universe)
-            items = frozenset(items_of(table))
-            masks_of([items], universe, universe.n_positions or 1)
+            return cls(frozenset(items_of(table)), universe)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is no saved circuit (two files, .parquet and .json): {error}") from None
-        return cls(items, universe)
 
     def to_mib(self) -> dict:
         """The layer-level part in the JSON of the MIB benchmark: nodes and edges with `in_graph`.
@@ -258,14 +304,36 @@ class Circuit:
 
 
 def _check_size(universe: Universe) -> None:
-    """Raise ValueError for sizes that no model has."""
+    """Raise InputError for sizes that no model has."""
+    if not isinstance(universe, Universe):
+        raise InputError(f"{universe!r} is no Universe: give universe_of(model), or a Universe.")
     n_layers, conv_width, parts, n_positions = universe
     sizes = {"n_layers": n_layers, "conv_width": conv_width, "n_positions": 1 if n_positions is None else n_positions}
     for name, size in sizes.items():
         if type(size) is not int or not 1 <= size <= _LARGEST[name]:
-            raise ValueError(f"{name} is {size}, and must be 1 to {_LARGEST[name]}")
+            raise InputError(f"{name} is {size}, and must be 1 to {_LARGEST[name]}.")
     if type(parts) is not bool:
-        raise ValueError(f"parts is {parts}, and must be true or false")
+        raise InputError(f"parts is {parts}, and must be true or false.")
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+
+
+def _each_once(items: Iterable[Item]) -> list[Item]:
+    """The items as a list. Raises InputError, naming it, for one that is there twice."""
+    listed, seen = list(items), set()
+    for item in listed:
+        try:
+            known = item in seen
+        except TypeError:
+            raise InputError(
+                f"{item!r} is no Item: give ioi_mamba.graph.Item(source, target, position, part)."
+            ) from None
+        if known:
+            raise InputError(f"{item} is given twice: give every item once.")
+        seen.add(item)
+    return listed
 
 
 def kind_of(item: Item) -> str:
@@ -278,11 +346,25 @@ def kind_of(item: Item) -> str:
 
 
 def items_of(table: pd.DataFrame) -> list[Item]:
-    """The items of a table with columns source, target and, where told apart, position and part."""
+    """The items of a table with columns source, target and, where told apart, position and part, one row an item.
+
+    Raises InputError for a table without these columns, a position that is no whole number, and an item in two rows.
+    """
+    for name in ("source", "target"):
+        if name not in table:
+            raise InputError(f"The table has no column {name!r}: give one of items, with source and target.")
     n = len(table)
     positions = table["position"].tolist() if "position" in table else [None] * n
     parts = table["part"].tolist() if "part" in table else [None] * n
-    return [
-        Item(str(s), str(t), None if pd.isna(p) else int(p), None if pd.isna(part) else str(part))
+    return _each_once(
+        Item(str(s), str(t), _position(p), None if pd.isna(part) else str(part))
         for s, t, p, part in zip(table["source"], table["target"], positions, parts, strict=True)
-    ]
+    )
+
+
+def _position(value: Any) -> int | None:
+    if pd.isna(value):
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real) or value % 1 != 0:
+        raise InputError(f"The position {value!r} is no whole number: give the index of a token.")
+    return int(value)

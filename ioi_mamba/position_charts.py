@@ -152,9 +152,9 @@ def presence_strips(missing: pd.DataFrame) -> alt.VConcatChart:
     names = list(dict.fromkeys(missing["label"]))
     cell = max(9, min(24, (PLOT_WIDTH - 60) // len(nodes)))
     strips = []
-    for name, rows in check_size(missing).groupby("table", sort=False):
+    for name, rows in missing.groupby("table", sort=False):
         strips.append(
-            alt.Chart(rows)
+            alt.Chart(check_size(rows))
             .mark_rect(stroke="currentColor", strokeOpacity=0.25, strokeWidth=0.5)
             .encode(
                 x=alt.X("node:N", sort=nodes, scale=alt.Scale(domain=nodes), title=None, axis=node_axis(cell)),
@@ -177,8 +177,9 @@ def _strip_title(table: str) -> str:
 
 
 def strongest_edges(items: pd.DataFrame, n_edges: int = 24) -> alt.Chart:
-    """Scores by edge and position, of the n_edges edges with the strongest cells; kept items are outlined."""
+    """Scores by edge and position, of at most n_edges edges with the strongest cells; kept items are outlined."""
     edge = items["source"] + " to " + items["target"]
+    n_edges = max(1, min(n_edges, MAX_ROWS // max(1, len(set(items["position"])))))
     strongest = items["score"].abs().groupby(edge).max().nlargest(n_edges).index
     shown = items.assign(edge=edge, place=places(items))[edge.isin(strongest)]
     labels = position_labels(items)

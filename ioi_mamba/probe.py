@@ -42,7 +42,7 @@ def _probe(model, *, progress=None) -> dict[str, Any]:
         stream = next(iter(tensors.values()))
     on_gpu = stream.device.type == "cuda"
     return {
-        "weights_sha256": None if tensors is None else _digest(tensors),
+        "weights_sha256": None if tensors is None else weights_digest(tensors),
         "device": f"{stream.device} ({torch.cuda.get_device_name(stream.device)})" if on_gpu else str(stream.device),
         "dtype": str(stream.dtype).removeprefix("torch."),
         "kernels": [name for name in KERNELS if on_gpu and importlib.util.find_spec(name) is not None],
@@ -53,7 +53,8 @@ def _probe(model, *, progress=None) -> dict[str, Any]:
     }
 
 
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
+def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256, in hex, of a state dict's names, dtypes, shapes and values; of mamba-370m in float32 about a second."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

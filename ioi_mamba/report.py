@@ -7,8 +7,9 @@ its head makes the browser hold to that. Whatever text a table or manifest carri
 from __future__ import annotations
 
 import json
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import altair as alt
 import jinja2
+import numpy as np
 import pandas as pd
 import vl_convert
 from markupsafe import Markup
@@ -26,10 +28,27 @@ import analyses
 from . import baseline, charts, compare, provenance, tasks
 from .errors import InputError
 from .files import written_whole
-from .results import read_results
+from .results import read_manifest, read_result, read_results
 
 PREVIEW_ROWS = 12
 MAX_BYTES = 8 * 2**20
+MAX_CELL = 300  # characters of a cell of the preview
+
+# What the page shows where a manifest does not say, or says something of another kind.
+UNKNOWN: dict[str, Any] = {
+    **dict.fromkeys(("device", "dtype", "pairs_sha256", "table_sha256", "created"), "unknown"),
+    **dict.fromkeys(("wall_seconds", "peak_memory_mib"), 0.0),
+    **{name: {} for name in ("options", "versions")},
+    **{name: [] for name in ("kernels", "examples")},
+    "task": tasks.ioi.TASK,
+    "backend": "unknown",
+    "n_pairs": 0,
+}
+UNKNOWN_MODEL: dict[str, Any] = {"id": "unknown", "architecture": "unknown", "config": {}, "weights_sha256": "unknown"}
+OPTIONAL = {
+    "clean": ("accuracy", "n", "bound"),
+    "requests": ("count", "bytes_up", "bytes_down", "queue_seconds", "run_seconds", "transfer_seconds"),
+}
 CHART_FORMS = ("svg", "png")
 _GLOBALS = "window.vegaEmbed = vegaEmbed;"
 _VEGALITE = re.sub(r"^v(\d+\.\d+).*", r"\1", alt.SCHEMA_VERSION)
@@ -39,8 +58,8 @@ _VEGALITE = re.sub(r"^v(\d+\.\d+).*", r"\1", alt.SCHEMA_VERSION)
 class Section:
     """What the page shows of one experiment, or of a summary of several, whose manifest is empty.
 
-    `spec` None: there is no chart, and `trouble` says why, in a sentence. warning: that the model cannot do the task,
-    or empty.
+    `spec` None: there is no chart. trouble: what could not be made of the table, and why, in a sentence. warning: that
+    the model cannot do the task, or empty.
     examples: prompts to show for a position that is chosen, as JSON, where the table has positions.
     """
 
@@ -57,19 +76,37 @@ class Section:
     warning: str
     examples: Markup | None
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether the table is not one that others can read numbers off."""
+        return _what_is_wrong(self.module, self.table) is not None
+
 
 def write_report(directory: str | Path) -> Path:
     """Write `index.html` from the tables and manifests of a directory, in the paper's order; gives its path.
 
-    A chart that cannot be drawn, or would mean nothing since the model cannot do the task, is replaced by the reason;
-    a table without manifest is an unfinished run and left out. Raises InputError for a directory without a finished table, a table that cannot be read, and a
-    page over 8 MB.
+    What cannot be made of an experiment's table, or would mean nothing since the model cannot do the task, is replaced by
+    the reason; so are the largest charts of a page over 8 MB. A table without manifest is an unfinished run and left out.
+    Raises InputError for a directory without a finished table.
     """
     directory = Path(directory)
     sections = _sections(directory)
-    task = tasks.load(sections[0].manifest.get("task", tasks.ioi.TASK))
+    page = _page(sections)
+    while len(page.encode()) > MAX_BYTES and any(section.spec for section in sections):
+        largest = max(range(len(sections)), key=lambda k: len(sections[k].spec or ""))
+        megabytes = f"{len(page.encode()) / 2**20:.1f} MB, more than {MAX_BYTES / 2**20:.3g}"
+        trouble = f"The chart is left out: with it the page would have {megabytes}. Report fewer analyses to see it."
+        sections[largest] = replace(sections[largest], spec=None, examples=None, trouble=trouble)
+        page = _page(sections)
+    with written_whole(directory / "index.html") as path:
+        path.write_text(page, encoding="utf-8")
+    return directory / "index.html"
+
+
+def _page(sections: list[Section]) -> str:
+    task = tasks.load(sections[0].manifest["task"])
     is_ioi = task is tasks.ioi  # what the paper claims is about this task
-    page = _template().render(
+    return _template().render(
         task=task,
         is_ioi=is_ioi,
         claims=_claims(sections) if is_ioi else None,
@@ -81,13 +118,6 @@ def write_report(directory: str | Path) -> Path:
         title=f"{_short_name(sections[0].manifest['model']['id'])}, taken apart",
         bundle=Markup(_bundle()),
     )
-    if len(page.encode()) > MAX_BYTES:
-        raise InputError(
-            f"The page would have {len(page.encode()) / 2**20:.1f} MB, more than 8: report fewer analyses."
-        )
-    with written_whole(directory / "index.html") as path:
-        path.write_text(page, encoding="utf-8")
-    return directory / "index.html"
 
 
 def save_charts(directory: str | Path, form: str) -> list[Path]:
@@ -121,25 +151,48 @@ def save_charts(directory: str | Path, form: str) -> list[Path]:
 
 def _sections(directory: Path) -> list[Section]:
     """Those of every finished experiment, in the paper's order. Raises InputError where there is none."""
-    return [
-        _drawn(analyses.load(name), result.manifest, result.table, notebook_code(name), PREVIEW_ROWS)
-        for name, result in read_results(directory).items()
-    ]
+    sections = []
+    for name in analyses.available():
+        manifest, table, trouble = read_manifest(directory / f"{name}.json"), None, None
+        try:
+            result = read_result(directory, name)
+            table = None if result is None else result.table
+        except InputError as error:
+            table, trouble = pd.DataFrame(), str(error)
+        if manifest is not None and table is not None:
+            code = notebook_code(name)
+            sections.append(_drawn(analyses.load(name), _complete(manifest), table, code, PREVIEW_ROWS, trouble))
+    if not sections:
+        read_results(directory)  # which says what is wrong with the directory
+    return sections
 
 
-def _drawn(module: ModuleType, manifest: dict[str, Any], table: pd.DataFrame, code: str, n_preview: int) -> Section:
-    spec, findings, trouble = None, [], None
-    if baseline.means_nothing(module, manifest):
+def _drawn(
+    module: ModuleType,
+    manifest: dict[str, Any],
+    table: pd.DataFrame,
+    code: str,
+    n_preview: int,
+    trouble: str | None = None,
+) -> Section:
+    """The section of a table. trouble: why there is no table to be drawn, None where there is one."""
+    spec, findings = None, []
+    trouble = trouble or _what_is_wrong(module, table)
+    if trouble is None and baseline.means_nothing(module, manifest):
         trouble = (
             "No chart is drawn: it would show changes of what this model does on the task, which it cannot do. "
             f"The numbers are in {module.NAME}.parquet, the first of them below."
         )
-    else:
+    elif trouble is None:
+        # One experiment's table must not cost the page, whatever it holds.
         try:
-            findings = list(module.findings(table))
+            findings = list(map(str, module.findings(table)))
+        except Exception as error:
+            trouble = f"The table could not be put into words. {_reason(error)}"
+        try:
             spec = script_json(chart_spec(module.chart(table)))
-        except Exception as error:  # one experiment's table must not cost the page
-            trouble = f"The chart could not be drawn. {type(error).__name__}: {error}"
+        except Exception as error:
+            trouble = f"The chart could not be drawn. {_reason(error)}"
     head = table.head(n_preview)
     return Section(
         module=module,
@@ -148,7 +201,7 @@ def _drawn(module: ModuleType, manifest: dict[str, Any], table: pd.DataFrame, co
         spec=spec,
         findings=findings,
         trouble=trouble,
-        header=[str(column) for column in head.columns],
+        header=[str(column)[:MAX_CELL] for column in head.columns],
         preview=[[_cell(value) for value in row] for row in head.itertuples(index=False)],
         n_rows=len(table),
         code=code,
@@ -157,34 +210,101 @@ def _drawn(module: ModuleType, manifest: dict[str, Any], table: pd.DataFrame, co
     )
 
 
+def _what_is_wrong(module: ModuleType, table: pd.DataFrame) -> str | None:
+    """Why a table holds nothing to be drawn, in a sentence; None where it may."""
+    again = f"run {module.NAME} again"
+    missing = [name for name in getattr(module, "COLUMNS", ()) if name not in table]
+    if missing:
+        return f"The table is not one of {module.NAME}: it has no column {missing[0]!r}. To have it, {again}."
+    if table.empty:
+        return f"The table has no rows: nothing was measured. To have some, {again}."
+    numbers = table.select_dtypes("float")
+    if len(numbers.columns) and not np.isfinite(numbers.to_numpy(float, na_value=np.nan)).any():
+        return (
+            f"The table holds no finite number: of these prompts nothing could be measured, as where the two of every pair "
+            f"are the same. Look at the prompts and {again}."
+        )
+    return None
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def _complete(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest that has all that the page shows: "unknown", 0 or nothing for what is missing or is something else."""
+    model = manifest["model"] if isinstance(manifest["model"], dict) else {}
+    known = {name: _if_like(model.get(name), other) for name, other in UNKNOWN_MODEL.items()}
+    whole = {"seed": "unknown"} | manifest | {"model": known}
+    whole |= {name: _if_like(manifest.get(name), other) for name, other in UNKNOWN.items()}
+    whole["kernels"] = list(map(str, whole["kernels"]))
+    for name, needed in OPTIONAL.items():
+        entry = whole.get(name)
+        if not (isinstance(entry, dict) and all(isinstance(entry.get(key), (int, float)) for key in needed)):
+            whole.pop(name, None)
+        elif name == "clean":
+            whole[name] = {key: value for key, value in entry.items() if isinstance(value, (int, float))}
+    if not all(
+        isinstance(example, dict)
+        and all(isinstance(example.get(key), list) for key in ("positions", "clean", "corrupted"))
+        for example in whole["examples"]
+    ):
+        whole["examples"] = []
+    return whole | {"task": whole["task"] if whole["task"] in tasks.available() else tasks.ioi.TASK}
+
+
+def _if_like(value: Any, other: Any) -> Any:
+    """The value, or `other` where it is of another kind than this; whole numbers and others are one kind."""
+    kinds = (int, float) if isinstance(other, float) else type(other)
+    return value if isinstance(value, kinds) and not (isinstance(value, float) and math.isnan(value)) else other
+
+
 def _claims(sections: list[Section]) -> dict[str, Any]:
     """The claims of the paper on this run: sentences and two tables, or the trouble there was."""
-    tables = {section.module.NAME: section.table for section in sections}
     manifests = {section.module.NAME: section.manifest for section in sections}
-    try:
-        table = compare.evaluate(tables, manifests)
-    except Exception as error:  # as for a section: what cannot be judged must not cost the page
-        return {"trouble": f"{type(error).__name__}: {error}"}
+    found = {"trouble": None, "about": [], "judged": [], "others": []}
+    table, trouble = _of_whole_tables(
+        sections, lambda tables: compare.evaluate(tables, {name: manifests[name] for name in tables})
+    )
+    if trouble:
+        found["trouble"] = trouble
+    if table is None:
+        return found
     judged = table["verdict"].isin([compare.HOLDS, compare.FAILS])
-    return {
-        "trouble": None,
+    return found | {
         "about": compare.about(table),
         "judged": list(table[judged].itertuples()),
         "others": list(table[~judged].itertuples()),
     }
 
 
+def _of_whole_tables(sections: list[Section], work: Any) -> tuple[Any, str]:
+    """What `work` makes of the tables by name, without those it fails on, and a sentence on these; None of no table."""
+    tables = {section.module.NAME: section.table for section in sections if not section.is_broken}
+    try:
+        return (work(tables) if tables else None), ""
+    except Exception:  # as for a section: what cannot be judged must not cost the page
+        wrong = {}
+        for name, table in tables.items():
+            try:
+                work({name: table})
+            except Exception as error:
+                wrong[name] = _reason(error)
+    left_out = "; ".join(f"{name} ({reason})" for name, reason in wrong.items())
+    try:
+        kept = {name: table for name, table in tables.items() if name not in wrong}
+        return (work(kept) if wrong and kept else None), f"Left out: {left_out or 'all tables, together'}."
+    except Exception as error:
+        return None, _reason(error)
+
+
 def _summaries(sections: list[Section]) -> list[Section]:
     """A section of each summary of which at least one line could be read off the tables that mean something."""
     telling = [section for section in sections if not baseline.means_nothing(section.module, section.manifest)]
-    tables = {section.module.NAME: section.table for section in telling}
     drawn = []
     for module in analyses.summaries():
-        try:
-            table = module.summarize(tables)
-        except Exception:  # the tables it reads have their own sections, which say what is wrong with them
-            continue
-        if (table["holds"] != "not run").any():
+        table, _ = _of_whole_tables(telling, module.summarize)  # a table's own section says what is wrong with it
+        if table is not None and (table["holds"] != "not run").any():
             drawn.append(_drawn(module, {}, table, summary_code(module.NAME), len(table)))
     return drawn
 
@@ -233,7 +353,7 @@ def summary_code(name: str) -> str:
 def _cell(value: Any) -> str:
     if pd.api.types.is_scalar(value) and pd.isna(value):
         return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)[:MAX_CELL]
 
 
 def _short_name(model_id: str) -> str:
@@ -241,6 +361,10 @@ def _short_name(model_id: str) -> str:
 
 
 def _day(created: str) -> str:
+    try:
+        datetime.fromisoformat(created)
+    except ValueError:
+        return "on an unknown day"
     return f"{datetime.fromisoformat(created):%d %B %Y}".lstrip("0")
 
 

@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from .bottleneck import find_layer, find_offset
 from .errors import InputError
 from .interventions import forward
-from .jobs import call, config_of, device_of
+from .jobs import call, config_of, device_of, runs_here
 from .memory import rows_per_pass
 from .mixer import MixerPass
 from .portable import portable
+from .probe import weights_digest
 from .sweep import Progress, layer_count
 from .tasks import ioi
 from .tasks.base import ABSENT, Pairs
-from .tasks.prompts import bos_id, find_roles, is_name, single_token_ids
+from .tasks.prompts import find_roles, is_name, read, single_token_ids, words_of
 
 METHODS = ("replace", "subtract-add")
 
@@ -189,11 +190,16 @@ def steer(
     twice has two slots. {}: how the model continues without an edit. The old name is read off the prompt.
     layer, offset: where to write, so many tokens after the name; None takes those of `averages`, and without these
     what `find_layer` and `find_offset` find.
-    averages: of the names, from the function `averages`. None: made from 2,000 generated pairs of the paper's
-    templates and kept for the next call with this model, layer and offset.
+    averages: of the names, from the function `averages`; they are those of the weights they were made with. None: made
+    from 2,000 generated pairs of the paper's templates and kept for the next call with this model, layer and offset,
+    as long as the weights stay the same: their hash is taken at every call (mamba-370m: a second).
     Raises InputError for a slot the prompt has not, a name that is not one token or has no average, and a `layer`
     or `offset` that is not that of `averages`.
     """
+    if not isinstance(prompt, str) or not isinstance(names, Mapping):
+        raise InputError(
+            'The prompt must be a text and names a dict, such as {"n2": "Mary"}; give one prompt at a time.'
+        )
     if averages is None:
         averages = _kept_averages(model, layer, offset)
     elif layer not in (None, averages.layer) or offset not in (None, averages.offset):
@@ -279,16 +285,28 @@ class _OfModel(WeakKeyDictionary):
         return WeakKeyDictionary, ()
 
 
-_found: WeakKeyDictionary[nn.Module, int] = _OfModel()
-_kept: WeakKeyDictionary[nn.Module, dict[tuple[int, int | None], Averages]] = _OfModel()
+_kept: WeakKeyDictionary[nn.Module, tuple[str, dict[Any, Any]]] = _OfModel()
+
+
+def _of_weights(model) -> dict[Any, Any]:
+    """What was found out about a model with the weights it has now: empty where they are others than last time.
+
+    The weights on a server cannot be changed from here.
+    """
+    weights = weights_digest(model._module.state_dict()) if runs_here(model) else ""
+    kept = _kept.get(model._module)
+    if kept is None or kept[0] != weights:
+        kept = _kept[model._module] = (weights, {})
+    return kept[1]
 
 
 def _kept_averages(model, layer: int | None, offset: int | None) -> Averages:
-    """Averages over generated pairs, made once for each model, layer and offset as asked for."""
-    module = model._module
+    """Averages over generated pairs, made once for the weights of a model, a layer and an offset as asked for."""
+    kept = _of_weights(model)
     if layer is None:
-        layer = _found[module] if module in _found else _found.setdefault(module, find_layer(model))
-    kept = _kept.setdefault(module, {})
+        if "layer" not in kept:
+            kept["layer"] = find_layer(model)
+        layer = kept["layer"]
     if (layer, offset) not in kept:
         where = find_offset(model, layer) if offset is None else offset
         pairs = ioi.generate(model.tokenizer, _PAIRS_FOR_STEER, 27)
@@ -296,15 +314,14 @@ def _kept_averages(model, layer: int | None, offset: int | None) -> Averages:
     return kept[layer, offset]
 
 
-def _read_prompt(tokenizer: Any, prompt: str, averages: Averages) -> tuple[Tensor, dict[str, int]]:
+def _read_prompt(tokenizer: Any, text: str, averages: Averages) -> tuple[Tensor, dict[str, int]]:
     """Int64[pos] with BOS in front, and the roles of a prompt, in which the averaged names are the names."""
-    names = [tokenizer.decode([name]).strip() for name in averages.names.tolist()]
-    encoding = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-    bos, ids = bos_id(tokenizer), encoding["input_ids"]
-    if not ids:
+    if not text.strip():
         raise InputError("The prompt is empty; give a text with names in it.")
-    prefix = [] if ids[0] == bos else [bos]
-    return torch.tensor(prefix + ids), find_roles(prompt, names, encoding["offset_mapping"], len(prefix))
+    averaged = set(averages.names.tolist())
+    ids_of = single_token_ids(tokenizer, dict.fromkeys(words_of(text)))
+    (prompt,) = read(tokenizer, [text])
+    return torch.tensor(prompt.tokens), find_roles(prompt, [word for word, i in ids_of.items() if i in averaged])
 
 
 def _distinct(pairs: Pairs, at: Tensor, leave_out: Tensor | None) -> tuple[Tensor, Tensor]:

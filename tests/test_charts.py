@@ -64,7 +64,6 @@ def test_a_table_of_zeros_still_has_a_scale():
 @pytest.mark.parametrize(
     "build",
     [
-        lambda table: charts.position_heatmap(table, facet=None, labels=None),
         lambda table: charts.matrix_heatmap(table, x="position", y="layer", color="effect"),
         lambda table: charts.line_with_points(table, x="position", y="effect"),
         lambda table: charts.bars_with_baseline(table, x="layer", y="effect", baseline=0, baseline_label="b"),
@@ -75,6 +74,51 @@ def test_no_chart_has_more_rows_than_a_page_carries(build):
     with pytest.raises(InputError, match="aggregate"):
         build(table)
     build(table.head(5000))
+
+
+def data_sets(chart):
+    """The rows of each data set of a chart."""
+    return list(chart.to_dict()["datasets"].values())
+
+
+def panels_of(n_layers, n_positions, corruptions="ABCDE"):
+    rows = [
+        (c, k, p, f"p{p}", (k + 1) / 100, ord(c))
+        for c in corruptions
+        for k in range(n_layers)
+        for p in range(n_positions)
+    ]
+    return pd.DataFrame(rows, columns=["corruption", "layer", "position", "label", "effect", "n"])
+
+
+def test_panels_that_are_too_many_for_one_data_set_have_one_each_and_lose_nothing():
+    table = panels_of(64, 20)
+    chart = charts.position_heatmap(table, title="Effects")
+    assert [len(rows) for rows in data_sets(chart)] == [64 * 20] * 5
+    spec = chart.to_dict()
+    assert [panel["title"] for panel in spec["concat"]] == list("ABCDE")
+    assert spec["title"]["text"] if isinstance(spec["title"], dict) else spec["title"] == "Effects"
+    assert spec["resolve"]["scale"]["color"] == "shared"
+    domains = {tuple(panel["encoding"]["color"]["scale"]["domain"]) for panel in spec["concat"]}
+    assert domains == {(-0.64, 0.64)}
+    # The prompts of a cell are chosen by its corruption, which the panel's rows no longer carry.
+    assert [panel["transform"] for panel in spec["concat"]] == [
+        [{"calculate": f'"{c}"', "as": "corruption"}] for c in "ABCDE"
+    ]
+
+
+@pytest.mark.parametrize(("n_positions", "kept"), [(100, 30), (5000, 1)])
+def test_of_panels_with_too_many_cells_the_strongest_layers_are_drawn_and_the_title_says_so(n_positions, kept):
+    table = panels_of(64, n_positions, "AB" if n_positions == 5000 else "ABCDE")
+    chart = charts.position_heatmap(table, title="Effects")
+    for rows in data_sets(chart):
+        assert {row["layer"] for row in rows} == set(range(64 - kept, 64))
+    assert chart.to_dict()["title"]["subtitle"] == [f"the strongest {kept} of 64 layers are drawn"]
+
+
+def test_values_of_a_page_are_rounded_below_what_is_seen():
+    table = heatmap_table().assign(effect=1 / 3)
+    assert {row["effect"] for row in data_sets(charts.position_heatmap(table))[0]} == {0.33333}
 
 
 def test_a_missing_column_is_named():

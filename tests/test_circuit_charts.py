@@ -94,7 +94,28 @@ def widths(spec):
     return spec.get("width", 0) if isinstance(spec.get("width", 0), int) else 0
 
 
-@pytest.mark.parametrize("n_layers", [3, 8, 24, 48])
+def test_the_positions_of_as_many_edges_as_a_chart_carries_are_drawn_and_its_title_says_of_how_many():
+    rows, _ = tables(64, n_positions=40)
+    text = json.dumps(edge_chart(rows))
+    assert f"the strongest {5000 // 40} of {65 * 66 // 2} edges are drawn" in text
+    assert "strongest" not in json.dumps(edge_chart(tables(8)[0]))
+
+
+def test_of_more_edges_than_a_chart_carries_the_strongest_are_drawn_and_the_titles_say_so():
+    rows, items = tables(110, n_positions=8)
+    n_edges = 111 * 112 // 2
+    for chart in (
+        edge_chart(rows),
+        chart_spec(
+            cc.searched_edges(rows[rows["position"].isna() & rows["part"].isna()].assign(drop=rows["score"].abs()))
+        ),
+    ):
+        assert max(len(data) for data in chart["datasets"].values()) == 5000
+        assert f"the strongest 5000 of {n_edges} edges" in json.dumps(chart)
+    chart_spec(pc.presence_strips(_missing_names.missing_names(items, 100)))
+
+
+@pytest.mark.parametrize("n_layers", [3, 8, 24, 48, 64])
 def test_charts_fit_a_page_800_pixels_wide(n_layers):
     for spec in all_charts(n_layers, 30, 20):
         assert widths(spec) <= 700

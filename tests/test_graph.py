@@ -101,6 +101,99 @@ def test_what_is_no_item_of_the_graph_is_refused_by_name(item):
         masks_of([[Item(*item)]], Universe(3, 3, parts=True), 4)
 
 
+def test_a_part_is_no_item_of_a_graph_without_parts():
+    with pytest.raises(InputError, match=r"part='ssm'.*parts=True"):
+        masks_of([[Item("0", "0", None, "ssm")]], LAYERS, 4)
+
+
+# -- circuits of a graph ------------------------------------------------------------------------------------------
+
+POSITIONS = Universe(3, n_positions=5)
+
+
+@pytest.mark.parametrize(
+    ("item", "universe"),
+    [
+        (("0", "7"), LAYERS),
+        (("1", "0"), LAYERS),
+        (("1", "1"), LAYERS),
+        (("output", "output"), LAYERS),
+        ((0, 1), LAYERS),
+        (("embed", "0", 2), LAYERS),
+        (("0", "0", None, "ssm"), LAYERS),
+        (("embed", "0"), POSITIONS),
+        (("embed", "0", 5), POSITIONS),
+        (("embed", "0", -1), POSITIONS),
+        (("embed", "0", True), POSITIONS),
+        (("embed", "0", 1.5), POSITIONS),
+        (("0", "0", 1, "ssm"), POSITIONS),
+        (("0", "0", 1, "conv-3"), UNIVERSE),
+        (("embed", "embed", 1, "ssm"), UNIVERSE),
+        (("0", "1", 1, "ssm"), UNIVERSE),
+        (("0", "0", None, "ssm"), UNIVERSE),
+    ],
+)
+def test_a_circuit_has_only_items_of_its_graph(item, universe):
+    with pytest.raises(InputError, match=re.escape(str(Item(*item)))):
+        Circuit(frozenset([Item(*item), *universe.items()[:2]]), universe)
+
+
+def test_an_item_given_twice_and_what_is_no_item_are_refused():
+    items = LAYERS.items()
+    assert Circuit(items, LAYERS) == Circuit.full(LAYERS)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=f"{re.escape(str(items[3]))} is given twice"):
+        Circuit([*items, items[3]], LAYERS)  # type: ignore[arg-type]
+    for wrong in (("embed", "0"), "embed", 3, ["embed", "0"]):
+        with pytest.raises(InputError, match="is no Item"):
+            Circuit([wrong], LAYERS)  # type: ignore[list-item]
+    with pytest.raises(InputError, match="given twice"):
+        items_of(pd.DataFrame({"source": ["0", "0"], "target": ["1", "1"], "pair": [0, 1]}))
+    with pytest.raises(InputError, match=r"position 1\.5"):
+        items_of(pd.DataFrame({"source": ["0"], "target": ["1"], "position": [1.5]}))
+    with pytest.raises(InputError, match="no column 'source'"):
+        items_of(pd.DataFrame({"layer": [1]}))
+
+
+def test_a_graph_of_no_model_is_refused():
+    for universe in (Universe(0), Universe(3, 0), Universe(3, 4, 1), Universe(3, n_positions=0), (3,)):  # type: ignore
+        with pytest.raises(InputError):
+            Circuit(frozenset(), universe)  # type: ignore[arg-type]
+
+
+@few
+@given(st.sampled_from([UNIVERSE, LAYERS, POSITIONS, Universe(2, 4, True)]), st.data())
+def test_a_graph_checks_as_the_list_of_its_items_says(universe, data):
+    nodes = st.sampled_from([*universe.nodes, "9"])
+    parts = st.sampled_from([None, "ssm", "skip", *conv_parts(4)])
+    item = data.draw(st.builds(Item, nodes, nodes, st.sampled_from([None, -1, 0, 1, 4, 5]), parts))
+    if item in universe.items():
+        universe.check([item])
+    else:
+        with pytest.raises(InputError, match=re.escape(str(item))):
+            universe.check([item])
+
+
+def test_a_saved_circuit_with_an_item_of_another_graph_or_twice_is_refused(tmp_path):
+    path = tmp_path / "circuit"
+    Circuit.full(LAYERS).save(path)
+    table = Circuit.full(LAYERS).to_frame()
+    for rows, message in ((table.assign(target="7"), "target='7'"), (pd.concat([table, table[:1]]), "given twice")):
+        rows.to_parquet(path.with_name("circuit.parquet"))
+        with pytest.raises(InputError, match=message):
+            Circuit.load(path)
+
+
+def test_a_circuit_of_another_model_or_of_other_positions_is_not_evaluated(mini):
+    pairs = im.ioi.generate(mini.tokenizer, 1, 27, templates=im.ioi.ALIGNED_TEMPLATES)
+    for universe, message in (
+        (Universe(3), "has 3 layers, .* 8"),
+        (Universe(8, n_positions=5), "has 5 positions, .* 20"),
+        (Universe(8, 3, parts=True), "has 3 conv slices, .* 4"),
+    ):
+        with pytest.raises(InputError, match=message):
+            im.evaluate(mini, pairs, Circuit.full(universe))
+
+
 # -- sets ---------------------------------------------------------------------------------------------------------
 
 

@@ -251,6 +251,32 @@ def test_the_averages_of_steer_are_made_once_for_a_model_and_a_place(mini, monke
     assert made == [(1, 0), (1, 1), (3, 2)]
 
 
+def test_after_the_weights_changed_the_averages_and_the_layer_are_those_of_the_new_weights(monkeypatch):
+    monkeypatch.setattr(steering, "_PAIRS_FOR_STEER", 40)
+    model = im.open_model("mini", device="cpu")
+    looked = []
+    monkeypatch.setattr(steering, "find_layer", lambda model: looked.append(1) or 2)
+    first = steering._kept_averages(model, None, 1)
+    assert steering._kept_averages(model, None, 1) is first
+    convolution = model._module.backbone.layers[0].mixer.conv1d
+    before = convolution.bias.data.clone()
+    edits = (
+        lambda: convolution.bias.add_(0.7),
+        lambda: setattr(convolution.bias, "data", before - 0.5),  # other storage, no version counted
+        lambda: setattr(convolution, "bias", torch.nn.Parameter(before + 0.2)),
+    )
+    for number, edit in enumerate(edits, 2):
+        with torch.no_grad():
+            edit()
+        found = steering._kept_averages(model, None, 1)
+        pairs = im.ioi.generate(model.tokenizer, 40, 27)
+        torch.testing.assert_close(found.mean, steering.averages(model, pairs, 2, offset=1).mean)
+        assert (found.mean - first.mean).abs().max() > 1e-3
+        assert len(looked) == number
+    convolution.bias.data = before
+    torch.testing.assert_close(steering._kept_averages(model, None, 1).mean, first.mean)
+
+
 def test_the_bottleneck_is_the_one_of_layer_ablation(mini):
     table = layer_ablation.run(mini, layer_ablation.default_pairs(mini.tokenizer, 8, 27))
     assert bottleneck.find_layer(mini) == layer_ablation.bottleneck(table)
@@ -303,6 +329,9 @@ def test_other_bad_input_is_refused(mini, pairs, place, averages, tiny_mamba):
         steering.steer(mini, prompt, {}, layer=place.layer + 1, averages=averages)
     with pytest.raises(InputError, match="empty"):
         steering.steer(mini, "", {}, averages=averages)
+    for text, names in (([prompt], {}), (prompt, ["Mary"]), (pairs.clean, {})):
+        with pytest.raises(InputError, match="one prompt at a time"):
+            steering.steer(mini, text, names, averages=averages)
     at, name = torch.tensor([3]), averages.names[:1]
     with pytest.raises(InputError, match="method"):
         steering.steering_edit(averages, "swap", at, name, name, "n1")

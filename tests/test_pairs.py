@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from ioi_mamba.errors import InputError
-from ioi_mamba.tasks import Pairs
+from ioi_mamba.tasks import Pairs, greater_than, ioi
 
 ROW = {
     "pair": 0,
@@ -170,6 +170,23 @@ def test_a_file_that_cannot_be_read_is_refused(tokenizer, write, tmp_path):
         ({"clean": [[9, 1, 2**70], [9, 1, 2]]}, "clean cannot be read as whole numbers"),
         ({"clean": [[9, 1, -2], [9, 1, 2]]}, "clean has values out of range"),
         ({"clean": "tokens"}, "clean cannot be read as whole numbers"),
+        ({"clean": ["one two", "three"]}, "clean cannot be read as whole numbers: it is text; give token ids"),
+        ({"clean": b"tokens"}, "clean cannot .* it is text"),
+        ({"clean": {"input_ids": [[9, 1, 2]]}}, "clean cannot .* it is a dict or an encoding"),
+        ({"clean": BatchEncoding({"input_ids": [[9, 1, 2]]})}, "clean cannot .* it is a dict or an encoding"),
+        ({"clean": [SimpleNamespace(ids=[9, 1])]}, "clean cannot .* it is an encoding"),
+        ({"clean": None}, "clean cannot be read as whole numbers"),
+        ({"clean": [[9, 1, None], [9, 1, 2]]}, "clean cannot be read as whole numbers"),
+        ({"clean": [[9, 1, True], [9, 1, 2]]}, "clean cannot .* it is True or False"),
+        ({"clean": torch.ones(2, 3, dtype=torch.bool)}, "clean has dtype torch.bool"),
+        ({"clean": numpy.ones((2, 3), numpy.float16)}, "clean has dtype torch.float16"),
+        ({"clean": numpy.array([[9, 1, "a"], [9, 1, 2]], dtype=object)}, "clean cannot be read"),
+        ({"clean": numpy.array([[9, 1, 2**64 - 1]] * 2, numpy.uint64)}, "clean has values out of range"),
+        ({"answer": [True, False]}, "answer cannot .* it is True or False"),
+        ({"answer": [1.0, 2.0]}, "answer has dtype torch.float32"),
+        ({"labels": ["x", "y"]}, "labels is a list; give a dict"),
+        ({"labels": {"corruption": "xy"}}, "label 'corruption' is one text"),
+        ({"roles": [1, 2]}, "roles is a list; give a dict"),
         ({"corrupted": [[9, 1], [9, 2]]}, r"corrupted has shape \(2, 2\) and clean \(2, 3\)"),
         ({"answer": [1]}, r"answer has shape \(1,\)"),
         ({"wrong": [[1, 2]]}, r"wrong has shape \(1, 2\)"),
@@ -199,10 +216,44 @@ def test_tokens_that_do_not_fit_are_refused_in_one_sentence(change, message):
 
 def test_tensors_arrays_and_lists_of_whole_numbers_are_the_same_pairs():
     rows = [[9, 1, 2], [9, 1, 3]], [[9, 4, 2], [9, 4, 3]], [1, 2], [3, 4]
-    kinds = (list, torch.tensor, numpy.array, lambda row: torch.tensor(row, dtype=torch.int32))
+    types = ("uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+    kinds = [list, torch.tensor, *(lambda row, t=t: numpy.array(row, dtype=t) for t in types)]
+    kinds += [lambda row, t=t: torch.tensor(row, dtype=getattr(torch, t)) for t in types]
+    kinds += [lambda row: list(numpy.array(row)), lambda row: list(torch.tensor(row))]
     made = [Pairs.from_tokens(*map(kind, rows), lengths=kind([3, 2])) for kind in kinds]
     assert len({pairs.hash() for pairs in made}) == 1
     assert all(pairs.clean.dtype == pairs.lengths.dtype == torch.int64 for pairs in made)
+
+
+def test_ragged_rows_may_be_lists_arrays_or_tensors(ragged):
+    rows = [[9, 1, 2, 3], [9, 4, 5], [9, 1, 3, 2]], [[9, 1, 7, 3], [9, 6, 5], [9, 1, 3, 2]]
+    want = Pairs.from_tokens(*rows, [1, 2, 3], [4, 5, 6], lengths=[4, 3, 4])
+    for kind in (numpy.array, torch.tensor, lambda row: numpy.array(row, "uint8")):
+        made = Pairs.from_tokens(
+            *([kind(row) for row in side] for side in rows), [1, 2, 3], [4, 5, 6], lengths=[4, 3, 4]
+        )
+        assert made.hash() == want.hash()
+
+
+def test_pairs_made_directly_and_of_texts_say_what_they_need(ragged):
+    with pytest.raises(InputError, match=r"clean is a list, no tensor; Pairs\.from_tokens takes lists"):
+        dataclasses.replace(ragged, clean=[[9, 1]])
+    with pytest.raises(InputError, match=r"clean has dtype torch\.uint8"):
+        dataclasses.replace(ragged, clean=ragged.clean.to(torch.uint8))
+    for prompts, message in (
+        ("Ann met Bob", "no PromptPairs"),
+        (["Ann met Bob"], "no PromptPairs"),
+        ([], "no prompts"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Pairs.from_prompts(prompts, None)
+
+
+@pytest.mark.parametrize("task", [ioi, greater_than], ids=["ioi", "greater-than"])
+@pytest.mark.parametrize(("n_pairs", "seed"), [(2.5, 1), ("3", 1), (True, 1), (None, 1), (2, None), (2, "x"), (2, 1.5)])
+def test_what_is_drawn_is_told_by_whole_numbers(task, n_pairs, seed):
+    with pytest.raises(InputError, match="give a whole number"):
+        task.generate(None, n_pairs, seed)
 
 
 def test_a_tokenizer_without_character_offsets_is_refused(write):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from types import SimpleNamespace
 
+import deep
 import pandas as pd
 import paper_run
 import pytest
@@ -105,6 +106,10 @@ def own_part(page):
     return page.replace(report._bundle(), "")
 
 
+def section_of(page, name):
+    return page.split(f'<section id="{name}"')[1].split("</section>")[0]
+
+
 def test_sections_stand_in_the_papers_order_with_all_their_parts(directory):
     page = own_part(report.write_report(directory).read_text())
     assert re.findall(r'<section id="([^"]+)"', page) == ["claims", "layer-removal", "state-ablation"]
@@ -180,17 +185,27 @@ def test_an_unfinished_run_is_left_out(directory):
     assert 'id="state-ablation"' not in page
 
 
-def test_a_table_that_is_no_parquet_is_named(directory):
+def test_a_table_that_is_no_parquet_costs_only_its_own_section(directory):
     (directory / "state-ablation.parquet").write_text("not a table")
-    with pytest.raises(InputError, match=r"state-ablation\.parquet cannot be read"):
+    page = own_part(report.write_report(directory).read_text())
+    assert "state-ablation.parquet cannot be read as parquet" in section_of(page, "state-ablation")
+    assert page.count('class="chart"') == 1
+    (directory / "layer-removal.parquet").unlink()
+    assert "cannot be read as parquet" in report.write_report(directory).read_text()
+    (directory / "state-ablation.parquet").unlink()
+    with pytest.raises(InputError, match="holds no finished table"):
         report.write_report(directory)
-    assert not (directory / "index.html").exists()
 
 
-def test_a_page_too_large_is_refused(directory, monkeypatch):
+def test_the_largest_charts_of_a_page_too_large_are_left_out_and_it_says_so(directory, monkeypatch):
+    whole = len(report.write_report(directory).read_bytes())
+    monkeypatch.setattr(report, "MAX_BYTES", whole - 1000)
+    page = report.write_report(directory).read_text()
+    assert len(page.encode()) < report.MAX_BYTES
+    assert own_part(page).count('class="chart"') == 1
+    assert "The chart is left out: with it the page would have" in own_part(page)
     monkeypatch.setattr(report, "MAX_BYTES", 1000)
-    with pytest.raises(InputError, match="more than"):
-        report.write_report(directory)
+    assert own_part(report.write_report(directory).read_text()).count("The chart is left out") == 2
 
 
 def test_a_chart_of_too_many_rows_is_refused():
@@ -256,6 +271,124 @@ def test_charts_in_another_form_are_refused(directory):
     with pytest.raises(InputError, match="svg, png"):
         report.save_charts(directory, "gif")
     assert not (directory / "charts").exists()
+
+
+@pytest.fixture(scope="module")
+def deep_tables():
+    return deep.tables(64, 40)
+
+
+@pytest.mark.parametrize("name", analyses.available())
+def test_the_chart_of_every_experiment_is_drawn_for_64_layers_and_40_positions(name, deep_tables):
+    module, table = analyses.load(name), deep_tables[name]
+    assert module.findings(table)
+    spec = report.chart_spec(module.chart(table))
+    sizes = [len(rows) for rows in spec["datasets"].values()]
+    assert 0 < max(sizes) <= charts.MAX_ROWS
+    if name in ("layer-ablation", "state-ablation", "output-ablation"):
+        assert sizes == [64 * 40] * 5
+
+
+def test_the_page_of_all_experiments_holds_64_layers_and_40_positions(deep_tables, tmp_path):
+    paper_run.write(tmp_path, deep_tables)
+    page = own_part(report.write_report(tmp_path).read_text())
+    assert page.count('class="chart"') >= len(deep_tables)
+    assert "The chart could not be drawn. " not in page
+
+
+def nan_only(table):
+    return table.assign(**{name: float("nan") for name in table if pd.api.types.is_numeric_dtype(table[name])})
+
+
+def text_for_numbers(table):
+    return table.assign(**{name: "much" for name in table if pd.api.types.is_numeric_dtype(table[name])})
+
+
+def numbers_for_text(table):
+    return table.assign(**{name: 3.5 for name in table if not pd.api.types.is_numeric_dtype(table[name])})
+
+
+def strange_texts(table):
+    texts = [name for name in table if pd.api.types.is_string_dtype(table[name])]
+    return table.assign(**{name: (HOSTILE * len(table))[: len(table)] for name in texts})
+
+
+DAMAGES = {
+    "no rows": lambda table: table.head(0),
+    "no rows and columns": lambda table: pd.DataFrame(),
+    "NaN": nan_only,
+    "all missing": lambda table: table.assign(**dict.fromkeys(table, None)),
+    "half of the columns": lambda table: table[list(table)[::2]],
+    "foreign": lambda table: pd.DataFrame({"city": ["Rome"], "people": [2.8e6]}),
+    "text for numbers": text_for_numbers,
+    "numbers for text": numbers_for_text,
+    "infinite": lambda table: table.assign(
+        **{name: float("inf") for name in table if pd.api.types.is_float_dtype(table[name])}
+    ),
+    "strange texts": strange_texts,
+    "one row": lambda table: table.head(1),
+    "the same row again": lambda table: pd.concat([table.head(1)] * 5),
+    "lists": lambda table: table.assign(**{name: [[1, 2]] * len(table) for name in list(table)[:2]}),
+    "Float64": lambda table: table.convert_dtypes(),
+}
+NOTHING_TO_DRAW = ("no rows", "no rows and columns", "NaN", "all missing", "half of the columns", "foreign", "infinite")
+
+
+@pytest.fixture(scope="module")
+def few_layers():
+    return deep.tables(4, 20)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_table_costs_its_own_section_alone(damage, few_layers, tmp_path):
+    intact = "output-ablation"
+    damaged = {name: table if name == intact else DAMAGES[damage](table) for name, table in few_layers.items()}
+    paper_run.write(tmp_path, damaged)
+    page = own_part(report.write_report(tmp_path).read_text())
+    assert f'id="{intact}-chart"' in page
+    for name in damaged:
+        section = section_of(page, name)
+        drawn, says_so = f'id="{name}-chart"' in section, "note trouble" in section
+        assert drawn or says_so
+        if name != intact and damage in NOTHING_TO_DRAW:
+            assert says_so
+            assert not drawn
+
+
+@pytest.mark.parametrize("name", analyses.available())
+@pytest.mark.parametrize("damage", ["NaN", "text for numbers"])
+def test_one_damaged_table_leaves_the_other_sections_and_the_claims(name, damage, few_layers, tmp_path):
+    some = dict.fromkeys(("layer-removal", "output-ablation", "layer-ablation", name))
+    tables = {each: few_layers[each] for each in some} | {name: DAMAGES[damage](few_layers[name])}
+    paper_run.write(tmp_path, tables)
+    page = own_part(report.write_report(tmp_path).read_text())
+    for other in tables.keys() - {name}:
+        assert f'id="{other}-chart"' in page
+        assert "note trouble" not in section_of(page, other)
+    assert "note trouble" in section_of(page, name)
+    assert "claims that could be judged" in section_of(page, "claims")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"model": "mini"},
+        {"model": {}},
+        {"model": {"id": 3, "config": []}},
+        {"clean": {"accuracy": "high"}},
+        {"clean": 3, "requests": 4, "examples": [3], "kernels": [None], "options": "none"},
+        {"examples": [{"positions": [1]}], "requests": {"count": 1}, "versions": None},
+        {"created": "yesterday", "wall_seconds": None, "n_pairs": "many", "task": "chess", "seed": None},
+        {"created": 3, "peak_memory_mib": "much", "pairs_sha256": None, "table_sha256": 1},
+    ],
+)
+def test_a_damaged_manifest_costs_no_chart(damage, directory):
+    put(directory, "layer-removal", LAYER_REMOVAL, **damage)
+    page = own_part(report.write_report(directory).read_text())
+    assert page.count('class="chart"') == 2
+    bare = {"analysis": "layer-removal", "model": None, "table_sha256": None}
+    (directory / "layer-removal.json").write_text(json.dumps(bare))
+    assert own_part(report.write_report(directory).read_text()).count('class="chart"') == 2
 
 
 BELOW = {"accuracy": 0.5, "n": 8, "bound": 0.75}

@@ -55,6 +55,10 @@ class Pairs:
 
     def __post_init__(self) -> None:
         for name, tensor in self._tensors():
+            if not isinstance(tensor, Tensor):
+                raise InputError(
+                    f"{name} is a {type(tensor).__name__}, no tensor; Pairs.from_tokens takes lists and arrays."
+                )
             if tensor.dtype != torch.int64:
                 raise InputError(f"{name} has dtype {tensor.dtype}; give int64 token ids or indices.")
         if self.clean.ndim != 2 or 0 in self.clean.shape:
@@ -103,11 +107,18 @@ class Pairs:
         labels: Mapping[str, Sequence[str]] | None = None,
         roles: Mapping[str, Any] | None = None,
     ) -> Pairs:
-        """Pairs from token ids: integer tensors, arrays or (nested) lists, shaped as the fields of `Pairs`.
+        """Pairs from token ids: tensors or arrays of any integer type, or (nested) lists, shaped as the fields of `Pairs`.
 
         Lists of unequal length need `lengths` and are padded on the right, which a causal model does not see
         at `last`. Raises InputError for values that are no integers, or rows that do not fit.
         """
+        for what, columns in (("labels", labels), ("roles", roles)):
+            if columns is not None and not isinstance(columns, Mapping):
+                raise InputError(f"{what} is a {type(columns).__name__}; give a dict with a column for each name.")
+        for name, column in (labels or {}).items():
+            if isinstance(column, str):
+                raise InputError(f"label {name!r} is one text; give a list with one for each pair.")
+        clean, corrupted, candidates = map(_rows, (clean, corrupted, candidates))
         if lengths is not None:
             lengths = _integers("lengths", lengths).reshape(-1)
         if _is_ragged(candidates):
@@ -141,6 +152,10 @@ class Pairs:
         Raises InputError, naming the pair's `source`, where a name is not one token, a word is unknown to the
         tokenizer, or the two prompts of a pair differ in length.
         """
+        if isinstance(prompts, str) or not all(isinstance(prompt, PromptPair) for prompt in prompts):
+            raise InputError("prompts are no PromptPairs: give a list of these, or a file of them to Pairs.from_jsonl.")
+        if not prompts:
+            raise InputError("There are no prompts; give at least one pair.")
         rows = text.tokenize(prompts, tokenizer)
         lengths = [len(row.clean) for row in rows]
         return cls(
@@ -332,6 +347,11 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _integers(name: str, value: Any) -> Tensor:
+    what = _other_kind(value)
+    if what:
+        raise InputError(
+            f"{name} cannot be read as whole numbers: it is {what}; give token ids, as in tokenizer(texts)['input_ids']."
+        )
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -343,8 +363,34 @@ def _integers(name: str, value: Any) -> Tensor:
     return tensor.long()
 
 
+def _other_kind(value: Any) -> str:
+    """In words, what stands where token ids should; empty for what may be ids."""
+    first = value
+    while isinstance(first, (list, tuple)) and first:
+        first = first[0]
+    if isinstance(first, (str, bytes)):
+        return "text"
+    if isinstance(first, Mapping):
+        return "a dict or an encoding"
+    if hasattr(first, "ids") or hasattr(first, "input_ids"):
+        return "an encoding"
+    rows = value if isinstance(value, (list, tuple)) else ()
+    return "True or False" if any(isinstance(v, bool) for row in rows for v in _listed(row)) else ""
+
+
+def _listed(row: Any) -> Sequence[Any]:
+    return row if isinstance(row, (list, tuple)) else (row,)
+
+
+def _rows(value: Any) -> Any:
+    """A list of tensors or arrays as a list of lists; anything else as it is."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return [row.tolist() if hasattr(row, "tolist") and hasattr(row, "shape") else row for row in value]
+
+
 def _is_ragged(rows: Any) -> bool:
-    nested = isinstance(rows, Sequence) and all(isinstance(row, Sequence) for row in rows)
+    nested = isinstance(rows, Sequence) and all(isinstance(row, (list, tuple)) for row in rows)
     return nested and len({len(row) for row in rows}) > 1
 
 

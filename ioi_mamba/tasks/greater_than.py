@@ -16,8 +16,9 @@ when this was written; years and centuries that a tokenizer cuts elsewhere are l
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from statistics import mode
+import re
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from ioi_mamba.errors import InputError
 from ioi_mamba.interventions import forward
 from ioi_mamba.jobs import call
 from ioi_mamba.tasks.base import ABSENT, Pairs
-from ioi_mamba.tasks.prompts import bos_id
+from ioi_mamba.tasks.prompts import Prompt, check_drawn, following_ids, read
 
 TASK = "greater-than"
 TITLE = "How the model works out which year is later"
@@ -49,13 +50,30 @@ ROWS = 64
 
 
 def year_tokens(tokenizer: Any) -> Tensor:
-    """Int64[100], the token that begins each of the years 00 to 99: the whole year, or its tens digit.
+    """Int64[100], the token that begins each of the years 00 to 99 after a century: the whole year, or its tens digit.
 
     A year that is written with more or fewer tokens than most is -1 and takes no part.
     """
-    rows = _ids(tokenizer, YEARS)
-    usual = mode(len(row) for row in rows)
-    return torch.tensor([row[0] if len(row) == usual else ABSENT for row in rows])
+    return _first_tokens(_endings(tokenizer))
+
+
+def _endings(tokenizer: Any) -> dict[int, list[list[int]]]:
+    """By century, the tokens of each of the YEARS after it; [] for a year that is not cut off there."""
+    return {
+        century: following_ids(tokenizer, START.format(noun=NOUNS[0], century=century), YEARS) for century in CENTURIES
+    }
+
+
+def _usual(endings: Mapping[int, list[list[int]]]) -> list[tuple[int, ...]]:
+    """The tokens of each year as most centuries have them; () for one that no century has, or of unusual length."""
+    by_year = [Counter(tuple(row) for row in rows if row) for rows in zip(*endings.values(), strict=True)]
+    usual = [found.most_common(1)[0][0] if found else () for found in by_year]
+    length = Counter(len(row) for row in usual if row).most_common(1)
+    return [row if length and len(row) == length[0][0] else () for row in usual]
+
+
+def _first_tokens(endings: Mapping[int, list[list[int]]]) -> Tensor:
+    return torch.tensor([row[0] if row else ABSENT for row in _usual(endings)])
 
 
 def generate(tokenizer: Any, n_pairs: int, seed: int) -> Pairs:
@@ -70,12 +88,12 @@ def generate(tokenizer: Any, n_pairs: int, seed: int) -> Pairs:
 
     Raises InputError for a tokenizer that does not cut a year into its century and its last two digits.
     """
-    if n_pairs < 1:
-        raise InputError(f"n_pairs is {n_pairs}; ask for at least one pair.")
-    first = {year: token for year, token in enumerate(year_tokens(tokenizer).tolist()) if token != ABSENT}
+    n_pairs, seed = check_drawn(n_pairs, seed)
+    endings = _endings(tokenizer)
+    first = {year: token for year, token in enumerate(_first_tokens(endings).tolist()) if token != ABSENT}
     order = list(dict.fromkeys(first.values()))
     rank = {year: order.index(token) for year, token in first.items()}
-    years = _years(tokenizer, rank)
+    years = _years(tokenizer, endings, rank)
     nouns = _nouns(tokenizer)
     rng, prompts, answer, wrong = random.Random(seed), [], [], []
     for _ in range(n_pairs):
@@ -86,24 +104,34 @@ def generate(tokenizer: Any, n_pairs: int, seed: int) -> Pairs:
         prompts.append([f"{start}{YEARS[shown]}{middle}" for shown in (year, CORRUPTED_YEAR)])
         answer.append(first[rng.choice([other for other in rank if rank[other] > rank[year]])])
         wrong.append(first[rng.choice([y for y in rank if rank[CORRUPTED_YEAR] < rank[y] < rank[year]])])
-    clean, corrupted = (torch.tensor(_ids(tokenizer, side)) for side in zip(*prompts, strict=True))
-    bos = torch.full((n_pairs, 1), bos_id(tokenizer))
-    begin = START.format(noun=nouns[0], century=CENTURIES[0])
-    at = {"BOS": 0, "noun": 1 + len(_ids(tokenizer, ["The"])[0])}
-    at["century"] = 1 + len(_ids(tokenizer, [begin.rsplit(" ", 1)[0]])[0])
-    at["year"] = 1 + len(_ids(tokenizer, [begin])[0])
-    at |= {f"year+{k}": at["year"] + k for k in range(1, len(_ids(tokenizer, [YEARS[years[0][1]]])[0]))}
-    at["out"] = clean.shape[1]
+    clean, corrupted = (read(tokenizer, side) for side in zip(*prompts, strict=True))
+    for prompt in (*clean, *corrupted):
+        if prompt.lacks(tokenizer.unk_token_id):
+            raise InputError(
+                f"A word of {prompt.text!r} is unknown to the tokenizer: greater-than needs one that has it."
+            )
     return Pairs(
-        clean=torch.cat([bos, clean], 1),
-        corrupted=torch.cat([bos, corrupted], 1),
+        clean=torch.tensor([prompt.tokens for prompt in clean]),
+        corrupted=torch.tensor([prompt.tokens for prompt in corrupted]),
         answer=torch.tensor(answer),
         wrong=torch.tensor(wrong),
         candidates=torch.tensor([answer, wrong]).T,
         labels={"template": ("lasted",) * n_pairs, "corruption": (f"YY -> {YEARS[CORRUPTED_YEAR]}",) * n_pairs},
-        roles={role: torch.full((n_pairs,), index) for role, index in at.items()},
+        roles={role: torch.full((n_pairs,), index) for role, index in _roles(clean[0]).items()},
         texts=tuple((clean, corrupted) for clean, corrupted in prompts),
     )
+
+
+def _roles(prompt: Prompt) -> dict[str, int]:
+    """Where the words of a prompt are that vary; it is the same place in all prompts of a call."""
+    found = re.fullmatch(r"\w+ (?P<noun>\w+) .* (?P<century>\d\d)(?P<year>\d\d) .*", prompt.text)
+    assert found is not None
+    # A word begins with its space, which may be a token of its own.
+    at = {role: prompt.token_at(found.start(role) - 1) for role in ("noun", "century")}
+    at["year"] = prompt.token_at(found.start("year"))
+    last = prompt.token_at(found.end("year") - 1)
+    at |= {f"year+{k}": at["year"] + k for k in range(1, last - at["year"] + 1)}
+    return {"BOS": 0, **at, "out": len(prompt.tokens) - 1}
 
 
 def probability_difference(logits: Tensor, pairs: Pairs, tokens: Tensor) -> Tensor:
@@ -134,30 +162,29 @@ def _differences(model, pairs: Pairs, tokens: Tensor, *, progress=None) -> Tenso
     return torch.cat(parts)
 
 
-def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
-
-
 def _nouns(tokenizer: Any) -> list[str]:
     """Nouns of one length in tokens, the commonest, so that all prompts have one layout."""
     by_length: dict[int, list[str]] = {}
-    for noun, ids in zip(NOUNS, _ids(tokenizer, [f" {noun}" for noun in NOUNS]), strict=True):
-        by_length.setdefault(len(ids), []).append(noun)
+    before = START.split(" {", 1)[0]
+    for noun, ids in zip(NOUNS, following_ids(tokenizer, before, [f" {noun}" for noun in NOUNS]), strict=True):
+        if ids:
+            by_length.setdefault(len(ids), []).append(noun)
+    if not by_length:
+        raise InputError(f"This tokenizer knows none of the nouns of greater-than, such as {NOUNS[0]!r}: use another.")
     return max(by_length.values(), key=len)
 
 
-def _years(tokenizer: Any, rank: Mapping[int, int]) -> list[tuple[int, int]]:
+def _years(tokenizer: Any, endings: Mapping[int, list[list[int]]], rank: Mapping[int, int]) -> list[tuple[int, int]]:
     """(century, year) to draw from: cut where they should be, with a wrong year between 01 and it and one above."""
     found, ranks, lowest = [], rank.values(), rank.get(CORRUPTED_YEAR, len(YEARS))
     years = [year for year in rank if any(lowest < other < rank[year] for other in ranks) and rank[year] < max(ranks)]
-    endings = _ids(tokenizer, YEARS)
-    for century in CENTURIES:
-        start = START.format(noun=NOUNS[0], century=century)
-        (before,) = _ids(tokenizer, [start])
-        whole = _ids(tokenizer, [start + year for year in YEARS])
-        cut = [row == before + ending for row, ending in zip(whole, endings, strict=True)]
+    usual = _usual(endings)
+    for century, rows in endings.items():
+        cut = [row == list(ids) for row, ids in zip(rows, usual, strict=True)]
         found += [(century, year) for year in years if cut[year] and cut[CORRUPTED_YEAR]]
-    lengths = {century: len(_ids(tokenizer, [f" {century}"])[0]) for century in CENTURIES}
+    before = START.rsplit(" ", 1)[0].format(noun=NOUNS[0])
+    written = following_ids(tokenizer, before, [f" {century}" for century in CENTURIES])
+    lengths = {century: len(ids) for century, ids in zip(CENTURIES, written, strict=True)}
     found = [(century, year) for century, year in found if lengths[century] == lengths[CENTURIES[0]]]
     if not found:
         raise InputError(

@@ -17,7 +17,7 @@ from typing import Any
 
 from ioi_mamba.errors import InputError
 from ioi_mamba.tasks.base import Pairs
-from ioi_mamba.tasks.prompts import PromptPair, single_token_ids
+from ioi_mamba.tasks.prompts import PromptPair, check_drawn, single_token_ids
 
 TASK = "ioi"
 TITLE = "How the model works out who is given something"
@@ -115,8 +115,7 @@ def generate(
     The global random state is neither read nor changed. Labels are "template" (its first words) and
     "corruption". Raises InputError for templates and corruptions that do not fit each other.
     """
-    if n_pairs < 1:
-        raise InputError(f"n_pairs is {n_pairs}; ask for at least one pair.")
+    n_pairs, seed = check_drawn(n_pairs, seed)
     formats = {corruption: _letters(corruption) for corruption in _several("corruptions", corruptions)}
     templates = _several("templates", templates)
     for template in templates:

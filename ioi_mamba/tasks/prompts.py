@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import unicodedata
 import zlib
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,19 @@ MAX_LINE_BYTES, MAX_LINES = 100_000, 100_000  # packed, a small file can hold mo
 TEXT_KEYS = ("uncorrupted", "corrupted", "answer_uncorrupted", "answer_corrupted", "corruption")
 NAME_LIST_KEYS = ("incorrect_for_uncorrupted", "incorrect_for_corrupted")
 
+CONTEXT = "to"
+"""The word before a name where no prompt is at hand."""
+
 PLACE = re.compile(r"\bthe (\w+)[.,]")
 OBJECT = re.compile(r"\ban? (\w+) to$")
 
 
 @dataclass(frozen=True)
 class PromptPair:
-    """One pair as text. `names`: every name of the two prompts once, sorted; `source`: where it is from."""
+    """One pair as text. `names`: every name of the two prompts once, sorted; `source`: where it is from.
+
+    Prompts and names are kept in Unicode's composed form (NFC): the same name is then the same characters.
+    """
 
     clean: str
     corrupted: str
@@ -34,6 +42,11 @@ class PromptPair:
     corruption: str
     source: str
     template: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("clean", "corrupted", "answer", "wrong"):
+            object.__setattr__(self, name, composed(getattr(self, name)))
+        object.__setattr__(self, "names", tuple(sorted(set(map(composed, self.names)))))
 
     @property
     def template_label(self) -> str:
@@ -54,6 +67,36 @@ class TokenizedPair:
     roles: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A text as the model reads it. text: composed (NFC); tokens: ids, BOS first.
+
+    spans: of each token the first and the past-the-last character in `text`, (0, 0) for a BOS put in front.
+    """
+
+    text: str
+    tokens: list[int]
+    spans: list[tuple[int, int]]
+
+    def token_at(self, character: int) -> int:
+        """Index of the first token that holds a part of this character, which may be several tokens."""
+        holding = (k for k, (_, end) in enumerate(self.spans) if end > character)
+        return next(holding, len(self.spans) - 1)
+
+    def lacks(self, unknown: int | None) -> bool:
+        """Whether a word is unknown to the tokenizer: its token is `unknown`, or it has none."""
+        if unknown in self.tokens[1:]:
+            return True
+        ends = [end for _, end in self.spans]
+        starts = [*(start for start, _ in self.spans[1:]), len(self.text)]
+        return any(map(str.isalnum, (c for end, start in zip(ends, starts, strict=True) for c in self.text[end:start])))
+
+
+def composed(text: str) -> str:
+    """The text in Unicode's composed form (NFC), in which an accent is no character of its own."""
+    return unicodedata.normalize("NFC", text)
+
+
 def bos_id(tokenizer: Any) -> int:
     """The token to put before every prompt: the tokenizer's BOS, or where it has none its EOS."""
     for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
@@ -62,48 +105,82 @@ def bos_id(tokenizer: Any) -> int:
     raise InputError("This tokenizer has neither a BOS nor an EOS token; set tokenizer.bos_token to start prompts.")
 
 
-def single_token_ids(tokenizer: Any, names: Iterable[str]) -> dict[str, int]:
-    """The id of " " + name for each name that is one known token with its leading space, and no others."""
+def read(tokenizer: Any, texts: Iterable[str]) -> list[Prompt]:
+    """The texts as the model reads them, each with exactly one BOS in front."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError("This tokenizer does not report character offsets; open it with use_fast=True.")
+    texts, bos = list(map(composed, texts)), bos_id(tokenizer)
+    if not texts:
+        return []
+    encoding = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True)
+    prompts = []
+    for text, ids, spans in zip(texts, encoding["input_ids"], encoding["offset_mapping"], strict=True):
+        begins = ids[:1] == [bos]  # a text may begin with it, and a tokenizer may put it there whatever it is told
+        prompts.append(
+            Prompt(text, ids if begins else [bos, *ids], list(map(tuple, spans if begins else [(0, 0), *spans])))
+        )
+    return prompts
+
+
+def following_ids(tokenizer: Any, context: str, endings: Iterable[str]) -> list[list[int]]:
+    """The tokens of each ending as it stands right after `context`; [] where one is unknown or not cut off there.
+
+    What an ending is alone says little: some tokenizers put a space in front of every text, or a token for it.
+    """
+    before, *whole = read(tokenizer, [context, *(context + ending for ending in endings)])
+    n, found = len(before.tokens), []
+    for prompt in whole:
+        after = Prompt(prompt.text, [0, *prompt.tokens[n:]], [(0, len(before.text)), *prompt.spans[n:]])
+        cut = prompt.tokens[:n] == before.tokens and not after.lacks(tokenizer.unk_token_id)
+        found.append(prompt.tokens[n:] if cut else [])
+    return found
+
+
+def single_token_ids(tokenizer: Any, names: Iterable[str], context: str = CONTEXT) -> dict[str, int]:
+    """The id of each name that is one known token where it stands after `context` and a space, and of no others."""
     names = list(names)
-    ids = {}
-    for name, tokens in zip(names, _encode(tokenizer, [f" {name}" for name in names])["input_ids"], strict=True):
-        if len(tokens) == 1 and tokens[0] != tokenizer.unk_token_id:
-            ids[name] = int(tokens[0])
-    return ids
+    found = following_ids(tokenizer, context, [f" {name}" for name in names])
+    return {name: ids[0] for name, ids in zip(names, found, strict=True) if len(ids) == 1}
 
 
 def tokenize(pairs: Sequence[PromptPair], tokenizer: Any) -> list[TokenizedPair]:
     """Tokenise both prompts of each pair, BOS in front, and find the roles.
 
-    Raises InputError, naming the pair's `source`, for a name that is not one token with its leading space, a
-    word unknown to the tokenizer, or unequal lengths.
+    Raises InputError, naming the pair's `source`, for a name that is not one token with its leading space, two names
+    that are the same token, a word unknown to the tokenizer, or unequal lengths.
     """
-    bos = bos_id(tokenizer)
-    ids_of = single_token_ids(tokenizer, sorted({name for pair in pairs for name in pair.names}))
-    encoding = _encode(tokenizer, [text for pair in pairs for text in (pair.clean, pair.corrupted)], offsets=True)
-    rows = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+    names_after: dict[str, set[str]] = {}
+    for pair in pairs:
+        names_after.setdefault(_last_word(pair.clean), set()).update(pair.names)
+    ids_after = {word: single_token_ids(tokenizer, sorted(names), word) for word, names in names_after.items()}
+    read_in_turn = iter(read(tokenizer, [text for pair in pairs for text in (pair.clean, pair.corrupted)]))
     tokenized = []
-    for pair, (clean, clean_spans), (corrupted, corrupted_spans) in zip(pairs, rows, rows, strict=True):
+    for pair, clean, corrupted in zip(pairs, read_in_turn, read_in_turn, strict=True):
+        ids_of = ids_after[_last_word(pair.clean)]
+        name_of: dict[int, str] = {}
         for name in pair.names:
             if name not in ids_of:
                 raise InputError(f"{pair.source}: {f' {name}'!r} is not one token of this tokenizer; use another name.")
-        for text, ids in ((pair.clean, clean), (pair.corrupted, corrupted)):
-            if tokenizer.unk_token_id in (ids[1:] if ids[:1] == [bos] else ids):
-                raise InputError(f"{pair.source}: a word of {text!r} is unknown to the tokenizer; use words it has.")
-        if len(clean) != len(corrupted):
+            other = name_of.setdefault(ids_of[name], name)
+            if other != name:
+                raise InputError(f"{pair.source}: {other!r} and {name!r} are the same token; use another name.")
+        for prompt in (clean, corrupted):
+            if prompt.lacks(tokenizer.unk_token_id):
+                raise InputError(
+                    f"{pair.source}: a word of {prompt.text!r} is unknown to the tokenizer; use words it has."
+                )
+        if len(clean.tokens) != len(corrupted.tokens):
             raise InputError(
-                f"{pair.source}: the prompts have {len(clean)} and {len(corrupted)} tokens; "
+                f"{pair.source}: the prompts have {len(clean.tokens) - 1} and {len(corrupted.tokens) - 1} tokens; "
                 "the two prompts of a pair must be equally long."
             )
-        prefix = [] if clean[:1] == [bos] else [bos]
-        roles = find_roles(pair.clean, pair.names, clean_spans, len(prefix))
-        others = find_roles(pair.corrupted, pair.names, corrupted_spans, len(prefix))
+        roles, others = find_roles(clean, pair.names), find_roles(corrupted, pair.names)
         # An edit writes one prompt's value into the other at a role: it must be the same position in both.
         roles = {role: index for role, index in roles.items() if others.get(role) == index}
         tokenized.append(
             TokenizedPair(
-                clean=prefix + clean,
-                corrupted=prefix + corrupted,
+                clean=clean.tokens,
+                corrupted=corrupted.tokens,
                 answer=ids_of[pair.answer],
                 wrong=ids_of[pair.wrong],
                 names=[ids_of[name] for name in pair.names],
@@ -113,22 +190,15 @@ def tokenize(pairs: Sequence[PromptPair], tokenizer: Any) -> list[TokenizedPair]
     return tokenized
 
 
-def find_roles(text: str, names: Sequence[str], spans: Sequence[tuple[int, int]], n_prefix: int = 1) -> dict[str, int]:
-    """Token index of each semantic position of a prompt (`Pairs` lists them), BOS first and `out` last.
-
-    spans: first and past-the-last character of each token of `text`, before which are `n_prefix` tokens.
-    """
-    starts = [start for start, _ in spans]
-
-    def token_at(character: int) -> int:
-        return bisect_right(starts, character) - 1 + n_prefix
-
-    anchors = {f"n{k}": token_at(start) for k, start in enumerate(_mentions(text, names), 1)}
+def find_roles(prompt: Prompt, names: Iterable[str]) -> dict[str, int]:
+    """Token index of each semantic position of a prompt (`Pairs` lists them), BOS first and `out` last."""
+    text, names = prompt.text, set(map(composed, names))
+    anchors = {f"n{k}": prompt.token_at(start) for k, start in enumerate(_mentions(text, names), 1)}
     for role, pattern in (("place", PLACE), ("object", OBJECT)):
         found = pattern.search(text)
         if found and found[1] not in names:
-            anchors[role] = token_at(found.start(1))
-    out = len(spans) + n_prefix - 1
+            anchors[role] = prompt.token_at(found.start(1))
+    out = len(prompt.tokens) - 1
     named = dict(sorted(anchors.items(), key=lambda item: item[1]))
     roles = {"BOS": 0}
     if named:
@@ -142,6 +212,21 @@ def find_roles(text: str, names: Sequence[str], spans: Sequence[tuple[int, int]]
             roles[f"{role}+{following - index}"] = following
             following += 1
     return roles | {"out": out}
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, in order: runs of letters, digits and what is written above or below them."""
+    return ["".join(run) for is_word, run in groupby(composed(text), _in_word) if is_word]
+
+
+def check_drawn(n_pairs: Any, seed: Any) -> tuple[int, int]:
+    """How many pairs to draw, and from which seed. Raises InputError for what is no whole number, and for none."""
+    for name, value in (("n_pairs", n_pairs), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise InputError(f"{name} is {value!r}; give a whole number.")
+    if n_pairs < 1:
+        raise InputError(f"n_pairs is {n_pairs}; ask for at least one pair.")
+    return int(n_pairs), int(seed)
 
 
 def is_name(role: str) -> bool:
@@ -201,16 +286,37 @@ def _parse_line(line: bytes, source: str) -> PromptPair:
     )
 
 
-def _mentions(text: str, names: Sequence[str]) -> list[int]:
-    """Where in `text` a name begins, in order."""
-    longest_first = sorted(names, key=len, reverse=True)
-    return [found.start() for found in re.finditer(rf"\b(?:{'|'.join(map(re.escape, longest_first))})\b", text)]
+def _mentions(text: str, names: Iterable[str]) -> list[int]:
+    """Where in `text` a name begins, in order; names within longer names do not count."""
+    ends: dict[int, int] = {}
+    for name in filter(None, names):
+        start = text.find(name)
+        while start >= 0:
+            end = start + len(name)
+            inside = (start > 0 and _in_word(text[start - 1]) and _in_word(name[0])) or (
+                end < len(text) and _in_word(text[end]) and (_in_word(name[-1]) or _is_mark(text[end]))
+            )
+            if not inside:
+                ends[start] = max(end, ends.get(start, 0))
+            start = text.find(name, start + 1)
+    found, past = [], 0
+    for start in sorted(ends):
+        if start >= past:
+            found.append(start)
+            past = ends[start]
+    return found
 
 
-def _encode(tokenizer: Any, texts: list[str], offsets: bool = False) -> Any:
-    if not tokenizer.is_fast:
-        raise InputError("This tokenizer does not report character offsets; open it with use_fast=True.")
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=offsets)
+def _in_word(character: str) -> bool:
+    return character.isalnum() or character == "_" or _is_mark(character)
+
+
+def _is_mark(character: str) -> bool:
+    return unicodedata.category(character).startswith("M")
+
+
+def _last_word(text: str) -> str:
+    return text.split()[-1]
 
 
 def _is_text(value: object) -> bool:

@@ -4,8 +4,14 @@ const options = {renderer: "svg", actions: {export: true, source: false, compile
 
 const AXIS_WIDTH = 90;
 
+// Pixels of each panel of a chart of panels that are equally wide; undefined of any other chart.
+function panelWidth(spec) {
+  const panels = spec.facet ? [spec.spec] : spec.concat || [];
+  return panels.length && panels.every(panel => panel.width === panels[0].width) ? panels[0].width : undefined;
+}
+
 function columnsThatFit(spec, element) {
-  return Math.max(1, Math.floor(element.clientWidth / (spec.spec.width + AXIS_WIDTH)));
+  return Math.max(1, Math.floor(element.clientWidth / (panelWidth(spec) + AXIS_WIDTH)));
 }
 
 // The prompts of a section with the token at one position marked; corruption: only those of this one, if given.
@@ -58,7 +64,7 @@ async function draw(element, spec) {
 for (const script of document.querySelectorAll("script[data-chart]")) {
   const element = document.getElementById(script.dataset.chart);
   const spec = JSON.parse(script.textContent);
-  if (spec.facet && spec.columns && spec.spec.width) {
+  if (spec.columns && panelWidth(spec)) {
     spec.columns = columnsThatFit(spec, element);
     new ResizeObserver(() => {
       const columns = columnsThatFit(spec, element);

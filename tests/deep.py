@@ -1,0 +1,133 @@
+"""Tables of every experiment as a deep model gives them on long prompts, with random numbers."""
+
+import random
+
+import pandas as pd
+
+from analyses import _circuits
+from analyses.positional_attribution import LAST_ONLY, LOST
+from analyses.state_similarity import MEASURES
+from ioi_mamba.graph import Universe
+from ioi_mamba.tasks.ioi import CORRUPTIONS, TEMPLATES
+
+NAMES = {3: "n1", 5: "n2", 7: "n3", 13: "n4", 15: "n5"}
+
+
+def labels(n_positions):
+    return ["BOS", *(NAMES.get(k, f"n5+{k}") for k in range(1, n_positions - 1)), "out"]
+
+
+def tables(n_layers, n_positions):
+    """By experiment."""
+    draw, names = random.Random(3), labels(n_positions)
+    layers, at = range(n_layers), list(enumerate(names))
+
+    def effects(corruptions=CORRUPTIONS, of_layers=layers):
+        rows = [
+            (c, layer, p, name, draw.uniform(-1, 1), 80) for c in corruptions for layer in of_layers for p, name in at
+        ]
+        table = pd.DataFrame(rows, columns=["corruption", "layer", "position", "label", "effect", "n"])
+        return table.assign(low=table["effect"] - 0.1, high=table["effect"] + 0.1, vanishing=0)
+
+    def slices():
+        one = lambda s: effects(of_layers=[n_layers // 2]).assign(slice=s)
+        return pd.concat([one(s) for s in range(-3, 1)], ignore_index=True)
+
+    def removal():
+        rows = [("none", 0, None), *(("single", 1, k) for k in layers), *(("greedy", k, k) for k in layers if k)]
+        table = pd.DataFrame(rows, columns=["mode", "step", "layer"]).astype({"layer": "Int64"})
+        numbers = {name: [draw.random() for _ in rows] for name in ("accuracy", "probability", "valid_accuracy")}
+        return table.assign(n=80, **numbers)
+
+    def circuits_of_layers():
+        rows = [
+            (template.split()[0], corruption, step, layer, draw.random(), draw.random(), 400, True, step < 5, True)
+            for template in TEMPLATES
+            for corruption in CORRUPTIONS
+            for step, layer in enumerate([None, *draw.sample(layers, n_layers)])
+        ]
+        columns = "template corruption step layer accuracy probability n chosen in_circuit reached".split()  # noqa: SIM905
+        table = pd.DataFrame(rows, columns=columns).astype({"layer": "Int64"})
+        return table.assign(chosen=table["step"] > 0)
+
+    def similarity():
+        rows = [
+            (f"prompt {p}", measure, i, j, draw.uniform(-1, 1), names[i], names[j], i in (4, 6, 8), 3)
+            for p in range(3)
+            for measure in MEASURES
+            for i in range(n_positions)
+            for j in range(n_positions)
+        ]
+        columns = "prompt measure row column similarity row_label column_label after_name layer".split()  # noqa: SIM905
+        return pd.DataFrame(rows, columns=columns)
+
+    def steering():
+        rows = [
+            (method, slot, source, draw.random(), 100, 0.0, 1.0, 3, 1)
+            for method in ("replace", "subtract-add")
+            for slot in range(1, 6)
+            for source in range(1, 6)
+        ]
+        columns = ["method", "slot", "source_slot", "success", "n", "low", "high", "layer", "offset"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def scores(circuit, size, sample):
+        value = draw.random()
+        row = {"what": "circuit", "circuit": circuit, "size": size, "sample": sample, "n": 60}
+        return [
+            row | {"measure": m, "value": value, "low": value - 0.1, "high": value + 0.1} for m in _circuits.MEASURES
+        ]
+
+    def circuits(n_items):
+        rows = scores("kept", 20, "train") + scores("kept", 20, "held out") + scores("all but kept", 20, "held out")
+        rows += [row for _ in range(5) for row in scores("random", 20, "held out")]
+        for size in _circuits.sizes_of_curve(n_items, 20):
+            rows += scores("first k", size, "held out")
+        area = {"what": "circuit", "circuit": "first k", "sample": "held out", "n": 60, "low": 0.0, "high": 1.0}
+        return rows + [area | {"measure": measure, "value": 0.5} for measure in ("cpr", "cmd")]
+
+    def items(parts, positions=False):
+        universe = Universe(n_layers, 4, parts, n_positions if positions else None)
+        table = pd.DataFrame(universe.items()).astype({"source": "str", "target": "str", "part": "str"})
+        table["label"] = [names[p] for p in table["position"]] if positions else None
+        return table.assign(score=[draw.uniform(-1, 1) for _ in range(len(table))], n=400)
+
+    def ranked(table):
+        table = table.sort_values("score", ignore_index=True)
+        return table.assign(rank=range(1, len(table) + 1), kept=table.index < 20, ranking="signed", method="eap-ig")
+
+    def edges():
+        whole = items(parts=True)
+        whole = whole.assign(exact=whole["score"] * 0.9, estimate=whole["score"], low=-1.0, high=1.0, n_exact=25)
+        is_edge = whole["part"].isna()
+        rows = [ranked(whole[is_edge]), whole[~is_edge], items(parts=False, positions=True)]
+        correlation = {"what": "circuit", "circuit": "edges", "size": 9, "sample": "train", "measure": "spearman"}
+        table = pd.concat(rows, ignore_index=True).assign(ranking="signed", method="eap-ig")
+        return _circuits.table_of(table, [*circuits(int(is_edge.sum())), correlation | {"value": 0.9, "n": 25}])
+
+    def search():
+        table = items(parts=True).drop(columns="position").assign(started=True, method="eap-ig")
+        table = table.assign(kept=table["score"] > 0, drop=table["score"].where(table["score"] > 0))
+        tests = {"what": "circuit", "circuit": "kept", "size": 20, "sample": "train", "measure": "tests"}
+        return _circuits.table_of(table, [*circuits(20), tests | {"value": 3000.0, "n": 400}], columns=("threshold",))
+
+    def positional():
+        table = ranked(items(parts=False, positions=True).drop(columns="part")).assign(low=-1.0, high=1.0, bottleneck=3)
+        rows = circuits(len(table))
+        for sample in ("train", "held out"):
+            rows += scores(LAST_ONLY, 19, sample) + scores(LOST, 19, sample)
+        return _circuits.table_of(table, rows)
+
+    return {
+        "layer-ablation": effects(),
+        "layer-removal": removal(),
+        "cross-talk": circuits_of_layers(),
+        "state-similarity": similarity(),
+        "conv-shift": slices(),
+        "name-steering": steering(),
+        "state-ablation": effects(),
+        "output-ablation": effects(),
+        "edge-attribution": edges(),
+        "circuit-search": search(),
+        "positional-attribution": positional(),
+    }
