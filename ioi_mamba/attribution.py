@@ -195,7 +195,7 @@ def _to_frame(kinds, scores: Tensor, positions: bool, pairs: Tensor | None) -> p
     table.insert(2, "position", (index[1] if positions else pd.Series(pd.NA, index=index.index)).astype("Int64"))
     table["score"] = scores.flatten().numpy()
     if pairs is not None:
-        table["pair"] = pairs[index[2].to_numpy()].numpy()
+        table["pair"] = pairs.numpy()[index[2].to_numpy()]
     return table
 
 

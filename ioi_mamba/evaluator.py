@@ -65,7 +65,8 @@ class Evaluator:
             * config.num_hidden_layers
             * (2 * config.hidden_size + (8 * config.intermediate_size if universe.parts else 0))
         )
-        self._memory: dict | None = {} if runs_here(model) and 4 * floats * len(pairs) <= keep_mib * 2**20 else None
+        self.keeps = 4 * floats * len(pairs) <= keep_mib * 2**20
+        self._memory: dict | None = {} if runs_here(model) and self.keeps else None
         self._ends: Tensor | None = None
         self._kept: Tensor | None = None
 
@@ -151,8 +152,8 @@ def chosen_sizes(
         powers = torch.tensor([2.0**digit for digit in digits])
         ranks.append(Masks(*(torch.tensordot(powers, mask, 1)[None] for mask in masks)))
     parts = [pairs[rows].without_text() for rows in samples]
-    found = call(evaluator.model, _sizes, parts, ranks, len(orders[0]), target, evaluator.rows, universe.parts)
-    return found.tolist()
+    options = (len(orders[0]), target, evaluator.rows, universe.parts, evaluator.keeps)
+    return call(evaluator.model, _sizes, parts, ranks, *options).tolist()
 
 
 def _sizes(
@@ -163,13 +164,14 @@ def _sizes(
     target: float,
     rows: int,
     parts: bool,
+    keeps: bool,
     *,
     progress=None,
 ) -> Tensor:
     """Int64[sample], what `chosen_sizes` gives; ranks: of each item, from 1, 0 for what is kept always."""
     found = []
     for pairs, rank in zip(samples, ranks, strict=True):
-        memory: dict | None = {} if len(pairs) <= rows else None
+        memory: dict | None = {} if keeps else None
 
         def above(size: int, low: int, high: int, pairs=pairs, rank=rank, memory=memory) -> bool:
             masks = Masks(*((each > size).float() for each in rank))

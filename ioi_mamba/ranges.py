@@ -9,6 +9,7 @@ left out is counted in the tables (`left_out`) and said in the findings.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,17 +51,21 @@ def usable(model, pairs: Pairs) -> Usable:
 
     Raises InputError if none has one, and for logits that are not finite, naming the pair.
     """
-    logits = call(model, _ends, pairs.without_text())
-    for name, side in logits.items():
-        pairs.check_finite(f"logits of its {name} prompt", side.sum(-1))
-    return _chosen(pairs, has_range(**logits))
+    return usable_of(model, [pairs])[0]
 
 
-def _chosen(pairs: Pairs, kept: Tensor) -> Usable:
-    rows = kept.nonzero()[:, 0]
-    if len(rows) == 0:
-        raise InputError(no_range(len(pairs)))
-    return Usable(pairs if len(rows) == len(pairs) else pairs[rows], rows, len(pairs) - len(rows))
+def usable_of(model, sets: Sequence[Pairs]) -> list[Usable]:
+    """As `usable`, of several sets of pairs, all as one job."""
+    ends = call(model, _ends, [pairs.without_text() for pairs in sets])
+    found = []
+    for pairs, logits in zip(sets, ends, strict=True):
+        for name, side in logits.items():
+            pairs.check_finite(f"logits of its {name} prompt", side.sum(-1))
+        rows = has_range(**logits).nonzero()[:, 0]
+        if len(rows) == 0:
+            raise InputError(no_range(len(pairs)))
+        found.append(Usable(pairs if len(rows) == len(pairs) else pairs[rows], rows, len(pairs) - len(rows)))
+    return found
 
 
 def no_range(n_pairs: int) -> str:
@@ -83,16 +88,16 @@ def left_out_sentence(left_out: int) -> list[str]:
     ]
 
 
-def _ends(model, pairs: Pairs, *, progress=None) -> dict[str, Tensor]:
-    """The logits of (answer, wrong), [pair, 2], of the clean and of the corrupted prompts, in the model's dtype."""
-    found = {}
+def _ends(model, sets: list[Pairs], *, progress=None) -> list[dict[str, Tensor]]:
+    """Of each set the logits of (answer, wrong), [pair, 2], of its clean and corrupted prompts, in the model's dtype."""
+    found = []
     with torch.no_grad():
-        for name, tokens in (("clean", pairs.clean), ("corrupted", pairs.corrupted)):
-            parts = [
-                answer_logits(
-                    last_logits(model, tokens[rows], pairs.last[rows])[:, 0], pairs.answer[rows], pairs.wrong[rows]
-                ).cpu()
-                for rows in torch.arange(len(pairs)).split(rows_per_pass(model, tokens.shape[1]))
-            ]
-            found[name] = torch.cat(parts)
+        for pairs in sets:
+            ends: dict[str, list[Tensor]] = {"clean": [], "corrupted": []}
+            for rows in torch.arange(len(pairs)).split(rows_per_pass(model, pairs.clean.shape[1])):
+                part = pairs[rows]
+                for name, logits in ends.items():
+                    last = last_logits(model, getattr(part, name), part.last)[:, 0]
+                    logits.append(answer_logits(last, part.answer, part.wrong).cpu())
+            found.append({name: torch.cat(logits) for name, logits in ends.items()})
     return found

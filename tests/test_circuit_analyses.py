@@ -238,9 +238,9 @@ def test_a_bottleneck_that_is_given_is_used_and_a_layer_that_is_not_there_refuse
         module.run(mini, sets[0], layer=8)
 
 
-def test_held_out_prompts_of_another_length_have_no_positions_in_common(mini, sets):
+def test_held_out_prompts_of_another_layout_have_no_positions_in_common(mini, sets):
     shorter = Pairs.from_tokens(
         *(side[:, :-1] for side in (sets[1].clean, sets[1].corrupted)), sets[1].answer, sets[1].wrong
     )
-    with pytest.raises(InputError, match=r"held-out prompts have .* one length"):
+    with pytest.raises(InputError, match="No held-out prompt has the layout of the pairs"):
         load("positional-attribution").run(mini, sets[0], held_out=shorter)
