@@ -272,7 +272,7 @@ def how_it_does(table: pd.DataFrame, n_items: int, items: str, ranked_items: str
             f"Two halves of the training prompts ({row['n']} each, no prompt in common) choose circuits anew, with a "
             f"Jaccard of {row['value']:.2f} ({row['low']:.2f} to {row['high']:.2f} in {N_SPLITS} splits)."
         )
-    return out + left_out_sentence(int(table["left_out"].iloc[0]))
+    return out + left_out_sentence(table)
 
 
 def unreached(table: pd.DataFrame, items: str) -> list[str]:

@@ -111,4 +111,4 @@ def strongest(table: pd.DataFrame, n: int = 2) -> list[str]:
             f"The prompts have several layouts: means at positions without a role in all of them are over as few as "
             f"{fewest} prompts."
         )
-    return sentences + left_out_sentence(int(table["left_out"].iloc[0]))
+    return sentences + left_out_sentence(table)

@@ -82,4 +82,4 @@ def findings(table: pd.DataFrame) -> list[str]:
         for r in peaks.itertuples()
     ]
     sentences.append(f"The peak lies in slice -1 for {shifted} of {len(peaks)} corruptions.")
-    return sentences + left_out_sentence(int(table["left_out"].iloc[0]))
+    return sentences + left_out_sentence(table)

@@ -205,7 +205,7 @@ def findings(table: pd.DataFrame) -> list[str]:
     if 0 in proportion:
         share = proportion[0]
         found.append(f"Layer 0 is in {round(share * n)} of {n} circuits ({share:.0%}).")
-    return found + left_out_sentence(int(table["left_out"].iloc[0]))
+    return found + left_out_sentence(table)
 
 
 def _groups(pairs: Pairs) -> list[tuple[str, str, Pairs]]:

@@ -77,8 +77,10 @@ def no_range(n_pairs: int) -> str:
     )
 
 
-def left_out_sentence(left_out: int) -> list[str]:
-    """The sentence of findings on pairs that were left out; none where none was."""
+def left_out_sentence(table) -> list[str]:
+    """The sentence of findings on the pairs that a table's `left_out` counts; none where none was."""
+    # A table of an earlier version has no such column.
+    left_out = int(table["left_out"].max()) if "left_out" in table and len(table) else 0
     if not left_out:
         return []
     prompts = "1 prompt was" if left_out == 1 else f"{left_out} prompts were"
