@@ -239,9 +239,9 @@ def findings(table: pd.DataFrame) -> list[str]:
     """What the table says: slots 1 to 3 among each other, and with 4 and 5, for both methods; whose averages they are."""
     first = table.iloc[0]
     whose = (
-        f"with a test prompt's own pair taken out, since names have {first['prompts_a_name']:.0f} prompts on average"
+        f"without a test prompt's own pair, since only {first['prompts_a_name']:.1f} prompts have a name in a slot on average"
         if first["leave_out"]
-        else f"test prompts included, of which names have {first['prompts_a_name']:.0f} on average"
+        else f"test prompts included ({first['prompts_a_name']:.1f} prompts have a name in a slot on average)"
     )
     found = [f"The averages are those of layer {first['layer']}, {_place(int(first['offset']))}, {whose}."]
     for method in ("subtract-add", "replace"):

@@ -109,7 +109,9 @@ def wilson_interval(successes: float, n: float, z: float = 1.96) -> tuple[float,
     share, weight = successes / n, z * z / n
     centre = (share + weight / 2) / (1 + weight)
     margin = z / (1 + weight) * math.sqrt(share * (1 - share) / n + weight / (4 * n))
-    return max(0.0, centre - margin), min(1.0, centre + margin)
+    # Without rounding, which would leave 0 of n successes outside of their own interval.
+    low = 0.0 if successes == 0 else max(0.0, centre - margin)
+    return low, 1.0 if successes == n else min(1.0, centre + margin)
 
 
 def clustered_variance(values: Tensor, clusters: Tensor) -> Tensor:

@@ -4,13 +4,12 @@ import io
 
 import pandas as pd
 import pytest
-import torch
+from scipy import stats
 
 import ioi_mamba as im
 from analyses import _circuits, load
 from analyses.circuit_search import RANKINGS, SEARCH, first_pruned, less_search
 from analyses.positional_attribution import LAST_ONLY, LOST, busiest_layer, without_early_output
-from ioi_mamba import metrics
 from ioi_mamba.attribution import ranked
 from ioi_mamba.errors import InputError
 from ioi_mamba.evaluator import Evaluator
@@ -148,12 +147,15 @@ def test_exact_effects_stand_beside_their_own_items(mini, sets, tables):
     assert value(table, "edges", "spearman", "train")["value"] == pytest.approx(correlation)
 
 
-def test_intervals_are_those_of_the_bootstrap_over_pairs(mini, sets, tables):
+def test_intervals_of_scores_are_those_of_the_means_of_symmetric_pairs(mini, sets, tables):
     row = tables["positional-attribution"].iloc[0]
     per_pair = im.attribute(mini, sets[0], positions=True, per_pair=True)
     same = (per_pair["source"] == row["source"]) & (per_pair["target"] == row["target"])
-    values = torch.tensor(per_pair[same & (per_pair["position"] == row["position"])]["score"].to_numpy())
-    assert (row["low"], row["high"]) == pytest.approx(metrics.bootstrap_interval(values), abs=1e-6)
+    values = per_pair[same & (per_pair["position"] == row["position"])]["score"].to_numpy()
+    half = len(values) // 2
+    draws = (values[:half] + values[half:]) / 2  # the two directions of a pair
+    want = stats.t.interval(0.95, half - 1, draws.mean(), stats.sem(draws))
+    assert (row["low"], row["high"]) == pytest.approx(want, abs=1e-6)
 
 
 def test_the_search_decides_among_the_items_it_began_with(mini, sets, tables):
