@@ -32,7 +32,8 @@ CURVE_PROMPTS = 60  # curves and random circuits are many evaluations: they use 
 CURVE_SIZES = 12
 PART_PROMPTS = 100  # attribution down to parts takes twice the time of one of edges alone
 N_RANDOM = 5
-N_SPLITS = 3  # into halves that each choose a circuit anew
+N_SPLITS = 3  # into halves that each choose a circuit anew: two searches a split,
+SPLIT_PROMPTS = 200  # on this many of the training prompts
 MIB_GRID = "MIB grid"
 
 
@@ -179,13 +180,15 @@ def jaccard_rows(train: Evaluator, items: pd.DataFrame, per_pair: Tensor, target
     """How alike the circuits are that two halves of the training prompts choose anew: the mean over N_SPLITS splits.
 
     low, high: the least and the most alike of the splits, which is no interval: splits of one set are not independent.
-    n: the prompts of one half. No row for prompts that cannot be split.
+    n: the prompts of one half, of about SPLIT_PROMPTS in all. No row for prompts that cannot be split.
     """
-    n_clusters = int(train.pairs.clusters.max()) + 1
-    if n_clusters < 2:
+    some = every(len(train.pairs), SPLIT_PROMPTS)
+    few = Evaluator(train.model, train.pairs[some], train.universe)
+    if int(few.pairs.clusters.max()) == 0:
         return []
-    found = faithfulness.split_jaccards(train, items_of(items), per_pair, target, ranking=ranking, n_splits=N_SPLITS)
-    row = {"what": "circuit", "circuit": "kept", "sample": "train", "measure": "jaccard", "n": len(train.pairs) // 2}
+    options = {"ranking": ranking, "n_splits": N_SPLITS}
+    found = faithfulness.split_jaccards(few, items_of(items), per_pair[:, some], target, **options)
+    row = {"what": "circuit", "circuit": "kept", "sample": "train", "measure": "jaccard", "n": len(few.pairs) // 2}
     return [row | {"value": float(found.mean()), "low": float(found.min()), "high": float(found.max())}]
 
 
