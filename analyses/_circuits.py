@@ -170,10 +170,11 @@ def area_rows(circuit: str, measure: str, fractions: Sequence[float], f: Estimat
     return circuit_rows(circuit, None, "held out", {measure: area}, n, (measure,))
 
 
-def is_reached(rows: Sequence[dict], circuit: str, target: float) -> bool:
-    """Whether the accuracy of a circuit on the training prompts is above the target."""
+def with_target(items: pd.DataFrame, rows: Sequence[dict], target: float, circuit: str = "kept") -> pd.DataFrame:
+    """The items with `target_accuracy`, and `reached`, whether `circuit` is above it on the training prompts."""
     wanted = (circuit, "accuracy", "train")
-    return any(r["value"] > target for r in rows if (r["circuit"], r["measure"], r["sample"]) == wanted)
+    reached = any(r["value"] > target for r in rows if (r["circuit"], r["measure"], r["sample"]) == wanted)
+    return items.assign(target_accuracy=target, reached=reached)
 
 
 def jaccard_rows(train: Evaluator, items: pd.DataFrame, per_pair: Tensor, target: float, ranking: str) -> list[dict]:
@@ -192,22 +193,19 @@ def jaccard_rows(train: Evaluator, items: pd.DataFrame, per_pair: Tensor, target
     return [row | {"value": float(found.mean()), "low": float(found.min()), "high": float(found.max())}]
 
 
-def table_of(
-    items: pd.DataFrame, rows: list[dict], target: float, reached: bool, left_out: int, columns: Sequence[str] = ()
-) -> pd.DataFrame:
+def table_of(items: pd.DataFrame, rows: list[dict], columns: Sequence[str] = ()) -> pd.DataFrame:
     """The two kinds of rows as one table; columns: those of circuits that are there even when no row has them.
 
-    target: the accuracy that the circuit of first items was to have on the training prompts; reached: whether it is
-    above that. left_out: prompts without a range. Items carry the scores of the circuit that is kept, the same in every
-    row: size, train_accuracy, and on held-out pairs accuracy and normalized_logit_diff.
+    Items carry the scores of the circuit that is kept, the same in every row: size, train_accuracy, and on held-out
+    pairs accuracy and normalized_logit_diff.
     """
     circuits = pd.DataFrame(rows)
     circuits = circuits.reindex(columns=[*circuits.columns, *(c for c in columns if c not in circuits)])
     kept = of_circuit(circuits, "kept", "accuracy", "train").iloc[0]
-    items = items.assign(size=kept["size"], train_accuracy=kept["value"], target_accuracy=target, reached=reached)
+    items = items.assign(size=kept["size"], train_accuracy=kept["value"])
     for measure in ("accuracy", "normalized_logit_diff"):
         items[measure] = of_circuit(circuits, "kept", measure)["value"].iloc[0]
-    table = pd.concat([items.assign(what="item"), circuits], ignore_index=True).assign(left_out=left_out)
+    table = pd.concat([items.assign(what="item"), circuits], ignore_index=True)
     for name in {"kept", "started", "reached"} & set(table):
         table[name] = table[name].eq(True)
     counts = [name for name in ("position", "rank", "size", "n", "n_exact") if name in table]
@@ -259,14 +257,18 @@ def how_it_does(table: pd.DataFrame, n_items: int, items: str, ranked_items: str
     curve = of_circuit(table, "first k", "accuracy").sort_values("size")
     if len(curve):
         falls = curve.loc[curve["value"] < curve["value"].cummax(), "size"].tolist()
-        (cpr, cmd), (mib_cpr, mib_cmd) = (
-            [one(circuit, measure) for measure in AREAS] for circuit in ("first k", MIB_GRID)
-        )
+        cpr, cmd = (one("first k", measure) for measure in AREAS)
         shape = f"falls at {', '.join(map(str, falls))} {items}" if falls else "never falls as items are added"
+        on_grid = [of_circuit(table, MIB_GRID, measure) for measure in AREAS]
+        of_mib = (
+            f", at the sizes of the MIB benchmark (whole items at its fractions; CPR by signed, CMD by absolute score) "
+            f"{' and '.join(interval_text(rows.iloc[0]) for rows in on_grid)}"
+            if all(map(len, on_grid))
+            else ""
+        )
         out.append(
-            f"Over all sizes CPR is {interval_text(cpr)} and CMD {interval_text(cmd)}, at the sizes of the MIB benchmark "
-            f"(its fractions, whole items; CPR by signed, CMD by absolute score) {interval_text(mib_cpr)} and "
-            f"{interval_text(mib_cmd)}; the curve of accuracy {shape} ({len(curve)} sizes, {cpr['n']} prompts)."
+            f"Over all sizes CPR is {interval_text(cpr)} and CMD {interval_text(cmd)}{of_mib}; the curve of accuracy "
+            f"{shape} ({len(curve)} sizes, {cpr['n']} prompts)."
         )
     jaccard = of_circuit(table, "kept", "jaccard", "train")
     if len(jaccard):
@@ -281,7 +283,8 @@ def how_it_does(table: pd.DataFrame, n_items: int, items: str, ranked_items: str
 def unreached(table: pd.DataFrame, items: str) -> list[str]:
     """A sentence where the circuit that was chosen has no accuracy above the target."""
     first = item_rows(table).iloc[0]
-    if first["reached"]:
+    # A table of an earlier version does not say.
+    if first.get("reached", True):
         return []
     return [
         f"The target is not reached: no circuit of first {items} has an accuracy above {first['target_accuracy']:.1%} on the "

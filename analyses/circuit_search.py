@@ -111,8 +111,8 @@ def run(
         rows += compare(model, _circuits.some_of(pairs, compare_prompts), held, method, stage(0.4, 1))
     started = [i in start for i in items_of(table)]
     out = table.drop(columns="position").assign(score=scores["score"], started=started, method=method)
-    reached = _circuits.is_reached(rows, STARTED, target)
-    return _circuits.table_of(out, rows, target, reached, left_out, columns=("threshold",))
+    out = _circuits.with_target(out, rows, target, STARTED)
+    return _circuits.table_of(out, rows, columns=("threshold",)).assign(left_out=left_out)
 
 
 def less_search(ranking: str) -> str:

@@ -121,9 +121,8 @@ def run(
     by_position = [_by_position(items, per_pair, pairs)] if method != "exact" else []
     table = pd.concat([edges, totals[~is_edge], *by_position], ignore_index=True)
     table = table.reindex(columns=dict.fromkeys((*table, "position", "label")))
-    return _circuits.table_of(
-        table.assign(ranking=ranking, method=method), rows, target, _circuits.is_reached(rows, "kept", target), left_out
-    )
+    table = _circuits.with_target(table.assign(ranking=ranking, method=method), rows, target)
+    return _circuits.table_of(table, rows).assign(left_out=left_out)
 
 
 def _spearman_row(name: str, totals: pd.DataFrame) -> dict:

@@ -237,13 +237,12 @@ def chart(table: pd.DataFrame) -> alt.FacetChart | alt.LayerChart:
 
 def findings(table: pd.DataFrame) -> list[str]:
     """What the table says: slots 1 to 3 among each other, and with 4 and 5, for both methods; whose averages they are."""
-    first = table.iloc[0]
-    whose = (
-        f"without a test prompt's own pair, since only {first['prompts_a_name']:.1f} prompts have a name in a slot on average"
-        if first["leave_out"]
-        else f"test prompts included ({first['prompts_a_name']:.1f} prompts have a name in a slot on average)"
-    )
-    found = [f"The averages are those of layer {first['layer']}, {_place(int(first['offset']))}, {whose}."]
+    first, whose = table.iloc[0], ""
+    if "leave_out" in table:  # a table of an earlier version does not say
+        of_a_name = f"{first['prompts_a_name']:.1f} prompts have a name in a slot on average"
+        whose = f", without a test prompt's own pair, since only {of_a_name}"
+        whose = whose if first["leave_out"] else f", test prompts included ({of_a_name})"
+    found = [f"The averages are those of layer {first['layer']}, {_place(int(first['offset']))}{whose}."]
     for method in ("subtract-add", "replace"):
         own = table[(table["method"] == method) & (table["n"] > 0)]
         parts = [
@@ -271,6 +270,8 @@ def _place(offset: int) -> str:
 def _block_text(cells: pd.DataFrame) -> str:
     if cells.empty:
         return "no prompt"
+    if BLOCK[0] not in cells:
+        return f"{cells['success'].mean():.3f} (mean of cells)"
     success, n, low, high = (cells.iloc[0][column] for column in BLOCK)
     return f"{success:.3f} ({low:.3f} to {high:.3f}, {n:.0f} prompts)"
 

@@ -96,7 +96,7 @@ def run(
         for name, found in ((LAST_ONLY, without), (LOST, lost)):
             rows += _circuits.circuit_rows(name, len(reduced), sample, found, len(evaluator.rows_kept))
     table = table.assign(ranking=ranking, method=method, other_layouts=other_layouts)
-    return _circuits.table_of(table, rows, target, _circuits.is_reached(rows, "kept", target), left_out)
+    return _circuits.table_of(_circuits.with_target(table, rows, target), rows).assign(left_out=left_out)
 
 
 def _one_layout(pairs: Pairs, held_out: Pairs | None) -> tuple[Pairs, Pairs | None]:
@@ -172,7 +172,8 @@ def findings(table: pd.DataFrame) -> list[str]:
         )
     else:
         out.append(f"No kept edge leaves layer {layer}, the bottleneck, before the last position: none can be removed.")
-    others = int(items["other_layouts"].iloc[0])
+    # A table of an earlier version does not say.
+    others = int(items["other_layouts"].iloc[0]) if "other_layouts" in items else 0
     if others:
         out.append(
             f"{others} prompts were not used: a position is one word only in prompts of one layout, and the commonest "

@@ -1,5 +1,7 @@
 """The experiments on layers and positions, against patches made one at a time with `im.run`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from scipy import stats
@@ -99,7 +101,10 @@ def test_templates_with_names_elsewhere_are_averaged_by_role(mini):
 
 
 def test_a_position_without_a_role_is_that_of_the_longest_layout_alone(mini):
-    pairs = ioi.generate(mini.tokenizer, 12, 27, corruptions=ioi.CORRUPTIONS[:1])
+    templates, corruptions = ioi.TEMPLATES[1:3], ioi.CORRUPTIONS[:1]
+    parts = [ioi.generate(mini.tokenizer, 1, 27, templates=[each], corruptions=corruptions) for each in templates]
+    pairs = im.Pairs.concat(parts)
+    pairs = replace(pairs, roles={role: pairs.roles[role] for role in ("n1", "n2", "n3", "n4", "n5", "out")})
     longest = max(pairs.layouts(), key=lambda part: part.clean.shape[1])
     module = load("layer-ablation")
     table, alone = (module.run(mini, each) for each in (pairs, longest))
