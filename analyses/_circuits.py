@@ -1,9 +1,11 @@
 """What the circuit experiments share: their pairs, attributions with intervals, and the rows that score circuits.
 
 Their tables have two kinds of row, told apart by `what`: "item" (an edge or part, at one position or at all) and
-"circuit", a number `value` with a 95 % interval (`low`, `high`) for the `measure` of a `circuit` of `size` items on
-`n` prompts of a `sample`, "train" or "held out". Circuits: "kept" (the rest patched: sufficiency), "all but kept" (kept
-patched: necessity), "first k" of the ranking, "random" (as many items of each kind), and what an experiment adds.
+"circuit", a number `value` with a 95 % interval (`low`, `high`; by cluster, `ioi_mamba.intervals`) for the `measure` of
+a `circuit` of `size` items on `n` prompts of a `sample`, "train" or "held out". Circuits: "kept" (the rest patched:
+sufficiency), "all but kept" (kept patched: necessity), "first k" of the ranking, "random" (as many items of each kind),
+MIB_GRID (the benchmark's sizes: CPR in the order of signed scores, CMD in that of their size, "first k" being our own
+finer curve), and what an experiment adds. Prompts without a range are in none of it (`left_out`).
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ import pandas as pd
 from torch import Tensor
 
 from ioi_mamba import faithfulness
-from ioi_mamba.attribution import Options, attributions
-from ioi_mamba.evaluator import Estimate, Evaluator, resampled_means
-from ioi_mamba.faithfulness import random_circuits
+from ioi_mamba.attribution import Options, attributions, ranked
+from ioi_mamba.evaluator import Evaluator, chosen_sizes
+from ioi_mamba.faithfulness import estimates, random_circuits
 from ioi_mamba.graph import Circuit, items_of
+from ioi_mamba.intervals import Estimate, Resampled, mean_interval
+from ioi_mamba.ranges import left_out_sentence, usable_of
 from ioi_mamba.sweep import Progress
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
@@ -28,11 +32,26 @@ CURVE_PROMPTS = 60  # curves and random circuits are many evaluations: they use 
 CURVE_SIZES = 12
 PART_PROMPTS = 100  # attribution down to parts takes twice the time of one of edges alone
 N_RANDOM = 5
+N_SPLITS = 3  # into halves that each choose a circuit anew: two searches a split,
+SPLIT_PROMPTS = 200  # on this many of the training prompts
+MIB_GRID = "MIB grid"
 
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
     """200 pairs of all five corruptions and the three aligned templates (400 evaluated prompts)."""
     return ioi.generate(tokenizer, n_pairs or 200, seed, templates=ioi.ALIGNED_TEMPLATES)
+
+
+def with_range(model, pairs: Pairs, held_out: Pairs | None) -> tuple[Pairs, Pairs, int]:
+    """The pairs and the held-out ones (None: the same) that have a range, and how many of both have none."""
+    sets = usable_of(model, [pairs] if held_out is None else [pairs, held_out])
+    return sets[0].pairs, sets[-1].pairs, sum(each.left_out for each in sets)
+
+
+def chosen_circuit(train: Evaluator, ranking: pd.DataFrame, target: float) -> Circuit:
+    """The smallest circuit of first items of a ranking with a train accuracy above `target`, as `smallest` finds it."""
+    (size,) = chosen_sizes(train, [train.rows_kept], [items_of(ranking)], target)
+    return faithfulness.top(ranking, size, train.universe)
 
 
 def some_of(pairs: Pairs, n: int) -> Pairs:
@@ -72,9 +91,9 @@ def how_scored(table: pd.DataFrame) -> list[str]:
     return []
 
 
-def with_scores(items: pd.DataFrame, per_pair: Tensor) -> pd.DataFrame:
+def with_scores(items: pd.DataFrame, per_pair: Tensor, clusters: Tensor) -> pd.DataFrame:
     """The items with `score`, the mean of per_pair [item, pair], its interval (low, high) and n, the prompts."""
-    low, high = Estimate(per_pair.mean(-1), resampled_means(per_pair)).interval
+    low, high = mean_interval(per_pair, clusters)
     scores = {"score": per_pair.mean(-1), "low": low, "high": high}
     return items.assign(**{name: value.numpy() for name, value in scores.items()}, n=per_pair.shape[-1])
 
@@ -111,31 +130,67 @@ def faithfulness_rows(
     ranking: pd.DataFrame | None = None,
     progress: Progress | None = None,
 ) -> list[dict]:
-    """How the circuit does: itself, its complement, random ones, and with a ranking the curve of the first k items."""
-    rows = circuit_rows("kept", len(circuit), "train", train.estimates([circuit.patched()]), len(train.pairs))
-    found = held.estimates([circuit.patched(), list(circuit.items)])
-    for k, name in enumerate(("kept", "all but kept")):
-        one = {measure: estimate[[k]] for measure, estimate in found.items()}
-        rows += circuit_rows(name, len(circuit), "held out", one, len(held.pairs))
-    few = Evaluator(held.model, some_of(held.pairs, CURVE_PROMPTS), circuit.universe)
-    drawn = few.estimates([c.patched() for c in random_circuits(circuit, N_RANDOM)])
-    rows += circuit_rows("random", len(circuit), "held out", drawn, len(few.pairs))
+    """How the circuit does: itself, its complement, random ones, and with a ranking the curves of the first k items."""
+    rows = circuit_rows("kept", len(circuit), "train", estimates(train, [circuit.patched()]), len(train.rows_kept))
+    drawn = [c.patched() for c in random_circuits(circuit, N_RANDOM)]
+    found = estimates(held, [circuit.patched(), list(circuit.items), *drawn])
+    for name, which in (("kept", [0]), ("all but kept", [1]), ("random", slice(2, None))):
+        one = {measure: estimate[which] for measure, estimate in found.items()}
+        rows += circuit_rows(name, len(circuit), "held out", one, len(held.rows_kept))
     if ranking is None:
         return rows
-    order, sizes = items_of(ranking), sizes_of_curve(len(ranking), len(circuit))
-    curve = few.estimates([order[k:] for k in sizes], progress=progress)
-    rows += circuit_rows("first k", sizes, "held out", curve, len(few.pairs))
-    fractions = [k / len(order) for k in sizes]
-    both = [faithfulness.areas(fractions, f.double()) for f in curve["f"]]
-    whole = {name: Estimate(both[0][name][None], both[1][name][:, None]) for name in both[0]}
-    return rows + circuit_rows("first k", None, "held out", whole, len(few.pairs), ("cpr", "cmd"))
+    few = Evaluator(held.model, some_of(held.pairs, CURVE_PROMPTS), circuit.universe)
+    n_items, own = len(ranking), items_of(ranking)
+    sizes, on_grid = sizes_of_curve(n_items, len(circuit)), faithfulness.mib_sizes(n_items)
+    # The grid has sizes in common, with itself where items are few; each circuit is evaluated once.
+    orders = {measure: items_of(ranked(ranking, order)) for measure, order in AREAS.items()}
+    sets = [own[k:] for k in sizes] + [order[k:] for order in orders.values() for k in sorted(set(on_grid))]
+    curves = estimates(few, sets, progress=progress)
+    fine = {measure: estimate[: len(sizes)] for measure, estimate in curves.items()}
+    rows += circuit_rows("first k", sizes, "held out", fine, len(few.rows_kept))
+    fractions, f = [k / n_items for k in sizes], fine["f"]
+    for measure in AREAS:
+        rows += area_rows("first k", measure, fractions, f, len(few.rows_kept))
+    for number, measure in enumerate(AREAS):
+        begin, known = len(sizes) + number * len(set(on_grid)), sorted(set(on_grid))
+        f = curves["f"][[begin + known.index(k) for k in on_grid]]
+        rows += area_rows(MIB_GRID, measure, faithfulness.MIB_FRACTIONS, f, len(few.rows_kept))
+    return rows
 
 
-def jaccard_rows(per_pair: Tensor, k: int, ranking: str) -> list[dict]:
-    """How much of the circuit of the first k items other draws of the training pairs would choose again."""
-    found = faithfulness.bootstrap_jaccard(per_pair, k, ranking=ranking).double()[:, None]
-    estimate = Estimate(found.mean(0), found)
-    return circuit_rows("kept", k, "train", {"jaccard": estimate}, per_pair.shape[-1], ("jaccard",))
+AREAS = {"cpr": "signed", "cmd": "absolute"}
+"""The two areas, and by which ranking the MIB benchmark measures each."""
+
+
+def area_rows(circuit: str, measure: str, fractions: Sequence[float], f: Estimate, n: int) -> list[dict]:
+    """One row, an area under f [size] at these fractions of all items."""
+    assert isinstance(f, Resampled)
+    of_value, of_draws = (faithfulness.areas(fractions, each)[measure] for each in (f.value, f.resampled))
+    area = Resampled(of_value[None], of_draws[:, None], f.n_clusters)
+    return circuit_rows(circuit, None, "held out", {measure: area}, n, (measure,))
+
+
+def with_target(items: pd.DataFrame, rows: Sequence[dict], target: float, circuit: str = "kept") -> pd.DataFrame:
+    """The items with `target_accuracy`, and `reached`, whether `circuit` is above it on the training prompts."""
+    wanted = (circuit, "accuracy", "train")
+    reached = any(r["value"] > target for r in rows if (r["circuit"], r["measure"], r["sample"]) == wanted)
+    return items.assign(target_accuracy=target, reached=reached)
+
+
+def jaccard_rows(train: Evaluator, items: pd.DataFrame, per_pair: Tensor, target: float, ranking: str) -> list[dict]:
+    """How alike the circuits are that two halves of the training prompts choose anew: the mean over N_SPLITS splits.
+
+    low, high: the least and the most alike of the splits, which is no interval: splits of one set are not independent.
+    n: the prompts of one half, of about SPLIT_PROMPTS in all. No row for prompts that cannot be split.
+    """
+    some = every(len(train.pairs), SPLIT_PROMPTS)
+    few = Evaluator(train.model, train.pairs[some], train.universe)
+    if int(few.pairs.clusters.max()) == 0:
+        return []
+    options = {"ranking": ranking, "n_splits": N_SPLITS}
+    found = faithfulness.split_jaccards(few, items_of(items), per_pair[:, some], target, **options)
+    row = {"what": "circuit", "circuit": "kept", "sample": "train", "measure": "jaccard", "n": len(few.pairs) // 2}
+    return [row | {"value": float(found.mean()), "low": float(found.min()), "high": float(found.max())}]
 
 
 def table_of(items: pd.DataFrame, rows: list[dict], columns: Sequence[str] = ()) -> pd.DataFrame:
@@ -151,7 +206,7 @@ def table_of(items: pd.DataFrame, rows: list[dict], columns: Sequence[str] = ())
     for measure in ("accuracy", "normalized_logit_diff"):
         items[measure] = of_circuit(circuits, "kept", measure)["value"].iloc[0]
     table = pd.concat([items.assign(what="item"), circuits], ignore_index=True)
-    for name in {"kept", "started"} & set(table):
+    for name in {"kept", "started", "reached"} & set(table):
         table[name] = table[name].eq(True)
     counts = [name for name in ("position", "rank", "size", "n", "n_exact") if name in table]
     texts = ("source", "target", "part", "label", "circuit", "sample", "measure")
@@ -175,8 +230,11 @@ def interval_text(row: pd.Series, form: str = "z.3f") -> str:
     return f"{row['value']:{form}} ({row['low']:{form}} to {row['high']:{form}})"
 
 
-def how_it_does(table: pd.DataFrame, n_items: int, items: str) -> list[str]:
-    """Sentences about sufficiency, necessity, random circuits, the curve and the choice of items."""
+def how_it_does(table: pd.DataFrame, n_items: int, items: str, ranked_items: str = "") -> list[str]:
+    """Sentences about sufficiency, necessity, random circuits, the curve, the choice of items and what is left out.
+
+    ranked_items: what the target was looked for among, where that is not `items`.
+    """
     one = lambda circuit, measure, sample="held out": of_circuit(table, circuit, measure, sample).iloc[0]
     train, accuracy, nld = (
         one("kept", "accuracy", "train"),
@@ -184,28 +242,51 @@ def how_it_does(table: pd.DataFrame, n_items: int, items: str) -> list[str]:
         one("kept", "normalized_logit_diff"),
     )
     rest, f = one("all but kept", "normalized_logit_diff"), one("kept", "f")
-    random = of_circuit(table, "random", "normalized_logit_diff")["value"]
+    random = of_circuit(table, "random", "normalized_logit_diff")
     out = [
         f"{train['size']} of {n_items} {items} are kept: accuracy {train['value']:.1%} on the {train['n']} prompts they "
         f"were chosen on and {interval_text(accuracy, '.1%')} on {accuracy['n']} others, where the normalized logit diff "
         f"is {interval_text(nld)} and f is {interval_text(f)}.",
+        *unreached(table, ranked_items or items),
         f"They are needed too: with them patched and the rest kept the normalized logit diff is {interval_text(rest)}."
         if rest["high"] < 0.5
         else f"With them patched and the rest kept the normalized logit diff is still {interval_text(rest)}.",
-        f"Of {len(random)} random circuits of as many items the best has a normalized logit diff of {random.max():.3f}.",
+        f"Of {len(random)} random circuits with as many items of each kind the best has a normalized logit diff of "
+        f"{random['value'].max():.3f} on the same prompts.",
     ]
     curve = of_circuit(table, "first k", "accuracy").sort_values("size")
     if len(curve):
         falls = curve.loc[curve["value"] < curve["value"].cummax(), "size"].tolist()
-        cpr, cmd = one("first k", "cpr"), one("first k", "cmd")
+        cpr, cmd = (one("first k", measure) for measure in AREAS)
         shape = f"falls at {', '.join(map(str, falls))} {items}" if falls else "never falls as items are added"
+        on_grid = [of_circuit(table, MIB_GRID, measure) for measure in AREAS]
+        of_mib = (
+            f", at the sizes of the MIB benchmark (whole items at its fractions; CPR by signed, CMD by absolute score) "
+            f"{' and '.join(interval_text(rows.iloc[0]) for rows in on_grid)}"
+            if all(map(len, on_grid))
+            else ""
+        )
         out.append(
-            f"Over all sizes CPR is {interval_text(cpr)} and CMD {interval_text(cmd)}; the curve of accuracy {shape} "
-            f"({len(curve)} sizes, {cpr['n']} prompts)."
+            f"Over all sizes CPR is {interval_text(cpr)} and CMD {interval_text(cmd)}{of_mib}; the curve of accuracy "
+            f"{shape} ({len(curve)} sizes, {cpr['n']} prompts)."
         )
     jaccard = of_circuit(table, "kept", "jaccard", "train")
     if len(jaccard):
+        row = jaccard.iloc[0]
         out.append(
-            f"Other draws of the pairs choose circuits with a Jaccard of {interval_text(jaccard.iloc[0], '.2f')}."
+            f"Two halves of the training prompts ({row['n']} each, no prompt in common) choose circuits anew, with a "
+            f"Jaccard of {row['value']:.2f} ({row['low']:.2f} to {row['high']:.2f} in {N_SPLITS} splits)."
         )
-    return out
+    return out + left_out_sentence(table)
+
+
+def unreached(table: pd.DataFrame, items: str) -> list[str]:
+    """A sentence where the circuit that was chosen has no accuracy above the target."""
+    first = item_rows(table).iloc[0]
+    # A table of an earlier version does not say.
+    if first.get("reached", True):
+        return []
+    return [
+        f"The target is not reached: no circuit of first {items} has an accuracy above {first['target_accuracy']:.1%} on the "
+        "training prompts, so that all but the last were taken and their number says little."
+    ]

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import altair as alt
 import pandas as pd
 import torch
+from torch import Tensor
 
 from ioi_mamba import metrics
 from ioi_mamba.charts import position_heatmap
+from ioi_mamba.draws import drawn_apart
+from ioi_mamba.intervals import mean_interval
+from ioi_mamba.ranges import Usable, left_out_sentence
 from ioi_mamba.sweep import Progress, swept_logit_diffs
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 
-COLUMNS = ("corruption", "layer", "position", "label", "effect", "n")
-VANISHING = 1e-3  # logits; a pair with a smaller range is counted in `vanishing` and left out of the mean
+COLUMNS = ("corruption", "layer", "position", "label", "effect", "n", "left_out")
 
 
 def default_pairs(
     tokenizer, n_pairs: int | None, seed: int, *, size: int = 40, templates=ioi.ALIGNED_TEMPLATES
 ) -> Pairs:
-    """`n_pairs` (default `size`) symmetric pairs for each of the five corruptions."""
-    sets = [
-        ioi.generate(tokenizer, n_pairs or size, seed, templates=templates, corruptions=[c]) for c in ioi.CORRUPTIONS
-    ]
-    return Pairs.concat(sets)
+    """`n_pairs` (default `size`) symmetric pairs for each of the five corruptions, drawn apart (`ioi_mamba.draws`)."""
+    return drawn_apart(tokenizer, n_pairs or size, seed, [(templates, [c]) for c in ioi.CORRUPTIONS])
 
 
 def effect_table(
     model,
-    pairs: Pairs,
+    usable: Usable,
     site: str,
     *,
     layers: list[int] | None = None,
@@ -37,64 +39,52 @@ def effect_table(
 ) -> pd.DataFrame:
     """Mean effect (1 - normalized logit diff, no abs) of resampling `site` at every layer and position.
 
-    Columns: corruption, layer, position, label, effect, n, low, high (95 % of the mean), vanishing. Pairs of unequal
-    layout (templates whose names stand elsewhere) are averaged by semantic position: `position` is then the place of
-    the label in the longest layout. Pairs whose clean and corrupted logit diffs agree within 1e-3 logits cannot be
-    normalised: they are counted in `vanishing` and left out.
+    usable: the pairs that have a range (`ioi_mamba.ranges`). Columns: corruption, layer, position, label, effect, n (the
+    prompts of the mean), left_out (those without a range, of all corruptions), low, high (95 % of the mean, by
+    cluster). Pairs of unequal layout are averaged by semantic position, see `shared_positions`.
     """
-    layouts = pairs.layouts()
-    reference = max(layouts, key=lambda part: part.clean.shape[1]).position_labels()
-    cells = []
-    for k, part in enumerate(layouts):
+    pairs, _, left_out = usable
+    layouts = shared_positions(pairs)
+    corruptions, clusters = pairs.labels.get("corruption", ("all",) * len(pairs)), pairs.clusters
+    cells: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
+    for k, (part, rows, places) in enumerate(layouts):
         report = (lambda n, total, k=k: progress(k * total + n, len(layouts) * total)) if progress else None
-        diffs = swept_logit_diffs(model, part, site, layers=layers, resume=resume, progress=report)
-        patched, clean, corrupted = diffs["patched"], diffs["clean"], diffs["corrupted"]
-        usable = (clean - corrupted).abs() > VANISHING
-        effects = metrics.effect(patched, clean, corrupted)
-        corruption = part.labels.get("corruption", ("all",) * len(part))
-        labels = part.position_labels()
-        for value in dict.fromkeys(corruption):
-            here = torch.tensor([c == value for c in corruption])
-            for k_layer in range(effects.shape[0]):
-                for p, label in enumerate(labels):
-                    cells.append(
-                        (
-                            value,
-                            k_layer if layers is None else layers[k_layer],
-                            label,
-                            p,
-                            effects[k_layer, p, here & usable],
-                            int((here & ~usable).sum()),
-                        )
-                    )
-    table = pd.DataFrame(cells, columns=["corruption", "layer", "label", "place", "values", "vanishing"])
-    table["position"] = [
-        place if len(layouts) == 1 else reference.index(label) if label in reference else place
-        for label, place in zip(table["label"], table["place"], strict=True)
-    ]
+        effects = metrics.effect(**swept_logit_diffs(model, part, site, layers=layers, resume=resume, progress=report))
+        for value in dict.fromkeys(corruptions[row] for row in rows.tolist()):
+            here = torch.tensor([corruptions[row] == value for row in rows.tolist()])
+            for k_layer, layer in enumerate(range(len(effects)) if layers is None else layers):
+                for p, (position, label) in places.items():
+                    own = cells.setdefault((value, layer, position, label), [])
+                    own.append((effects[k_layer, p, here], clusters[rows[here]]))
     rows = []
-    for (corruption, layer, position, label), group in table.groupby(
-        ["corruption", "layer", "position", "label"], sort=False
-    ):
-        values = torch.cat(list(group["values"])).double()
-        n = len(values)
-        mean = float(values.mean()) if n else float("nan")
-        half = 1.96 * float(values.std()) / n**0.5 if n > 1 else float("nan")
-        rows.append(
-            (
-                corruption,
-                layer,
-                position,
-                label,
-                mean,
-                n,
-                mean - half,
-                mean + half,
-                int(group["vanishing"].sum()),
-            )
-        )
-    columns = [*COLUMNS, "low", "high", "vanishing"]
-    return pd.DataFrame(rows, columns=columns).astype({"layer": int, "position": int, "n": int})
+    for cell, found in cells.items():
+        values, own = (torch.cat(each) for each in zip(*found, strict=True))
+        low, high = mean_interval(values, own.unique(return_inverse=True)[1])
+        numbers = (float(values.double().mean()), len(values), left_out, float(low), float(high))
+        rows.append((*cell, *numbers))
+    return pd.DataFrame(rows, columns=[*COLUMNS, "low", "high"])
+
+
+def shared_positions(pairs: Pairs) -> list[tuple[Pairs, Tensor, dict[int, tuple[int, str]]]]:
+    """For each layout its pairs, their rows, and what its positions share with other layouts: {position: (place, label)}.
+
+    Of the longest layout every position has its own place and label. Of another one only what has a role in both is the
+    same word, and has the place that the longest layout gives that role; its other positions are in no mean.
+    """
+    # The rows travel as a label, which every part keeps.
+    layouts = replace(pairs, labels=pairs.labels | {"row": tuple(map(str, range(len(pairs))))}).layouts()
+    longest = max(range(len(layouts)), key=lambda k: layouts[k].clean.shape[1])
+    reference = layouts[longest].position_labels()
+    found = []
+    for k, part in enumerate(layouts):
+        named = {"BOS", *part.roles}
+        places = {
+            p: (reference.index(label), label)
+            for p, label in enumerate(part.position_labels())
+            if k == longest or (label in named and label in reference)
+        }
+        found.append((part, torch.tensor([int(row) for row in part.labels["row"]]), places))
+    return found
 
 
 def effect_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
@@ -105,7 +95,7 @@ def effect_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
 
 
 def strongest(table: pd.DataFrame, n: int = 2) -> list[str]:
-    """One sentence a corruption: its n largest effects, by magnitude."""
+    """One sentence a corruption: its n largest effects, by magnitude; and what is not in the means."""
     sentences = []
     for corruption, part in table.groupby("corruption", sort=False):
         order = part["effect"].abs().sort_values(ascending=False).index[:n]
@@ -113,10 +103,12 @@ def strongest(table: pd.DataFrame, n: int = 2) -> list[str]:
             f"{r.effect:.2f} at layer {r.layer}, {r.label} (position {r.position})"
             for r in part.loc[order].itertuples()
         ]
+        over = part.loc[order[0], "n"]
+        sentences.append(f"{corruption}: the largest effects are {' and '.join(cells)}, over {over} prompts.")
+    fewest, most = table["n"].min(), table.groupby("corruption")["n"].max().min()
+    if fewest < most:
         sentences.append(
-            f"{corruption}: the largest effects are {' and '.join(cells)}, over {part['n'].max()} prompts."
+            f"The prompts have several layouts: means at positions without a role in all of them are over as few as "
+            f"{fewest} prompts."
         )
-    lost = int(table["vanishing"].max()) if len(table) else 0
-    if lost:
-        sentences.append(f"Up to {lost} prompts a corruption had no range to normalise by and were left out.")
-    return sentences
+    return sentences + left_out_sentence(table)

@@ -22,7 +22,7 @@ from ioi_mamba.acdc import acdc
 from ioi_mamba.attribution import ranked
 from ioi_mamba.charts import matrix_heatmap
 from ioi_mamba.evaluator import Evaluator
-from ioi_mamba.faithfulness import random_circuits, smallest
+from ioi_mamba.faithfulness import estimates, random_circuits
 from ioi_mamba.graph import Circuit, Universe, items_of, universe_of
 from ioi_mamba.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
@@ -43,8 +43,10 @@ METHOD = (
 NEEDS_MAMBA = True
 COLUMNS = ("source", "target", "part", "kept", "drop")
 SEARCH = "search"
+STARTED = "started with"
 RANKINGS = {"eap-ig": "EAP-IG", "eap": "EAP", "exact": "exact effects"}
 """Circuits of the comparison: what a search keeps, and the first items of a ranking by one of the methods."""
+N_RANDOM = 3
 THRESHOLDS = (1e-3, 1e-2, 1e-1)
 """Thresholds of the searches that are compared: each keeps another number of items."""
 
@@ -55,7 +57,7 @@ default_pairs = _circuits.default_pairs
 def starting_circuit(model, pairs: Pairs, target: float, method: str = "eap-ig") -> Circuit:
     """The smallest EAP-IG circuit of edges above the target, pruned, with every part of every layer."""
     edges = ranked(_circuits.scored(model, pairs, method=method, parts=False))
-    circuit, _ = smallest(Evaluator(model, pairs, universe_of(model)), edges, target)
+    circuit = _circuits.chosen_circuit(Evaluator(model, pairs, universe_of(model)), edges, target)
     universe = universe_of(model, parts=True)
     parts = {item for item in universe.items() if item.part is not None}
     return Circuit(circuit.pruned().items | parts, universe)
@@ -91,7 +93,7 @@ def run(
     are compared on, at each of THRESHOLDS (`threshold` of these rows); 0 leaves the comparison out. method: of the
     attributions, as `attribute` takes it. resume: start each test at the layer it is about (same values, faster).
     """
-    held_out = pairs if held_out is None else held_out
+    pairs, held_out, left_out = _circuits.with_range(model, pairs, held_out)
     stage = lambda begin, end: _circuits.share_of(progress, begin, end)
     some = _circuits.some_of(pairs, _circuits.PART_PROMPTS)
     scores = _circuits.scored(model, some, method=method, parts=True, progress=stage(0, 0.1))
@@ -100,6 +102,7 @@ def run(
     circuit = Circuit(frozenset(items_of(table[table["kept"]])), start.universe)
     train, held = (Evaluator(model, p, start.universe) for p in (pairs, held_out))
     rows = _circuits.faithfulness_rows(train, held, circuit)
+    rows += _circuits.circuit_rows(STARTED, len(start), "train", estimates(train, [start.patched()]), len(pairs))
     rows.append(
         {"what": "circuit", "circuit": "kept", "size": len(circuit), "sample": "train", "measure": "tests"}
         | {"value": table.attrs["tests"], "n": len(pairs)}
@@ -108,7 +111,8 @@ def run(
         rows += compare(model, _circuits.some_of(pairs, compare_prompts), held, method, stage(0.4, 1))
     started = [i in start for i in items_of(table)]
     out = table.drop(columns="position").assign(score=scores["score"], started=started, method=method)
-    return _circuits.table_of(out, rows, columns=("threshold",))
+    out = _circuits.with_target(out, rows, target, STARTED)
+    return _circuits.table_of(out, rows, columns=("threshold",)).assign(left_out=left_out)
 
 
 def less_search(ranking: str) -> str:
@@ -135,18 +139,17 @@ def compare(
         searched = Circuit(frozenset(items_of(found[found["kept"]])), universe)
         circuits = {SEARCH: searched}
         circuits |= {name: first_pruned(ranking, len(searched), universe) for name, ranking in rankings.items()}
-        scores = held.estimates([circuit.patched() for circuit in circuits.values()])
+        drawn = random_circuits(searched, N_RANDOM)
+        scores = estimates(held, [circuit.patched() for circuit in (*circuits.values(), *drawn)])
         one = {name: {m: e[[i]] for m, e in scores.items()} for i, name in enumerate(circuits)}
         sizes = {name: len(circuit) for name, circuit in circuits.items()}
         for name in rankings:
             one[less_search(name)] = {m: e - one[SEARCH][m] for m, e in one[name].items()}
         here = []
-        for name, estimates in one.items():
+        one["random"] = {m: e[len(circuits) :] for m, e in scores.items()}
+        for name, own in one.items():
             size = sizes.get(name, len(searched))
-            here += _circuits.circuit_rows(name, size, "held out", estimates, len(held.pairs))
-        few = Evaluator(model, _circuits.some_of(held.pairs, _circuits.CURVE_PROMPTS), universe)
-        drawn = few.estimates([c.patched() for c in random_circuits(searched, 3)])
-        here += _circuits.circuit_rows("random", len(searched), "held out", drawn, len(few.pairs))
+            here += _circuits.circuit_rows(name, size, "held out", own, len(held.rows_kept))
         for name in rankings:
             overlap = {"what": "circuit", "circuit": name, "size": sizes[name], "sample": "train", "measure": "overlap"}
             here.append(overlap | {"value": searched.jaccard(circuits[name]), "n": len(pairs)})
@@ -201,7 +204,7 @@ def findings(table: pd.DataFrame) -> list[str]:
         f"The search keeps {edges} edges and, inside layers, {listed} ({tests['value']:.0f} tests).",
         f"The largest drops are those of {names}.",
         *_circuits.how_it_does(
-            table[table["threshold"].isna()], int(items["started"].sum()), "edges and parts it began with"
+            table[table["threshold"].isna()], int(items["started"].sum()), "edges and parts it began with", "edges"
         ),
     ]
     for _, rows in table[table["threshold"].notna()].groupby("threshold", sort=True):

@@ -15,6 +15,7 @@ from analyses import _effects
 from ioi_mamba.bottleneck import find_layer
 from ioi_mamba.charts import position_heatmap
 from ioi_mamba.jobs import config_of
+from ioi_mamba.ranges import left_out_sentence, usable
 from ioi_mamba.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
 
@@ -29,7 +30,7 @@ METHOD = (
     "Mean over prompts, at the bottleneck layer unless another is given."
 )
 NEEDS_MAMBA = True
-COLUMNS = ("corruption", "layer", "slice", "position", "label", "effect", "n")
+COLUMNS = ("corruption", "layer", "slice", "position", "label", "effect", "n", "left_out")
 
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
@@ -47,10 +48,10 @@ def run(
 ) -> pd.DataFrame:
     """Effects by slice; `layer` None is the bottleneck, `all_layers` sweeps every layer."""
     layers = None if all_layers else [find_layer(model, pairs) if layer is None else layer]
-    tables, width = [], config_of(model).conv_kernel
+    found, tables, width = usable(model, pairs), [], config_of(model).conv_kernel
     for k, s in enumerate(range(1 - width, 1)):
         report = (lambda n, total, k=k: progress(k * total + n, width * total)) if progress else None
-        table = _effects.effect_table(model, pairs, f"conv_slice.{s}", layers=layers, progress=report)
+        table = _effects.effect_table(model, found, f"conv_slice.{s}", layers=layers, progress=report)
         table.insert(2, "slice", s)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
@@ -80,4 +81,5 @@ def findings(table: pd.DataFrame) -> list[str]:
         f"{r.corruption}: the largest effect is {r.effect:.2f}, slice {r.slice} at {r.label} (layer {r.layer})."
         for r in peaks.itertuples()
     ]
-    return [*sentences, f"The peak lies in slice -1 for {shifted} of {len(peaks)} corruptions."]
+    sentences.append(f"The peak lies in slice -1 for {shifted} of {len(peaks)} corruptions.")
+    return sentences + left_out_sentence(table)

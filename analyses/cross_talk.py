@@ -20,8 +20,11 @@ from torch import Tensor
 
 from ioi_mamba import charts, theme
 from ioi_mamba.cross_talk import NO_LAYER, searches
+from ioi_mamba.draws import drawn_apart
 from ioi_mamba.errors import InputError
+from ioi_mamba.intervals import share_ends
 from ioi_mamba.jobs import call
+from ioi_mamba.ranges import left_out_sentence, usable
 from ioi_mamba.sweep import layer_count
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
@@ -50,30 +53,29 @@ COLUMNS = (
     "accuracy",
     "probability",
     "n",
+    "low",
+    "high",
     "chosen",
     "in_circuit",
     "reached",
+    "left_out",
 )
 
 DEFAULT_PAIRS = 200
 UNLABELLED = "(all)"
-MAX_JOBS = 10
+MAX_JOBS = 9
 LABELS = 200  # pixels of the chart for the names of circuits
 
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
-    """Each of the 20 combinations of template and corruption, drawn anew from `seed`; with the swapped copies.
+    """Each of the 20 combinations of template and corruption, with the swapped copies.
 
-    n_pairs: pairs of one combination, which give twice as many prompts. None: the paper's 200.
+    n_pairs: pairs of one combination, which give twice as many prompts. None: the paper's 200. Combinations are drawn
+    apart (`ioi_mamba.draws`), the first from `seed` itself: the published notebook's circuit has the prompts of seed 27.
     """
     n_pairs = DEFAULT_PAIRS if n_pairs is None else n_pairs
-    return Pairs.concat(
-        [
-            ioi.generate(tokenizer, n_pairs, seed, templates=[template], corruptions=[corruption])
-            for template in ioi.TEMPLATES
-            for corruption in ioi.CORRUPTIONS
-        ]
-    )
+    kinds = [([template], [corruption]) for template in ioi.TEMPLATES for corruption in ioi.CORRUPTIONS]
+    return drawn_apart(tokenizer, n_pairs, seed, kinds)
 
 
 def run(
@@ -88,14 +90,16 @@ def run(
 
     Pairs are grouped by their labels "template" and "corruption"; without labels there is one group. `layer` is
     the layer given back (empty at step 0), on top of those `chosen` at earlier steps; `accuracy` and
-    `probability` are means over the n prompts, in 0..1. `in_circuit`: the layer is one of the group's circuit;
-    `reached`: the circuit's accuracy is above `threshold`. rows: prompts in one pass, by default what fits.
-    Raises InputError for a threshold outside 0..1 and for `rows` below 1.
+    `probability` are means over the n prompts, in 0..1; low, high: the 95 % interval of the accuracy. `in_circuit`: the layer is one of the group's circuit;
+    `reached`: the circuit's accuracy is above `threshold`. Prompts without a range (`ioi_mamba.ranges`), which are right
+    with every layer resampled, are `left_out`. rows: prompts in one pass, by default what fits.
+    Raises InputError for a threshold outside 0..1, for `rows` below 1, and where no prompt has a range.
     """
     if not 0 <= threshold <= 1:
         raise InputError(f"threshold is {threshold}; give an accuracy from 0 to 1.")
     if rows is not None and rows < 1:
         raise InputError(f"rows is {rows}; at least one prompt must be in a pass.")
+    pairs, _, left_out = usable(model, pairs)
     groups = _groups(pairs)
     per_group = layer_count(model) * (layer_count(model) + 1) // 2
     # Several groups to a job, and few jobs: a server is asked seldom, and an interruption loses little.
@@ -111,7 +115,8 @@ def run(
         parts = [group.without_text() for _, _, group in batch]
         found = call(model, searches, parts, threshold, rows, progress=report)
         for (template, corruption, group), records in zip(batch, found, strict=True):
-            tables.append(_table(records, len(group), threshold).assign(template=template, corruption=corruption))
+            table = _table(records, group.clusters, threshold)
+            tables.append(table.assign(template=template, corruption=corruption, left_out=left_out))
     return pd.concat(tables, ignore_index=True)[list(COLUMNS)]
 
 
@@ -200,7 +205,7 @@ def findings(table: pd.DataFrame) -> list[str]:
     if 0 in proportion:
         share = proportion[0]
         found.append(f"Layer 0 is in {round(share * n)} of {n} circuits ({share:.0%}).")
-    return found
+    return found + left_out_sentence(table)
 
 
 def _groups(pairs: Pairs) -> list[tuple[str, str, Pairs]]:
@@ -235,15 +240,18 @@ def _most_frequent(layers: pd.Series) -> tuple[int, int]:
     return int(counts.index[0]), int(counts.iloc[0])
 
 
-def _table(records: Tensor, n: int, threshold: float) -> pd.DataFrame:
-    """The table of one group, without its labels. The circuit ends at the first step with the highest accuracy."""
-    table = pd.DataFrame(records.numpy(), columns=["step", "layer", "accuracy", "probability", "chosen"])
+def _table(records: Tensor, clusters: Tensor, threshold: float) -> pd.DataFrame:
+    """The table of one group, without its labels; clusters: of its prompts, [row]. The circuit ends at the first step with the highest accuracy."""
+    table = pd.DataFrame(records.numpy(), columns=["step", "layer", "accuracy", "probability", "variance", "chosen"])
+    low, high = share_ends(records[:, 2], records[:, 4], clusters)
     table = table.astype({"step": int, "layer": int, "chosen": bool})
     path = table[table["chosen"] | (table["step"] == 0)].sort_values("step")
     last = int(path.loc[path["accuracy"].idxmax(), "step"])
     members = set(path[(path["step"] > 0) & (path["step"] <= last)]["layer"])
     return table.assign(
-        n=n,
+        n=len(clusters),
+        low=low.numpy(),
+        high=high.numpy(),
         in_circuit=[layer in members for layer in table["layer"]],
         reached=bool(path["accuracy"].max() > threshold),
         layer=table["layer"].astype("Int64").mask(table["layer"] == NO_LAYER),

@@ -4,8 +4,14 @@ Paper appendix D.1. Every edge (and every conv slice, ssm and skip inside a laye
 (`ioi_mamba.attribution`); edges are ranked, most negative first, and the smallest number that keeps the accuracy
 among names above the target on the training pairs is found by binary search. The circuit is then evaluated on
 held-out pairs. Every item is also patched alone, on fewer prompts: its exact effect, which attribution estimates.
-Published scores carry a factor of one over the batch size (1/30) and plain EAP as published is degenerate; neither
-is repeated here. Parts are scored but not selected: the circuit is one of edges, as in the paper.
+Parts are scored but not selected: the circuit is one of edges, as in the paper.
+
+Not repeated here: published scores carry a factor of one over the batch size, 1/30, and 1/10 in the last batch, whose
+pairs so weigh three times as much; here every pair weighs the same. And plain EAP as published is degenerate.
+
+Scores of parts do not add up to those of edges. An edge into a layer acts through all of its parts, a part carries all
+edges into its layer, both are products with one gradient of a curved function, and edges are scored on a path on which
+parts are not patched. Each ranks among its own kind.
 """
 
 from __future__ import annotations
@@ -16,10 +22,11 @@ import torch
 from torch import Tensor
 
 from analyses import _circuits
+from analyses._effects import shared_positions
 from ioi_mamba import circuit_charts
 from ioi_mamba.attribution import Options, ranked
 from ioi_mamba.evaluator import Evaluator
-from ioi_mamba.faithfulness import rank_correlation, smallest
+from ioi_mamba.faithfulness import rank_correlation
 from ioi_mamba.graph import items_of, universe_of
 from ioi_mamba.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
@@ -70,6 +77,7 @@ def run(
     these, how many exact effects are measured on. method: as `attribute` takes it; "exact" needs no gradients and gives
     no scores by position.
     """
+    pairs, held_out, left_out = _circuits.with_range(model, pairs, held_out)
     stage = lambda begin, end: _circuits.share_of(progress, begin, end)
     options = Options(method, variant, steps, positions=method != "exact")
     items, per_pair = _circuits.attributed(model, pairs, options, stage(0, 0.4))
@@ -80,13 +88,21 @@ def run(
     alone = Evaluator(model, few, universe_of(model, parts=True))
     exact = alone.exact_effects(items_of(inner), stage(0.5, 0.8)).mean(1)
     of_some, of_few = _circuits.every(len(pairs), part_prompts), _circuits.every(len(some), exact_prompts)
-    everywhere = per_pair.sum(1)
+    everywhere, clusters = per_pair.sum(1), pairs.clusters
     totals = pd.concat(
         [
-            _circuits.with_scores(kind, scores).assign(estimate=there[:, of_few].mean(1).numpy(), exact=effects.numpy())
-            for kind, scores, there, effects in (
-                (items, everywhere, everywhere[:, of_some], exact[~inside]),
-                (inner[inner["part"].notna()], per_part[inside].sum(1), per_part[inside].sum(1), exact[inside]),
+            _circuits.with_scores(kind, scores, of).assign(
+                estimate=there[:, of_few].mean(1).numpy(), exact=effects.numpy()
+            )
+            for kind, scores, of, there, effects in (
+                (items, everywhere, clusters, everywhere[:, of_some], exact[~inside]),
+                (
+                    inner[inner["part"].notna()],
+                    per_part[inside].sum(1),
+                    some.clusters,
+                    per_part[inside].sum(1),
+                    exact[inside],
+                ),
             )
         ],
         ignore_index=True,
@@ -94,18 +110,19 @@ def run(
     is_edge = totals["part"].isna()
     edges = ranked(totals[is_edge], ranking)
     train = Evaluator(model, pairs, universe_of(model))
-    circuit, _ = smallest(train, edges, target)
+    circuit = _circuits.chosen_circuit(train, edges, target)
     edges["kept"] = edges["rank"] <= len(circuit)
-    held = train if held_out is None else Evaluator(model, held_out, train.universe)
+    held = train if held_out is pairs else Evaluator(model, held_out, train.universe)
     rows = _circuits.faithfulness_rows(train, held, circuit, edges, stage(0.8, 1))
-    rows += _circuits.jaccard_rows(everywhere, len(circuit), ranking)
+    rows += _circuits.jaccard_rows(train, items, everywhere, target, ranking)
     large = edges[edges["exact"].abs() >= LARGE]
     for name, chosen in (("edges", edges), (LARGE_EDGES, large), ("edges and parts", totals)):
         rows += [_spearman_row(name, chosen)] if len(chosen) > 2 else []
     by_position = [_by_position(items, per_pair, pairs)] if method != "exact" else []
     table = pd.concat([edges, totals[~is_edge], *by_position], ignore_index=True)
     table = table.reindex(columns=dict.fromkeys((*table, "position", "label")))
-    return _circuits.table_of(table.assign(ranking=ranking, method=method), rows)
+    table = _circuits.with_target(table.assign(ranking=ranking, method=method), rows, target)
+    return _circuits.table_of(table, rows).assign(left_out=left_out)
 
 
 def _spearman_row(name: str, totals: pd.DataFrame) -> dict:
@@ -119,12 +136,17 @@ def _spearman_row(name: str, totals: pd.DataFrame) -> dict:
 
 
 def _by_position(items: pd.DataFrame, per_pair: Tensor, pairs: Pairs) -> pd.DataFrame:
-    """One row an item and position: its score there."""
-    n_items, n_positions, n_pairs = per_pair.shape
-    table = items.loc[items.index.repeat(n_positions)].reset_index(drop=True)
-    table["position"] = list(range(n_positions)) * n_items
-    table["label"] = pairs.position_labels() * n_items
-    return table.assign(score=per_pair.mean(-1).flatten().numpy(), n=n_pairs)
+    """One row an item and position: its score there; of prompts of several layouts by the role of a position."""
+    sums: dict[tuple[int, str], list[Tensor]] = {}
+    for _, rows, places in shared_positions(pairs):
+        for p, place in places.items():
+            sums.setdefault(place, []).append(per_pair[:, p, rows])
+    tables = []
+    for position, label in sorted(sums, key=lambda place: place[0]):
+        scores = torch.cat(sums[position, label], 1)
+        here = items.assign(position=position, label=label, score=scores.mean(1).numpy(), n=scores.shape[1])
+        tables.append(here)
+    return pd.concat(tables).sort_index(kind="stable").reset_index(drop=True)
 
 
 def chart(table: pd.DataFrame):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import pandas as pd
 
 from analyses import _effects
+from ioi_mamba.ranges import usable
 from ioi_mamba.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
 
@@ -43,7 +44,7 @@ def run(
 
     site: any site of a layer (`ioi-mamba sites`). resume: start each pass where it is patched (same values, faster).
     """
-    return _effects.effect_table(model, pairs, site, resume=resume, progress=progress)
+    return _effects.effect_table(model, usable(model, pairs), site, resume=resume, progress=progress)
 
 
 def chart(table: pd.DataFrame):

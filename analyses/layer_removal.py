@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ioi_mamba import charts, metrics
 from ioi_mamba.errors import InputError
+from ioi_mamba.intervals import share_ends
 from ioi_mamba.jobs import call, device_of
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
@@ -40,7 +41,7 @@ METHOD = (
 )
 NEEDS_MAMBA = False
 MODES = ("none", "single", "greedy")
-COLUMNS = ("mode", "step", "layer", "accuracy", "probability", "n", "valid_accuracy")
+COLUMNS = ("mode", "step", "layer", "accuracy", "probability", "n", "low", "high", "valid_accuracy")
 
 # Where the list of blocks is, by architecture: Mamba, GPT-2, Llama-like (and Jamba, Bamba), GPT-NeoX.
 BLOCK_LISTS = ("backbone.layers", "transformer.h", "model.layers", "gpt_neox.layers")
@@ -82,11 +83,13 @@ def run(
     steps = min(n_layers - 1, steps or n_layers)
     prompts = [None if side is None else side.without_text() for side in (pairs, held_out)]
     measured = call(model, _removal, *prompts, places, n_layers, steps, rows, progress=progress)
+    lows, highs = share_ends(measured[:, 3], measured[:, 5], pairs.clusters)
     table = []
-    for mode, step, layer, accuracy, probability, valid_accuracy in measured.tolist():
+    for row, low, high in zip(measured.tolist(), lows.tolist(), highs.tolist(), strict=True):
+        mode, step, layer, accuracy, probability, _, valid_accuracy = row
         valid = None if math.isnan(valid_accuracy) else valid_accuracy
         which = None if layer < 0 else int(layer)
-        table.append((MODES[int(mode)], int(step), which, accuracy, probability, len(pairs), valid))
+        table.append((MODES[int(mode)], int(step), which, accuracy, probability, len(pairs), low, high, valid))
     return pd.DataFrame(table, columns=list(COLUMNS)).astype({"layer": "Int64", "valid_accuracy": "Float64"})
 
 
@@ -101,14 +104,15 @@ def _removal(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Float64[measurement, 6]: index in MODES, step, layer or -1, accuracy, probability, held-out accuracy or NaN.
+    """Float64[measurement, 7]: index in MODES, step, layer or -1, accuracy, probability, variance, held-out accuracy or NaN.
 
+    variance: of the accuracy, by cluster.
     places: paths of the list of blocks and of the output head, found where the model's modules can be seen.
     """
     total = 1 + n_layers + sum(n_layers - step for step in range(1, steps)) + (steps + 1 if held_out is not None else 0)
     done = 0
 
-    def measure(removed: Sequence[frozenset[int]], prompts: Pairs) -> list[tuple[float, float]]:
+    def measure(removed: Sequence[frozenset[int]], prompts: Pairs) -> list[tuple[float, float, float]]:
         nonlocal done
         scores = []
         for batch in _batches(removed, max(1, rows // len(prompts))):
@@ -131,7 +135,7 @@ def _removal(
         if step > 1:
             scores = measure([removed | {layer} for layer in left], pairs)
         # max keeps the first of equals, which is the lowest layer.
-        best = max(range(len(left)), key=scores.__getitem__)
+        best = max(range(len(left)), key=lambda k, scores=scores: scores[k][:2])
         removed |= {left[best]}
         table.append((2, step, left[best], *scores[best], valid(removed)))
         del left[best]
@@ -176,9 +180,11 @@ def findings(table: pd.DataFrame) -> list[str]:
     single = table.query("mode == 'single'").sort_values(["probability", "layer"])
     greedy = table.query("mode == 'greedy'").sort_values("step")
     worst = single.iloc[0]
+    # A table of an earlier version has no intervals.
+    interval = f"{none['low']:.3f} to {none['high']:.3f}, " if "low" in none else ""
     found = [
         f"With every layer in place the answer has probability {none['probability']:.2f} and accuracy "
-        f"{none['accuracy']:.2f} ({none['n']} prompts).",
+        f"{none['accuracy']:.2f} ({interval}{none['n']} prompts).",
         f"Removing layer {worst['layer']} costs most: probability {worst['probability']:.2f}, accuracy "
         f"{worst['accuracy']:.2f}.",
     ]
@@ -231,9 +237,9 @@ def _batches(items: Sequence[frozenset[int]], size: int) -> list[Sequence[frozen
 
 def _scores(
     model, pairs: Pairs, places: tuple[str, str], n_layers: int, removed: Sequence[frozenset[int]], rows: int
-) -> list[tuple[float, float]]:
-    """(accuracy, probability) of each set of removed layers; sets times prompts are rows of few passes."""
-    candidates = pairs.choices
+) -> list[tuple[float, float, float]]:
+    """(accuracy, probability, variance) of each set of removed layers; sets times prompts are rows of few passes."""
+    candidates, clusters = pairs.choices, pairs.clusters
     accuracy, probability = [], []
     for part in torch.arange(len(pairs)).split(rows):
         without = torch.zeros(len(removed), n_layers, dtype=torch.bool)
@@ -247,8 +253,10 @@ def _scores(
         accuracy.append(metrics.accuracy(logits, pairs.answer[part], candidates[part]))
         probability.append(metrics.relative_probability(logits, pairs.answer[part], candidates[part]))
     pairs.check_finite("probabilities", torch.cat(probability, 1))
-    columns = torch.cat(accuracy, 1).double().mean(1), torch.cat(probability, 1).double().mean(1)
-    return list(zip(columns[0].tolist(), columns[1].tolist(), strict=True))
+    right = torch.cat(accuracy, 1)
+    columns = right.double().mean(1), torch.cat(probability, 1).double().mean(1)
+    variance = metrics.clustered_variance(right, clusters)
+    return list(zip(*(column.tolist() for column in (*columns, variance)), strict=True))
 
 
 def _last_logits(model, places: tuple[str, str], tokens: Tensor, last: Tensor, without: Tensor) -> Tensor:

@@ -6,13 +6,20 @@ another, which tells which slots the model writes alike.
 
 Where the paper and its code disagree: "more than 95 %" for subtract-and-add holds in its data where source and
 written slot are among 1 to 3 (mean .991) and for slots 4 and 5 with sources 1 to 3 (.982), not over all 25 cells
-(.910). A (name, slot) has 53 to 237 prompts, not 50 to 100, each counted twice. The averages include the test
-prompts themselves; `leave_out` takes these out.
+(.910). A (name, slot) has 53 to 237 prompts, not 50 to 100, each counted twice.
+
+Two things that the published numbers pass over. Test prompts are drawn with replacement: a prompt that is drawn twice
+is no second outcome, so a cell's n is that of its distinct prompts, each counted once, and intervals are by cluster
+(`Pairs.clusters`). And the averages include the test prompts: where few prompts have a name in a slot, the average of
+the new name is the very vector of the test prompt's own corrupted copy, and steering cannot fail. `leave_out` takes a
+test prompt's own pair out of the averages it is steered with; it is the default where a name has fewer than ENOUGH
+prompts on average (the paper's set has 98).
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import altair as alt
@@ -23,17 +30,17 @@ from torch import Tensor
 from ioi_mamba import charts
 from ioi_mamba.bottleneck import find_layer, find_offset
 from ioi_mamba.errors import InputError
+from ioi_mamba.intervals import share_interval
 from ioi_mamba.interventions import forward
 from ioi_mamba.jobs import call, device_of
 from ioi_mamba.memory import rows_per_pass
-from ioi_mamba.metrics import wilson_interval
 from ioi_mamba.steering import (
     METHODS,
     Averages,
     averages,
     name_slots,
     read_up_to,
-    steering_edit,
+    writing,
 )
 from ioi_mamba.sweep import Roll
 from ioi_mamba.tasks import ioi
@@ -53,15 +60,35 @@ METHOD = (
     "Replace: x := avg[new, source]. Subtract-and-add: x := x + avg[new, source] - avg[old, source]. Slots of the "
     "answer: the answer becomes the corrupted prompt's; other slots: the answer is written, so that the slot's old "
     "name is the only one mentioned once.\n"
-    "Success: the intended name's last-position logit exceeds the original answer's; 101 random prompts a cell, "
-    "Wilson intervals."
+    "Success: the intended name's last-position logit exceeds the original answer's; 101 draws a cell, of which each "
+    "distinct prompt counts once; Wilson intervals by pair."
 )
 NEEDS_MAMBA = True
 NEEDS_NAMES = True
-COLUMNS = ("method", "slot", "source_slot", "success", "n", "low", "high", "layer", "offset")
+BLOCK = ("block_success", "block_n", "block_low", "block_high")
+COLUMNS = (
+    "method",
+    "slot",
+    "source_slot",
+    "success",
+    "n",
+    "low",
+    "high",
+    *BLOCK,
+    "leave_out",
+    "prompts_a_name",
+    "layer",
+    "offset",
+)
 
 DEFAULT_PAIRS = 10_000
+ENOUGH = 50  # prompts a name: then a test prompt's own share of an average is 2 % or less
+EARLY = 3  # slots of the first clause; cells are pooled by where the slot and where the source is
 UNTESTED = -1
+
+
+Share = tuple[float, int, float, float]
+"""(share, n, low, high)"""
 
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
@@ -79,17 +106,22 @@ def run(
     layer: int | None = None,
     offset: int | None = None,
     per_cell: int = 101,
-    leave_out: bool = False,
+    leave_out: bool | None = None,
     seed: int = 27,
     progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
     """One row for each method, slot written over and slot the average comes from.
 
-    success: the share of `n` prompts in which the intended name beats the original answer, in 0..1; low, high:
-    its 95 % Wilson interval. A test prompt whose names were never in the source slot is left out of `n`; a cell
-    without test prompts has n = 0 and no success. layer: the bottleneck; None: found, as layer-ablation does.
+    success: the share of `n` distinct prompts in which the intended name beats the original answer, in 0..1; low, high:
+    its 95 % interval. A test prompt whose names were never in the source slot is left out of `n`; a cell without test
+    prompts has n = 0 and no success. block_success, block_n, block_low, block_high: the same of the block that the cell
+    belongs to (slot and source each among the first three or not), where a prompt counts once, with its mean over the
+    block's cells. layer: the bottleneck; None: found, as layer-ablation does.
     offset: how many tokens after a name to average and to write; None: found, as the distance at which resampling
-    the layer's ssm_input has the largest effect; 1 in the paper, whose layer's convolution shifts names so far. per_cell: test prompts, drawn from `seed` as the published code does. leave_out: average over no test prompt.
+    the layer's ssm_input has the largest effect; 1 in the paper, whose layer's convolution shifts names so far.
+    per_cell: test prompts to draw, with replacement, from `seed` as the published code does. leave_out: take a test
+    prompt's own pair out of its averages; None: where names have fewer than ENOUGH prompts (`prompts_a_name`, over all
+    names and slots).
     Raises InputError for pairs whose names have no roles, a layer out of range and `per_cell` below 1.
     """
     if per_cell < 1:
@@ -97,9 +129,8 @@ def run(
     slots = name_slots(pairs)
     layer = find_layer(model) if layer is None else layer
     offset = find_offset(model, layer) if offset is None else offset
-    cells = sample_cells(pairs, per_cell, seed)
-    drawn = torch.cat(list(cells.values()))
-    n_tests = len(METHODS) * len(drawn)
+    cells = {cell: _distinct(pairs, rows) for cell, rows in sample_cells(pairs, per_cell, seed).items()}
+    n_tests = len(METHODS) * sum(map(len, cells.values()))
     n_prompts = 0
 
     def report(done: int, total: int) -> None:
@@ -108,25 +139,81 @@ def run(
         if progress is not None:
             progress(done, total + n_tests)
 
-    left_out = pairs.clean[drawn] if leave_out else None
-    names = averages(model, pairs, layer, offset=offset, leave_out=left_out, progress=report)
+    names = averages(model, pairs, layer, offset=offset, progress=report)
+    times = _times(pairs)
+    prompts_a_name = len(times) / len(names.names)
+    leave_out = prompts_a_name < ENOUGH if leave_out is None else leave_out
     tested = {cell: index for cell, index in cells.items() if len(index)}
     where = [(slots[slot - 1], slots[source - 1]) for slot, source in tested]
     prompts = [pairs[index].without_text() for index in tested.values()]
+    counts = [
+        torch.tensor(
+            [[times[tuple(side[row].tolist())] for side in (part.clean, part.corrupted)] for row in range(len(part))]
+        )
+        for part in prompts
+    ]
+    own = counts if leave_out else [torch.zeros_like(each) for each in counts]
 
     def report_test(done: int, total: int) -> None:
         report(n_prompts + done, n_prompts)
 
-    outcomes = dict(zip(tested, call(model, _outcomes, prompts, where, names, progress=report_test), strict=True))
-    rows = []
-    for (slot, source), outcome in ((cell, outcomes.get(cell)) for cell in cells):
-        for k, method in enumerate(METHODS):
-            own = [] if outcome is None else outcome[k][outcome[k] != UNTESTED].tolist()
-            low, high = wilson_interval(sum(own), len(own)) if own else (float("nan"),) * 2
-            success = sum(own) / len(own) if own else float("nan")
-            rows.append((method, slot, source, success, len(own), low, high, layer, offset))
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
-    return table.sort_values(["method", "slot", "source_slot"], ignore_index=True)
+    found = call(model, _outcomes, prompts, where, own, names, progress=report_test)
+    outcomes = dict(zip(tested, found, strict=True))
+    clusters = pairs.clusters
+    tables = []
+    for k, method in enumerate(METHODS):
+        rows = []
+        for cell, index in cells.items():
+            outcome = outcomes[cell][k] if cell in outcomes else torch.empty(0)
+            kept = outcome != UNTESTED
+            rows.append((cell, index[kept], outcome[kept].double()))
+        blocks = {block: _pooled(own, clusters) for block, own in _by_block(rows).items()}
+        tables += [(method, *c, *_share(o, clusters[i]), *blocks[_block(c)]) for c, i, o in rows]
+    table = pd.DataFrame(tables, columns=["method", "slot", "source_slot", "success", "n", "low", "high", *BLOCK])
+    table = table.assign(leave_out=leave_out, prompts_a_name=prompts_a_name, layer=layer, offset=offset)
+    return table[list(COLUMNS)].sort_values(["method", "slot", "source_slot"], ignore_index=True)
+
+
+def _distinct(pairs: Pairs, rows: Tensor) -> Tensor:
+    """Of drawn rows the first of each clean prompt, in order of first draw."""
+    seen: dict[tuple[int, ...], int] = {}
+    for row in rows.tolist():
+        seen.setdefault(tuple(pairs.clean[row].tolist()), row)
+    return torch.tensor(list(seen.values()), dtype=torch.int64)
+
+
+def _times(pairs: Pairs) -> dict[tuple[int, ...], int]:
+    """How often each prompt stands in the pairs, clean or corrupted: its weight in the averages."""
+    return Counter(tuple(row) for side in (pairs.clean, pairs.corrupted) for row in side.tolist())
+
+
+def _block(cell: tuple[int, int]) -> tuple[bool, bool]:
+    """Whether the slot, and whether the source, are among the first three."""
+    return cell[0] <= EARLY, cell[1] <= EARLY
+
+
+def _by_block(rows: list[tuple[tuple[int, int], Tensor, Tensor]]) -> dict[tuple[bool, bool], list]:
+    blocks: dict[tuple[bool, bool], list] = {}
+    for cell, index, outcome in rows:
+        blocks.setdefault(_block(cell), []).append((index, outcome))
+    return blocks
+
+
+def _pooled(cells: list[tuple[Tensor, Tensor]], clusters: Tensor) -> Share:
+    """Of the cells of a block, [(rows, outcomes)]: the share over prompts, each with its mean outcome."""
+    index, outcome = (torch.cat(each) for each in zip(*cells, strict=True))
+    rows, place = index.unique(return_inverse=True)
+    means = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, place, outcome.double())
+    return _share(means / place.bincount(minlength=len(rows)), clusters[rows])
+
+
+def _share(outcomes: Tensor, clusters: Tensor) -> Share:
+    """(success, n, low, high) of outcomes in 0..1 [row]; NaN where there is none."""
+    n = len(outcomes)
+    if n == 0:
+        return float("nan"), 0, float("nan"), float("nan")
+    low, high = share_interval(outcomes, clusters.unique(return_inverse=True)[1])
+    return float(outcomes.mean()), n, float(low), float(high)
 
 
 def chart(table: pd.DataFrame) -> alt.FacetChart | alt.LayerChart:
@@ -149,14 +236,18 @@ def chart(table: pd.DataFrame) -> alt.FacetChart | alt.LayerChart:
 
 
 def findings(table: pd.DataFrame) -> list[str]:
-    """What the table says: slots 1 to 3 among each other, and with 4 and 5, for both methods."""
-    found = [f"The averages are those of layer {table['layer'].iloc[0]}, {_place(int(table['offset'].iloc[0]))}."]
+    """What the table says: slots 1 to 3 among each other, and with 4 and 5, for both methods; whose averages they are."""
+    first, whose = table.iloc[0], ""
+    if "leave_out" in table:  # a table of an earlier version does not say
+        of_a_name = f"{first['prompts_a_name']:.1f} prompts have a name in a slot on average"
+        whose = f", without a test prompt's own pair, since only {of_a_name}"
+        whose = whose if first["leave_out"] else f", test prompts included ({of_a_name})"
+    found = [f"The averages are those of layer {first['layer']}, {_place(int(first['offset']))}{whose}."]
     for method in ("subtract-add", "replace"):
         own = table[(table["method"] == method) & (table["n"] > 0)]
-        early, late = own[own["slot"] <= 3], own[own["slot"] > 3]
         parts = [
-            _share(part[part["source_slot"] <= 3 if near else part["source_slot"] > 3])
-            for part in (early, late)
+            _block_text(own[((own["slot"] <= EARLY) == early) & ((own["source_slot"] <= EARLY) == near)])
+            for early in (True, False)
             for near in (True, False)
         ]
         found.append(
@@ -176,13 +267,13 @@ def _place(offset: int) -> str:
     return "at the name" if offset == 0 else f"{offset} token{'s' if offset > 1 else ''} after the name"
 
 
-def _share(cells: pd.DataFrame) -> str:
-    n = int(cells["n"].sum())
-    if n == 0:
+def _block_text(cells: pd.DataFrame) -> str:
+    if cells.empty:
         return "no prompt"
-    wins = round(float((cells["success"] * cells["n"]).sum()))
-    low, high = wilson_interval(wins, n)
-    return f"{wins / n:.3f} ({low:.3f} to {high:.3f})"
+    if BLOCK[0] not in cells:
+        return f"{cells['success'].mean():.3f} (mean of cells)"
+    success, n, low, high = (cells.iloc[0][column] for column in BLOCK)
+    return f"{success:.3f} ({low:.3f} to {high:.3f}, {n:.0f} prompts)"
 
 
 def answer_slots(slots: Sequence[str]) -> int:
@@ -216,28 +307,32 @@ def sample_cells(pairs: Pairs, per_cell: int, seed: int) -> dict[tuple[int, int]
 
 
 def _outcomes(
-    model, cells: list[Pairs], where: list[tuple[str, str]], names: Averages, *, progress=None
+    model, cells: list[Pairs], where: list[tuple[str, str]], own: list[Tensor], names: Averages, *, progress=None
 ) -> list[Tensor]:
-    """For each cell, at its (slot, source slot), Int64[method, pair]: 1 where the intended name wins, 0 or UNTESTED."""
+    """For each cell, at its (slot, source slot), Int64[method, pair]: 1 where the intended name wins, 0 or UNTESTED.
+
+    own: Int64[pair, 2] a cell, how often a pair's clean and its corrupted prompt are to be taken out of the averages.
+    """
     found, done = [], 0
     with torch.no_grad():
-        for pairs, (slot, source) in zip(cells, where, strict=True):
-            found.append(_outcome(model, pairs, names, slot, source))
+        for pairs, (slot, source), times in zip(cells, where, own, strict=True):
+            found.append(_outcome(model, pairs, names, slot, source, times))
             done += len(METHODS) * len(pairs)
             if progress is not None:
                 progress(done, len(METHODS) * sum(len(cell) for cell in cells))
     return found
 
 
-def _outcome(model, pairs: Pairs, names: Averages, slot: str, source: str) -> Tensor:
+def _outcome(model, pairs: Pairs, names: Averages, slot: str, source: str, times: Tensor) -> Tensor:
     at = pairs.roles[slot]
     current = pairs.clean.gather(1, at[:, None])[:, 0]
     new = target = pairs.wrong
     if names.slots.index(slot) >= answer_slots(names.slots):
         # Once the answer stands in another slot too, the name it replaces is the only one mentioned once.
         new, target = pairs.answer, current
-    seen = names.seen(new, source)
-    usable = {"replace": seen, "subtract-add": seen & names.seen(current, source)}
+    seen, vector = _without_own(model, pairs, names, source, times, new)
+    seen_old, old = _without_own(model, pairs, names, source, times, current)
+    usable = {"replace": seen, "subtract-add": seen & seen_old}
     outcome = torch.full((len(METHODS), len(pairs)), UNTESTED)
     for rows in torch.arange(len(pairs)).split(rows_per_pass(model, pairs.clean.shape[1])):
         part, last = pairs.clean[rows], pairs.last[rows]
@@ -248,11 +343,11 @@ def _outcome(model, pairs: Pairs, names: Averages, slot: str, source: str) -> Te
             own = rows[kept]
             if len(own) == 0:
                 continue
-            edit = steering_edit(names, method, at[own], new[own], current[own], source)
+            write = vector[own] if method == "replace" else vector[own] - old[own]
             logits = forward(
                 model,
                 part[kept],
-                {f"blocks.{names.layer}.hook_ssm_input": edit},
+                {f"blocks.{names.layer}.hook_ssm_input": writing(write, at[own] + names.offset, method)},
                 logits_at=last[kept],
                 start=roll.start(names.layer, stream[kept], kept),
                 own_scan=True,
@@ -260,3 +355,27 @@ def _outcome(model, pairs: Pairs, names: Averages, slot: str, source: str) -> Te
             row = torch.arange(len(own))
             outcome[k, own] = (logits[row, target[own]] > logits[row, pairs.answer[own]]).long()
     return outcome
+
+
+def _without_own(model, pairs: Pairs, names: Averages, slot: str, times: Tensor, name: Tensor) -> tuple[Tensor, Tensor]:
+    """The average of each row's name (Int64[row]) in a slot without the row's own prompts, [row, E]; and if there is one.
+
+    times: Int64[row, 2], how often the row's clean and its corrupted prompt stand in the averages.
+    """
+    found = names.seen(name, slot)
+    index = torch.searchsorted(names.names, name).clamp(max=len(names.names) - 1)
+    column = names.slots.index(slot)
+    count, mean = names.count[index, column] * found, names.mean[index, column]
+    at = pairs.roles[slot]
+    read_at = at + names.offset
+    inside = (at != ABSENT) & (read_at <= pairs.last)
+    total = mean.double() * count[:, None]
+    for side, n in zip((pairs.clean, pairs.corrupted), times.T, strict=True):
+        own = torch.where(inside & (side.gather(1, at.clamp(min=0)[:, None])[:, 0] == name), n, 0)
+        rows = own.nonzero()[:, 0]
+        for part in rows.split(rows_per_pass(model, side.shape[1])):
+            if len(part):
+                x = read_up_to(model, side[part], names.layer, "ssm_input").cpu()
+                total[part] -= x[torch.arange(len(part)), read_at[part]].double() * own[part][:, None]
+        count = count - own
+    return count > 0, (total / count.clamp(min=1)[:, None]).float()

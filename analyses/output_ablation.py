@@ -9,6 +9,7 @@ from __future__ import annotations
 import pandas as pd
 
 from analyses import _effects
+from ioi_mamba.ranges import usable
 from ioi_mamba.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
 
@@ -33,7 +34,7 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
 
 def run(model, pairs: Pairs, *, progress: Progress | None = None) -> pd.DataFrame:
     """The table of effects; see `_effects.effect_table` for its columns."""
-    return _effects.effect_table(model, pairs, "out_proj", progress=progress)
+    return _effects.effect_table(model, usable(model, pairs), "out_proj", progress=progress)
 
 
 def chart(table: pd.DataFrame):

@@ -4,6 +4,9 @@ Paper section 5 and appendix D.3: as `edge-attribution`, but the product of grad
 only, so an edge has a score at every position and is patched at single positions. Out of the circuit the paper then
 reads which names each layer misses (D.3.1 to D.3.5), and removes from it every edge that leaves the bottleneck
 before the last position (accuracy 85.2 to 83.8 % there, 0.877 to 0.873 normalized logit diff).
+
+An item is an edge at one position, which is one word only in prompts of one layout: of prompts of several, those of the
+commonest are taken, the others counted (`other_layouts`).
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from ioi_mamba import circuit_charts, position_charts
 from ioi_mamba.attribution import Options, ranked
 from ioi_mamba.errors import InputError
 from ioi_mamba.evaluator import Evaluator
-from ioi_mamba.faithfulness import smallest
+from ioi_mamba.faithfulness import estimates
 from ioi_mamba.graph import Circuit, universe_of
 from ioi_mamba.jobs import config_of
 from ioi_mamba.sweep import Progress
@@ -60,14 +63,15 @@ def run(
     """Scores of all (edge, position) items; `kept` marks the smallest circuit with train accuracy > target.
 
     Rows of circuits as in `analyses._circuits`, and LAST_ONLY and LOST, the bottleneck being `layer`. Raises
-    InputError for a layer the model does not have, and for held-out prompts of another length.
+    InputError for a layer the model does not have, and where no held-out prompt has the commonest layout of the pairs.
     """
     n_layers = config_of(model).num_hidden_layers
     if layer is not None and not 0 <= layer < n_layers:
         raise InputError(f"The model has layers 0 to {n_layers - 1}, not {layer}.")
-    if held_out is not None and held_out.clean.shape[1] != pairs.clean.shape[1]:
-        lengths = f"{held_out.clean.shape[1]} positions, the pairs {pairs.clean.shape[1]}"
-        raise InputError(f"The held-out prompts have {lengths}: give prompts of one length.")
+    given = len(pairs) + (0 if held_out is None else len(held_out))
+    pairs, held_out = _one_layout(pairs, held_out)
+    other_layouts = given - len(pairs) - (0 if held_out is None else len(held_out))
+    pairs, held_out, left_out = _circuits.with_range(model, pairs, held_out)
     options = Options(method, variant, steps, positions=True)
     items, per_pair = _circuits.attributed(model, pairs, options, _circuits.share_of(progress, 0, 0.7))
     n_items, n_positions, _ = per_pair.shape
@@ -75,23 +79,39 @@ def run(
     each["position"] = list(range(n_positions)) * n_items
     each["label"] = pairs.position_labels() * n_items
     per_item = per_pair.flatten(0, 1)
-    table = ranked(_circuits.with_scores(each, per_item), ranking)
+    table = ranked(_circuits.with_scores(each, per_item, pairs.clusters), ranking)
     universe = universe_of(model, n_positions=n_positions)
     train = Evaluator(model, pairs, universe)
-    circuit, _ = smallest(train, table, target)
+    circuit = _circuits.chosen_circuit(train, table, target)
     table["kept"] = table["rank"] <= len(circuit)
     table["bottleneck"] = busiest_layer(table) if layer is None else layer
-    held = train if held_out is None else Evaluator(model, held_out, universe)
+    held = train if held_out is pairs else Evaluator(model, held_out, universe)
     rows = _circuits.faithfulness_rows(train, held, circuit, table, _circuits.share_of(progress, 0.7, 1))
-    rows += _circuits.jaccard_rows(per_item, len(circuit), ranking)
+    rows += _circuits.jaccard_rows(train, each, per_item, target, ranking)
     reduced = without_early_output(circuit, table["bottleneck"].iloc[0])
     for sample, evaluator in (("train", train), ("held out", held)):
-        both = evaluator.estimates([circuit.patched(), reduced.patched()])
+        both = estimates(evaluator, [circuit.patched(), reduced.patched()])
         without = {measure: estimate[[1]] for measure, estimate in both.items()}
         lost = {measure: estimate[[0]] - estimate[[1]] for measure, estimate in both.items()}
-        for name, estimates in ((LAST_ONLY, without), (LOST, lost)):
-            rows += _circuits.circuit_rows(name, len(reduced), sample, estimates, len(evaluator.pairs))
-    return _circuits.table_of(table.assign(ranking=ranking, method=method), rows)
+        for name, found in ((LAST_ONLY, without), (LOST, lost)):
+            rows += _circuits.circuit_rows(name, len(reduced), sample, found, len(evaluator.rows_kept))
+    table = table.assign(ranking=ranking, method=method, other_layouts=other_layouts)
+    return _circuits.table_of(_circuits.with_target(table, rows, target), rows).assign(left_out=left_out)
+
+
+def _one_layout(pairs: Pairs, held_out: Pairs | None) -> tuple[Pairs, Pairs | None]:
+    """The pairs of the commonest layout (the first of equals), and the held-out pairs that have the same one."""
+    own = max(pairs.layouts(), key=len)
+    if held_out is None:
+        return own, None
+    layout = lambda part: (part.clean.shape[1], {role: int(at[0]) for role, at in part.roles.items()})
+    same = [part for part in held_out.layouts() if layout(part) == layout(own)]
+    if not same:
+        raise InputError(
+            f"No held-out prompt has the layout of the pairs ({own.clean.shape[1]} tokens, words at the same "
+            "positions): give held-out prompts of the same templates."
+        )
+    return own, same[0]
 
 
 def busiest_layer(items: pd.DataFrame) -> int:
@@ -152,4 +172,11 @@ def findings(table: pd.DataFrame) -> list[str]:
         )
     else:
         out.append(f"No kept edge leaves layer {layer}, the bottleneck, before the last position: none can be removed.")
+    # A table of an earlier version does not say.
+    others = int(items["other_layouts"].iloc[0]) if "other_layouts" in items else 0
+    if others:
+        out.append(
+            f"{others} prompts were not used: a position is one word only in prompts of one layout, and the commonest "
+            "was taken."
+        )
     return out + _missing_names.sentences(items, layer)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import pandas as pd
 
 from analyses import _effects
+from ioi_mamba.ranges import usable
 from ioi_mamba.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
 
@@ -35,7 +36,7 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
 
 def run(model, pairs: Pairs, *, with_conv: bool = False, progress: Progress | None = None) -> pd.DataFrame:
     """The table of effects; with_conv: the last K-1 conv inputs are overwritten together with the state."""
-    return _effects.effect_table(model, pairs, "h_and_conv" if with_conv else "h", progress=progress)
+    return _effects.effect_table(model, usable(model, pairs), "h_and_conv" if with_conv else "h", progress=progress)
 
 
 def chart(table: pd.DataFrame):

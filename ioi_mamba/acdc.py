@@ -198,7 +198,9 @@ def acdc(
     file written after every decision; an existing one is resumed. test_mode: recompute the baseline from scratch
     after every decision and compare. paper: prune as the published code does. resume: start each test at the layer it
     is about (same values, faster).
-    The table's `attrs` has `score` (final metric), `tests`, `rounds`. Raises InputError for a foreign checkpoint.
+    The table's `attrs` has `score` (final metric), `tests`, `rounds`, and `left_out`, how many of the pairs have no
+    range (`ranges`) and took no part. Raises InputError for a foreign checkpoint, where no pair has a range, and at
+    positions for pairs of several layouts.
     """
     n_positions = pairs.clean.shape[1] if positions else None
     universe = start.universe if start else universe_of(model, parts=parts, n_positions=n_positions)
@@ -251,5 +253,6 @@ def acdc(
     table["kept"] = [item in state.kept for item in everything]
     table["drop"] = [state.kept.get(item, float("nan")) for item in everything]
     final = float(evaluator.normalized([list(state.removed)])[0])
-    table.attrs = {"score": final, "tests": state.tests, "rounds": state.rounds}
+    left_out = len(pairs) - len(evaluator.rows_kept)
+    table.attrs = {"score": final, "tests": state.tests, "rounds": state.rounds, "left_out": left_out}
     return table

@@ -34,10 +34,11 @@ from torch import Tensor
 
 from . import eap
 from .errors import InputError
-from .evaluator import Evaluator
+from .evaluator import Evaluator, check_one_layout
 from .graph import Item, Universe, conv_parts, universe_of
 from .jobs import call
 from .memory import rows_per_pass
+from .ranges import usable
 from .sweep import Progress, pair_named
 from .tasks.base import Pairs
 
@@ -78,14 +79,23 @@ def attribute(
 
     method: "eap", the gradient at the clean point; "eap-ig", the mean over `steps` points of the path; or "exact",
     which needs no gradients: each item is patched alone, at many times the cost. variant: see the module's table. positions: one score a position, else summed (position is null). parts: score conv
-    slices, ssm and skip too; an edge has a null part. per_pair: one row a pair instead of the mean over pairs.
+    slices, ssm and skip too; an edge has a null part. per_pair: one row a pair instead of the mean over pairs, `pair`
+    being its number among those given. Pairs without a range (`ranges`) have no score and are in no mean: the table's
+    `attrs` says how many were `left_out`.
     pairs_per_pass: default what fits into 1 GiB, on an accelerator 8 GiB.
     Score: normalized logit diff per unit of patching; negative = patching lowers the metric.
-    Raises InputError for an unknown method or variant, steps < 2 with eap-ig, or scores that are not finite.
+    Raises InputError for an unknown method or variant, steps < 2 with eap-ig, scores that are not finite, pairs of
+    which none has a range, and pairs of several layouts where their scores at positions would be averaged.
     """
     options = Options(method, variant, steps, positions, parts, per_pair, pairs_per_pass)
-    kinds, scores = attributions(model, pairs, options, progress)
-    return _to_frame(kinds, scores, positions, per_pair)
+    _check(options)
+    if positions and not per_pair:
+        check_one_layout(pairs)
+    found = usable(model, pairs)
+    kinds, scores = attributions(model, found.pairs, options, progress)
+    table = _to_frame(kinds, scores, positions, found.rows if per_pair else None)
+    table.attrs = {"left_out": found.left_out}
+    return table
 
 
 class Options(NamedTuple):
@@ -101,7 +111,7 @@ class Options(NamedTuple):
 
 
 def attributions(model, pairs: Pairs, options: Options, progress: Progress | None = None) -> _Attributions:
-    """As `attribute`: (source, target, part) of every item, and the scores Float32[item, pos, pair].
+    """As `attribute`, of pairs that all have a range: (source, target, part) of every item, Float32[item, pos, pair].
 
     The axis of positions has length 1 without `positions`, that of pairs without `per_pair`.
     """
@@ -116,25 +126,17 @@ def attributions(model, pairs: Pairs, options: Options, progress: Progress | Non
 
 def _attributions(model, pairs: Pairs, options: Options, progress: Progress | None) -> _Attributions:
     method, variant, steps, positions, parts, per_pair, pairs_per_pass = options
-    if method not in METHODS or variant not in VARIANTS:
-        raise InputError(
-            f"method {method!r} with variant {variant!r} is unknown: methods are {', '.join(METHODS)}, "
-            f"variants {', '.join(VARIANTS)}."
-        )
+    _check(options)
     if pairs_per_pass is None:
         kind = "part gradients" if parts else "gradients"
         pairs_per_pass = min(64, rows_per_pass(model, pairs.clean.shape[1], kind))
-    if pairs_per_pass < 1:
-        raise InputError(f"pairs_per_pass must be at least 1, not {pairs_per_pass}.")
-    if method == "eap-ig" and steps < 2:
-        raise InputError(f"eap-ig needs at least 2 steps, not {steps}; for one gradient at the clean point use 'eap'.")
     universe = universe_of(model, parts=parts, n_positions=pairs.clean.shape[1] if positions else None)
     kinds = _kinds(universe)
     if method == "exact":
         places = range(pairs.clean.shape[1]) if positions else [None]
         items = [Item(source, target, p, part) for source, target, part in kinds for p in places]
         scores = Evaluator(model, pairs, universe).exact_effects(items, progress)
-        scores = scores.view(len(kinds), -1, len(pairs))
+        scores = scores.view(len(kinds), len(places), -1)
         return kinds, scores if per_pair else scores.mean(-1, keepdim=True)
     if method == "eap":
         alphas, steps = [0.0], 1
@@ -149,6 +151,21 @@ def _attributions(model, pairs: Pairs, options: Options, progress: Progress | No
     with pair_named(model, pairs):
         scores = call(model, eap.scores, pairs.without_text(), *passes, progress=progress)
     return kinds, _stacked(scores, universe)
+
+
+def _check(options: Options) -> None:
+    """Raise InputError for options that mean nothing."""
+    if options.method not in METHODS or options.variant not in VARIANTS:
+        raise InputError(
+            f"method {options.method!r} with variant {options.variant!r} is unknown: methods are {', '.join(METHODS)}, "
+            f"variants {', '.join(VARIANTS)}."
+        )
+    if options.pairs_per_pass is not None and options.pairs_per_pass < 1:
+        raise InputError(f"pairs_per_pass must be at least 1, not {options.pairs_per_pass}.")
+    if options.method == "eap-ig" and options.steps < 2:
+        raise InputError(
+            f"eap-ig needs at least 2 steps, not {options.steps}; for one gradient at the clean point use 'eap'."
+        )
 
 
 def _kinds(universe: Universe) -> list[tuple[str, str, str | None]]:
@@ -171,13 +188,14 @@ def _stacked(scores: dict[str, Tensor], universe: Universe) -> Tensor:
     return torch.stack(columns).movedim(1, -1)
 
 
-def _to_frame(kinds, scores: Tensor, positions: bool, per_pair: bool) -> pd.DataFrame:
+def _to_frame(kinds, scores: Tensor, positions: bool, pairs: Tensor | None) -> pd.DataFrame:
+    """One row a score; pairs: Int64[pair], the numbers of the pairs where there is one row a pair."""
     index = pd.MultiIndex.from_product([range(n) for n in scores.shape]).to_frame(index=False)
     table = pd.DataFrame([kinds[k] for k in index[0]], columns=["source", "target", "part"])
     table.insert(2, "position", (index[1] if positions else pd.Series(pd.NA, index=index.index)).astype("Int64"))
     table["score"] = scores.flatten().numpy()
-    if per_pair:
-        table["pair"] = index[2]
+    if pairs is not None:
+        table["pair"] = pairs.numpy()[index[2].to_numpy()]
     return table
 
 

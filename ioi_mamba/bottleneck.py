@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .draws import drawn_apart
 from .errors import InputError
 from .jobs import config_of
 from .metrics import effect
+from .ranges import usable
 from .sweep import layer_count, swept_logit_diffs
 from .tasks import ioi
 from .tasks.base import Pairs
@@ -20,40 +22,44 @@ def find_layer(model, pairs: Pairs | None = None) -> int:
     Measured on 8 pairs of each corruption of the paper's templates with equal positions, or, where `pairs` are of a
     task without names, on up to 40 of these: of a layer, the largest |1 - normalized logit diff| before the last
     position (where every layer can write the answer straight to the output), mean over corruptions. Raises InputError
-    for a model of one layer.
+    for a model of one layer, and where no pair has a range.
     """
     if layer_count(model) < 2:
         raise InputError("The bottleneck is looked for after layer 0; this model has no other layer.")
-    unnamed = None if pairs is None or any(map(is_name, pairs.roles)) else pairs
-    pairs = _sample(model) if unnamed is None else unnamed.layouts()[0][:40]
+    named = pairs is None or any(map(is_name, pairs.roles))
+    # A position is one word only in pairs of one layout.
+    sample = max((_sample(model) if named else pairs).layouts(), key=len)
+    pairs = usable(model, sample).pairs
+    pairs = pairs if named else pairs[:40]
     layers, positions = list(range(1, layer_count(model))), list(range(pairs.clean.shape[1] - 1))
-    effects = _effects(model, pairs, "layer_input", layers, positions)
+    effects = _by_corruption(
+        pairs, effect(**swept_logit_diffs(model, pairs, "layer_input", layers=layers, positions=positions))
+    )
     return layers[int(torch.stack([one.amax(-1) for one in effects.values()]).mean(0).argmax())]
 
 
 def find_offset(model, layer: int) -> int:
     """How many tokens after a name `layer` takes it in: where its resampled `ssm_input` has the largest effect.
 
-    As far as the convolution reaches, 0 to K-1; |1 - normalized logit diff|, mean over the corruptions.
+    As far as the convolution reaches, 0 to K-1; |1 - normalized logit diff|, mean over the corruptions. Raises InputError
+    where no pair has a range.
     """
-    pairs, reach = _sample(model), config_of(model).conv_kernel
-    names = {c: int(part.first_difference[0]) for c, part in pairs.by("corruption").items()}
-    positions = list(range(min(names.values()), max(names.values()) + reach))
-    effects = _effects(model, pairs, "ssm_input", [layer], positions)
-    after = [effects[c][0, names[c] - positions[0] :][:reach] for c in names]
-    return int(torch.stack(after).mean(0).argmax())
+    pairs, reach = usable(model, _sample(model)).pairs, config_of(model).conv_kernel
+    names = pairs.first_difference
+    positions = list(range(int(names.min()), min(int(names.max()) + reach, pairs.clean.shape[1])))
+    effects = effect(**swept_logit_diffs(model, pairs, "ssm_input", layers=[layer], positions=positions))[0]
+    # Of each pair from its own name's place, which is another one in another layout; past the end there is no effect.
+    after = (names - positions[0] + torch.arange(reach)[:, None]).clamp(max=len(positions))
+    by_offset = _by_corruption(pairs, torch.cat([effects, torch.zeros_like(effects[:1])]).gather(0, after))
+    return int(torch.stack(list(by_offset.values())).mean(0).argmax())
 
 
 def _sample(model) -> Pairs:
-    templates = ioi.ALIGNED_TEMPLATES
-    return Pairs.concat(
-        [ioi.generate(model.tokenizer, 8, 27, templates=templates, corruptions=[c]) for c in ioi.CORRUPTIONS]
-    )
+    return drawn_apart(model.tokenizer, 8, 27, [(ioi.ALIGNED_TEMPLATES, [c]) for c in ioi.CORRUPTIONS])
 
 
-def _effects(model, pairs: Pairs, site: str, layers: list[int], positions: list[int]) -> dict[str, Tensor]:
-    """By corruption: |1 - normalized logit diff|, mean over the pairs, Float[layer, position]."""
-    effects = effect(**swept_logit_diffs(model, pairs, site, layers=layers, positions=positions))
+def _by_corruption(pairs: Pairs, effects: Tensor) -> dict[str, Tensor]:
+    """|mean of effects [..., pair]| over the pairs of each corruption, Float[...]."""
     corruptions = pairs.labels.get("corruption", ("all",) * len(pairs))
     here = {c: torch.tensor([other == c for other in corruptions]) for c in dict.fromkeys(corruptions)}
-    return {c: effects[..., rows].mean(-1).abs().nan_to_num(0.0, posinf=0.0) for c, rows in here.items()}
+    return {c: effects[..., rows].mean(-1).abs() for c, rows in here.items()}

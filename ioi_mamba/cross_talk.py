@@ -28,8 +28,8 @@ SCANNED = ("ssm_input", "y")
 
 NO_LAYER = -1
 
-Score = tuple[float, float]
-"""(accuracy among the names, mean probability of the answer among them)"""
+Score = tuple[float, float, float]
+"""(accuracy among the names, mean probability of the answer among them, variance of the accuracy by cluster)"""
 
 
 def _rows_per_pass(model, pairs: Pairs) -> int:
@@ -48,7 +48,7 @@ def searches(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Tensor]:
-    """Of each group, Float64[candidate, 5]: step, layer or -1, accuracy, probability, chosen."""
+    """Of each group, Float64[candidate, 6]: step, layer or -1, accuracy, probability, variance of accuracy, chosen."""
     per_group = layer_count(model) * (layer_count(model) + 1) // 2
     found = []
     with torch.no_grad():
@@ -65,6 +65,7 @@ def searches(
 
 def _greedy(model, pairs: Pairs, threshold: float, rows: int, report: Callable[[int], None]) -> Tensor:
     """The search in one group; see `searches` for what is returned."""
+    clusters = pairs.clusters
     parts = [pairs[index] for index in torch.arange(len(pairs)).split(rows)]
     left, circuit, records = list(range(layer_count(model))), [], []
     held, done = None, 0
@@ -79,9 +80,9 @@ def _greedy(model, pairs: Pairs, threshold: float, rows: int, report: Callable[[
                 seen.setdefault(layer, []).append(held.scores(None if layer == NO_LAYER else layer))
                 done += layer != NO_LAYER and part is parts[-1]
                 report(done)
-        means = {layer: _mean(torch.cat(scores, 1)) for layer, scores in seen.items()}
+        means = {layer: _mean(torch.cat(scores, 1), clusters) for layer, scores in seen.items()}
         # max keeps the first of equals, which is the lowest layer.
-        best = max(means, key=means.__getitem__)
+        best = max(means, key=lambda layer, means=means: means[layer][:2])
         records += [(step, layer, *score, layer == best and layer != NO_LAYER) for layer, score in means.items()]
         if best != NO_LAYER:
             circuit.append(best)
@@ -91,9 +92,9 @@ def _greedy(model, pairs: Pairs, threshold: float, rows: int, report: Callable[[
     return torch.tensor(records, dtype=torch.float64)
 
 
-def _mean(scores: Tensor) -> Score:
+def _mean(scores: Tensor, clusters: Tensor) -> Score:
     accuracy, probability = scores.double().mean(1).tolist()
-    return accuracy, probability
+    return accuracy, probability, float(metrics.clustered_variance(scores[0], clusters))
 
 
 class _Rows:

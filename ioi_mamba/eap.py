@@ -1,6 +1,6 @@
 """The passes of edge attribution patching: gradients at points of the path from clean to corrupted, and their products.
 
-What the scores mean and which variant to use stands in `attribution.py`.
+What the scores mean and which variant to use stands in `attribution.py`. All pairs have a range (`ranges`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from .patching import CorruptedRun, Patch, corrupted_read_out, corrupted_run, si
 from .portable import portable
 from .sweep import Progress
 from .tasks.base import Pairs
-
-ROUNDING = 1e-4  # logits; two float32 passes of one prompt can differ by some 1e-5
 
 
 @portable
@@ -114,10 +112,7 @@ def _chunk_scores(model, pairs: Pairs, alphas: list[float], steps: int, variant:
                 gradient_at = {name: value for name, value in point.gradient_at.items() if name[0] in ("y", "skip")}
                 clean["outputs"] = [output.detach() for output in patch.outputs]
                 clean["values"] = {name: value.detach() for name, value in (point.values | gradient_at).items()}
-        # Below rounding there is no range: dividing by it would turn noise into attributions.
-        no_range = (clean["logit_diff"] - from_corrupted).abs() <= ROUNDING
-        unpatched = torch.where(no_range, from_corrupted, clean["logit_diff"])
-        metric = normalized_logit_diff(difference, unpatched, from_corrupted).sum()
+        metric = normalized_logit_diff(difference, clean["logit_diff"], from_corrupted).sum()
         keys = list(point.gradient_at)
         gradients = torch.autograd.grad(metric, [point.gradient_at[key] for key in keys])
         gradient = dict(zip(keys, gradients, strict=True))

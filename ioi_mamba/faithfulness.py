@@ -1,43 +1,71 @@
 """How well a circuit stands for the model: scores on held-out pairs, with intervals, and against size.
 
 A circuit is evaluated by patching everything outside it with the corrupted run (*sufficiency*), or, as a test of
-*necessity*, by patching what is inside it and keeping the rest. Every score comes with a bootstrap interval over
-pairs; circuits evaluated together are resampled together, so that their differences have intervals too. f is MIB's
+*necessity*, by patching what is inside it and keeping the rest. Every score comes with an interval (`intervals`);
+circuits evaluated together are resampled together, so that their differences have intervals too. f is MIB's
 faithfulness, (m(C) - m(empty)) / (m(N) - m(empty)) with m the mean logit difference, the empty circuit being the
-corrupted run; CPR is the area under f over the fraction of items kept, CMD the area of |1 - f|.
+corrupted run; CPR is the area under f over the fraction of items kept, CMD the area of |1 - f|. Both depend on the
+fractions they are summed over: `MIB_FRACTIONS` are those of the benchmark (`mib_sizes`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from .errors import InputError
-from .evaluator import SCORES, Evaluator, resampled_means
-from .graph import Circuit, Item, Universe, items_of
+from .evaluator import SCORES, Evaluator, chosen_sizes, smallest_size
+from .graph import Circuit, Item, Universe, items_of, kind_of
+from .intervals import Estimate, Mean, Resampled, mean_interval, resampled_means, share_interval
 from .jobs import runs_here
+from .sweep import Progress
 from .tasks.base import Pairs
 
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+SHARES = ("accuracy", "full_vocabulary_accuracy")
+"""Of the scores, those that are 0 or 1 of a pair."""
 
 
 def evaluate(
     model, pairs: Pairs, circuit: Circuit, *, necessity: bool = False, intervals: bool = False, seed: int = 0
 ) -> dict[str, float]:
-    """Mean scores of a circuit on pairs: those of SCORES, and `f` (MIB's faithfulness), `n`, `size`.
+    """Mean scores of a circuit on pairs: those of SCORES, and `f` (MIB's faithfulness), `n`, `left_out`, `size`.
 
-    necessity: patch the circuit and keep the rest. intervals: add `{score}_low` and `{score}_high`, 95 % bootstrap
-    over pairs. Raises InputError for a circuit of another graph.
+    n: the pairs that have a range (`ranges`); left_out: those that have none. necessity: patch the circuit and keep the
+    rest. intervals: add `{score}_low` and `{score}_high`, 95 % by cluster. seed: of the bootstrap that f has. Raises
+    InputError for a circuit of another graph, where no pair has a range, and for a circuit at positions with pairs of
+    several layouts.
     """
     patched = list(circuit.items) if necessity else circuit.patched()
-    out: dict[str, float] = {"n": len(pairs), "size": len(circuit)}
-    for name, estimate in Evaluator(model, pairs, circuit.universe).estimates([patched], seed).items():
+    evaluator = Evaluator(model, pairs, circuit.universe)
+    found = estimates(evaluator, [patched], seed)
+    n = len(evaluator.rows_kept)
+    out: dict[str, float] = {"n": n, "left_out": len(pairs) - n, "size": len(circuit)}
+    for name, estimate in found.items():
         out[name] = float(estimate.value[0])
         if intervals:
             out[f"{name}_low"], out[f"{name}_high"] = (float(end[0]) for end in estimate.interval)
+    return out
+
+
+def estimates(
+    evaluator: Evaluator, patched: Sequence[Sequence[Item]], seed: int = 0, progress: Progress | None = None
+) -> dict[str, Estimate]:
+    """The scores of SCORES and `f` with each set of items patched, as means over pairs, with intervals by cluster."""
+    scores, clusters = evaluator.scores(patched, progress), evaluator.clusters
+    out: dict[str, Estimate] = {
+        name: Mean(values, clusters, share_interval if name in SHARES else mean_interval)
+        for name, values in scores.items()
+    }
+    ends, differences = (
+        resampled_means(each, clusters, seed=seed) for each in (evaluator.ends(), scores["logit_diff"])
+    )
+    full, empty = ends[:, :1], ends[:, 1:]
+    f = (differences - empty) / (full - empty)
+    out["f"] = Resampled(evaluator.faithfulness(scores["logit_diff"]).double(), f, int(clusters.max()) + 1)
     return out
 
 
@@ -69,14 +97,23 @@ def areas(fractions: Sequence[float], f: Tensor) -> dict[str, Tensor]:
     return {"cpr": torch.trapezoid(f[..., order], x), "cmd": torch.trapezoid((1 - f[..., order]).abs(), x)}
 
 
+def mib_sizes(n_items: int) -> list[int]:
+    """How many items the MIB benchmark keeps at each of MIB_FRACTIONS: the whole part of fraction times all items.
+
+    Its areas are those of trapezoids over the nominal fractions, from .001 on; CPR takes the items in order of the
+    signed score, CMD in order of its size.
+    """
+    return [int(fraction * n_items) for fraction in MIB_FRACTIONS]
+
+
 def smallest(
     evaluator: Evaluator, table: pd.DataFrame, target: float, *, metric: str = "accuracy"
 ) -> tuple[Circuit, pd.DataFrame]:
     """The smallest k whose circuit (first k of a ranked table) has `metric` > target, by binary search.
 
-    As published (appendix D.1): L = 0, R = n - 1; m = ceil((L + R) / 2); above the target R = m - 1, else L = m;
-    the result is min(n - 1, L + 1). The search assumes a metric that rises with k; the second result has every k
-    tried, with `monotonic` False where a smaller circuit scored higher than a larger one.
+    As published (`smallest_size`), which assumes a metric that rises with k; the second result has every k tried, with
+    `monotonic` False where a smaller circuit scored higher than a larger one. Where no k tried is above the target the
+    circuit is all items but the last one: compare its `metric` with the target.
     """
     if metric not in SCORES:
         raise InputError(f"metric {metric!r} is unknown: use one of {', '.join(SCORES)}.")
@@ -92,11 +129,8 @@ def smallest(
         tried.add(k)
         return float(known[k][metric])
 
-    low, high = 0, len(table) - 1
-    while low < high:
-        middle = -(-(low + high) // 2)
-        low, high = (low, middle - 1) if value(middle, _middles(low, high, levels)) > target else (middle, high)
-    k = min(len(table) - 1, low + 1)
+    above = lambda k, low, high: value(k, _middles(low, high, levels)) > target
+    k = smallest_size(len(table), above)
     value(k, set())
     curve = pd.DataFrame([known[size] for size in sorted(tried)]).astype({"size": int}).reset_index(drop=True)
     curve["monotonic"] = curve[metric] >= curve[metric].cummax().shift(fill_value=float("-inf"))
@@ -114,35 +148,62 @@ def _middles(low: int, high: int, levels: int) -> set[int]:
 
 
 def random_circuits(circuit: Circuit, n: int, seed: int = 0) -> list[Circuit]:
-    """n random circuits with as many items of each kind (edge or part) as `circuit`, from a generator of their own."""
+    """n random circuits with as many items of each kind (`kind_of`: embed->layer, layer->layer, conv0, ssm ...).
+
+    Drawn from a generator of their own. Kinds are kept because they differ in what patching them does: of 45 edges
+    the few into the output carry nearly everything.
+    """
     generator = torch.Generator().manual_seed(seed)
-    groups: dict[bool, list[Item]] = {False: [], True: []}
+    groups: dict[str, list[Item]] = {}
     for item in circuit.universe.items():
-        groups[item.part is not None].append(item)
+        groups.setdefault(kind_of(item), []).append(item)
+    sizes = dict.fromkeys(groups, 0)
+    for item in circuit.items:
+        sizes[kind_of(item)] += 1
     out = []
     for _ in range(n):
         chosen: list[Item] = []
-        for is_part, items in groups.items():
-            size = sum((item.part is not None) == is_part for item in circuit.items)
-            chosen += [items[int(k)] for k in torch.randperm(len(items), generator=generator)[:size]]
+        for kind, items in groups.items():
+            chosen += [items[int(k)] for k in torch.randperm(len(items), generator=generator)[: sizes[kind]]]
         out.append(Circuit(frozenset(chosen), circuit.universe))
     return out
 
 
-def bootstrap_jaccard(
-    per_pair: Tensor, k: int, *, ranking: str = "signed", n_resamples: int = 200, seed: int = 0
+def split_jaccards(
+    evaluator: Evaluator,
+    items: Sequence[Item],
+    per_pair: Tensor,
+    target: float,
+    *,
+    ranking: str = "signed",
+    n_splits: int = 5,
+    seed: int = 0,
 ) -> Tensor:
-    """Jaccard [resample] of the k best items of resampled pairs with the k best of all pairs.
+    """Jaccard Float64[split] of the circuits that two halves of the pairs choose, each anew: ranking, and how many.
 
-    per_pair: scores [item, pair]. ranking: "signed" or "absolute", as `attribution.ranked` takes it.
+    per_pair: scores [item, pair] of `items` on the evaluator's pairs. Whole clusters are dealt out, so that the halves
+    have no prompt in common; of each half the smallest circuit with an accuracy above `target` is looked for as
+    `smallest` does, on that half. ranking: "signed" or "absolute", as `attribution.ranked` takes it. Raises InputError
+    for pairs of a single cluster.
     """
-    key = (lambda means: -means.abs()) if ranking == "absolute" else (lambda means: means)
-    best = set(key(per_pair.double().mean(1)).argsort(stable=True)[:k].tolist())
-    out = []
-    for means in resampled_means(per_pair, n_resamples, seed):
-        other = set(key(means).argsort(stable=True)[:k].tolist())
-        out.append(len(best & other) / len(best | other))
-    return torch.tensor(out)
+    clusters = evaluator.pairs.clusters
+    n_clusters = int(clusters.max()) + 1
+    if n_clusters < 2:
+        raise InputError("Pairs that all share a prompt cannot be split in halves; give pairs of different prompts.")
+    key: Callable[[Tensor], Tensor] = (lambda means: -means.abs()) if ranking == "absolute" else (lambda means: means)
+    generator = torch.Generator().manual_seed(seed)
+    halves, orders = [], []
+    for _ in range(n_splits):
+        in_first = torch.zeros(n_clusters, dtype=torch.bool)
+        in_first[torch.randperm(n_clusters, generator=generator)[: n_clusters // 2]] = True
+        for rows in (in_first[clusters].nonzero()[:, 0], (~in_first[clusters]).nonzero()[:, 0]):
+            order = key(per_pair[:, rows].double().mean(1)).argsort(stable=True).tolist()
+            halves.append(rows)
+            orders.append([items[k] for k in order])
+    sizes = chosen_sizes(evaluator, halves, orders, target)
+    chosen = [set(order[:size]) for order, size in zip(orders, sizes, strict=True)]
+    pairs_of = zip(chosen[::2], chosen[1::2], strict=True)
+    return torch.tensor([len(a & b) / max(1, len(a | b)) for a, b in pairs_of], dtype=torch.float64)
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> Tensor:

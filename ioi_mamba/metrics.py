@@ -42,6 +42,8 @@ def logit_diff(logits: Tensor, answer: Tensor | None = None, wrong: Tensor | Non
 def normalized_logit_diff(patched: Tensor, clean: Tensor, corrupted: Tensor) -> Tensor:
     """Appendix B: (d_patched - d_corrupted) / |d_clean - d_corrupted|, a range of 0 counted as 1; no unit.
 
+    That is the paper's definition. Pairs without a range (`ranges`) do not get here from any experiment or search.
+
         >>> patched, clean, corrupted = torch.tensor([2.0]), torch.tensor([5.0]), torch.tensor([-5.0])
         >>> round(float(normalized_logit_diff(patched, clean, corrupted).mean()), 3)  # keeps 70 % of the range
         0.7
@@ -59,15 +61,10 @@ def effect(patched: Tensor, clean: Tensor, corrupted: Tensor) -> Tensor:
     """1 - (d_patched - d_corrupted) / (d_clean - d_corrupted), what figures 4, 8, 10 and 11 show; no unit.
 
     Logit differences as in `normalized_logit_diff`. 0 acts like the clean run, 1 like the corrupted one. As
-    in the figures nothing is guarded: a small range blows the value up, a range of 0 gives inf or NaN (see
-    `vanishing_ranges`).
+    in the figures nothing is guarded: a small range blows the value up, a range of 0 gives inf or NaN. Experiments
+    leave pairs without a range out (`ranges`).
     """
     return 1 - (patched - corrupted) / (clean - corrupted)
-
-
-def vanishing_ranges(clean: Tensor, corrupted: Tensor, smallest: float = 1e-3) -> int:
-    """How many pairs have |d_clean - d_corrupted| <= `smallest` logits: dividing by it says little."""
-    return int(((clean - corrupted).abs() <= smallest).sum())
 
 
 def accuracy(logits: Tensor, answer: Tensor, candidates: Tensor) -> Tensor:
@@ -103,41 +100,37 @@ def kl_divergence(patched: Tensor, clean: Tensor) -> Tensor:
     return torch.where(clean_log.isneginf(), 0.0, clean_log.exp() * (clean_log - patched_log)).sum(-1)
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(successes: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval of a proportion, (low, high) in 0..1.
 
-    z: 1.96 is 95 %.
+    n: independent outcomes; an effective number of them need not be whole. z: 1.96 is 95 %.
 
         >>> [round(end, 3) for end in wilson_interval(19, 20)]
         [0.764, 0.991]
     """
     if not 0 <= successes <= n or n == 0:
-        raise InputError(f"{successes} successes of {n} is no proportion; give 0 <= successes <= n and n >= 1.")
+        raise InputError(f"{successes} successes of {n} is no proportion; give 0 <= successes <= n and n > 0.")
     share, weight = successes / n, z * z / n
     centre = (share + weight / 2) / (1 + weight)
     margin = z / (1 + weight) * math.sqrt(share * (1 - share) / n + weight / (4 * n))
-    return max(0.0, centre - margin), min(1.0, centre + margin)
+    # Without rounding, which would leave 0 of n successes outside of their own interval.
+    low = 0.0 if successes == 0 else max(0.0, centre - margin)
+    return low, 1.0 if successes == n else min(1.0, centre + margin)
 
 
-def bootstrap_interval(
-    values: Tensor, n_resamples: int = 1000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of Float[n], (low, high) in the unit of the values.
+def clustered_variance(values: Tensor, clusters: Tensor) -> Tensor:
+    """The variance of the mean of values [..., row], rows of one cluster being no independent draws; Float64[...].
 
-    The draws come from a generator of their own, so the same seed gives the same interval.
+    clusters: Int64[row], 0 to m - 1 (`Pairs.clusters`). The between-cluster estimate, m / (m - 1) times the sum over
+    clusters of their summed deviations squared, over n^2; with a row a cluster the usual variance of a mean. NaN for
+    one cluster, whose spread says nothing of other draws.
     """
-    if values.ndim != 1 or len(values) == 0 or n_resamples < 1:
-        raise InputError(
-            f"A bootstrap of {n_resamples} resamples of shape {tuple(values.shape)} cannot be drawn; "
-            "give values [n] with n >= 1 and at least one resample."
-        )
-    values = values.detach().double().cpu()
-    generator = torch.Generator().manual_seed(seed)
-    means = torch.stack(
-        [values[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(n_resamples)]
-    )
-    low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
-    return low, high
+    values, clusters = values.detach().double(), clusters.to(values.device)
+    n_clusters = int(clusters.max()) + 1
+    sums = values.new_zeros(*values.shape[:-1], n_clusters)
+    sums.index_add_(-1, clusters, values - values.mean(-1, keepdim=True))
+    correction = n_clusters / (n_clusters - 1) if n_clusters > 1 else math.nan
+    return correction * (sums / values.shape[-1]).square().sum(-1)
 
 
 def _gather(logits: Tensor, ids: Tensor) -> Tensor:

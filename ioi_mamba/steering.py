@@ -160,13 +160,14 @@ def steering_edit(
     vector = averages.look_up(new, slot)
     if method == "subtract-add":
         vector = vector - averages.look_up(old, slot)
+    return writing(vector, positions + averages.offset, method)
+
+
+def writing(vector: Tensor, positions: Tensor, method: str) -> Callable[[Tensor], Tensor]:
+    """The edit that puts each row's vector (Float[row, E]) at its position (Int64[row]), or adds it with "subtract-add"."""
 
     def write(x: Tensor) -> Tensor:
-        rows, at, value = (
-            torch.arange(len(x), device=x.device),
-            (positions + averages.offset).to(x.device),
-            vector.to(x),
-        )
+        rows, at, value = torch.arange(len(x), device=x.device), positions.to(x.device), vector.to(x)
         x[rows, at] = value if method == "replace" else x[rows, at] + value
         return x
 

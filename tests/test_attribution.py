@@ -207,11 +207,16 @@ def test_ragged_pairs_have_the_scores_that_each_pair_alone_has():
         assert relative_error(scores(table[table["pair"] == row]), want) < 1e-4
 
 
-def test_a_pair_of_equal_prompts_has_scores_of_zero():
+def test_a_pair_of_equal_prompts_has_no_score():
     pairs = golden.random_pairs("odd")
     same = Pairs.from_tokens(pairs.clean, pairs.clean, pairs.answer, pairs.wrong)
-    table = im.attribute(golden.odd_model(), same, parts=True)
-    assert table["score"].abs().max() < 1e-5
+    with pytest.raises(InputError, match="None of the 4 pairs has a range"):
+        im.attribute(golden.odd_model(), same, parts=True)
+    both = im.attribute(golden.odd_model(), Pairs.concat([same, pairs]), parts=True, per_pair=True)
+    alone = im.attribute(golden.odd_model(), pairs, parts=True, per_pair=True)
+    assert set(both["pair"]) == {4, 5, 6, 7}
+    assert both.attrs["left_out"] == 4
+    assert both["score"].tolist() == pytest.approx(alone["score"].tolist(), abs=1e-6)
 
 
 def test_an_edge_that_matters_has_a_negative_score_when_patching_it_lowers_the_metric():

@@ -1,20 +1,21 @@
 """edge-attribution, positional-attribution and circuit-search on `mini`, against the library calls they stand for."""
 
 import io
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 import ioi_mamba as im
 from analyses import _circuits, load
 from analyses.circuit_search import RANKINGS, SEARCH, first_pruned, less_search
 from analyses.positional_attribution import LAST_ONLY, LOST, busiest_layer, without_early_output
-from ioi_mamba import metrics
 from ioi_mamba.attribution import ranked
 from ioi_mamba.errors import InputError
 from ioi_mamba.evaluator import Evaluator
-from ioi_mamba.faithfulness import size_curve
+from ioi_mamba.faithfulness import MIB_FRACTIONS, areas, size_curve, split_jaccards
 from ioi_mamba.graph import Circuit, Item, Universe, items_of, universe_of
 from ioi_mamba.report import chart_spec
 from ioi_mamba.tasks.base import Pairs
@@ -91,6 +92,8 @@ def test_random_circuits_do_worse_than_the_one_that_was_found(tables):
         table = table[table["threshold"].isna()] if "threshold" in table else table
         random = _circuits.of_circuit(table, "random", "normalized_logit_diff")
         assert len(random) == _circuits.N_RANDOM
+        # On the same prompts as the circuit they are compared with.
+        assert set(random["n"]) == {value(table, "kept", "normalized_logit_diff")["n"]}
         assert random["value"].max() < value(table, "kept", "normalized_logit_diff")["value"]
 
 
@@ -148,12 +151,15 @@ def test_exact_effects_stand_beside_their_own_items(mini, sets, tables):
     assert value(table, "edges", "spearman", "train")["value"] == pytest.approx(correlation)
 
 
-def test_intervals_are_those_of_the_bootstrap_over_pairs(mini, sets, tables):
+def test_intervals_of_scores_are_those_of_the_means_of_symmetric_pairs(mini, sets, tables):
     row = tables["positional-attribution"].iloc[0]
     per_pair = im.attribute(mini, sets[0], positions=True, per_pair=True)
     same = (per_pair["source"] == row["source"]) & (per_pair["target"] == row["target"])
-    values = torch.tensor(per_pair[same & (per_pair["position"] == row["position"])]["score"].to_numpy())
-    assert (row["low"], row["high"]) == pytest.approx(metrics.bootstrap_interval(values), abs=1e-6)
+    values = per_pair[same & (per_pair["position"] == row["position"])]["score"].to_numpy()
+    half = len(values) // 2
+    draws = (values[:half] + values[half:]) / 2  # the two directions of a pair
+    want = stats.t.interval(0.95, half - 1, draws.mean(), stats.sem(draws))
+    assert (row["low"], row["high"]) == pytest.approx(want, abs=1e-6)
 
 
 def test_the_search_decides_among_the_items_it_began_with(mini, sets, tables):
@@ -238,9 +244,101 @@ def test_a_bottleneck_that_is_given_is_used_and_a_layer_that_is_not_there_refuse
         module.run(mini, sets[0], layer=8)
 
 
-def test_held_out_prompts_of_another_length_have_no_positions_in_common(mini, sets):
+def test_held_out_prompts_of_another_layout_have_no_positions_in_common(mini, sets):
     shorter = Pairs.from_tokens(
         *(side[:, :-1] for side in (sets[1].clean, sets[1].corrupted)), sets[1].answer, sets[1].wrong
     )
-    with pytest.raises(InputError, match=r"held-out prompts have .* one length"):
+    with pytest.raises(InputError, match="No held-out prompt has the layout of the pairs"):
         load("positional-attribution").run(mini, sets[0], held_out=shorter)
+
+
+def test_the_areas_of_the_benchmark_are_those_of_its_sizes_and_rankings(mini, sets, tables):
+    table = tables["edge-attribution"]
+    edges = table[(table["what"] == "item") & table["rank"].notna()].drop(columns="rank")
+    few = Evaluator(mini, _circuits.some_of(sets[1], _circuits.CURVE_PROMPTS), universe_of(mini))
+    sizes = [int(fraction * 45) for fraction in MIB_FRACTIONS]
+    for measure, ranking in (("cpr", "signed"), ("cmd", "absolute")):
+        f = torch.tensor(size_curve(few, ranked(edges, ranking), sizes)["f"].to_numpy())
+        got = value(table, _circuits.MIB_GRID, measure)
+        assert got["value"] == pytest.approx(float(areas(MIB_FRACTIONS, f)[measure]), abs=1e-4)
+        assert got["low"] < got["value"] < got["high"]
+        assert got["value"] != pytest.approx(value(table, "first k", measure)["value"], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_the_jaccard_is_of_circuits_that_halves_of_the_prompts_choose(mini, sets, tables, name):
+    table = tables[name]
+    row = value(table, "kept", "jaccard", "train")
+    per_pair = im.attribute(mini, sets[0], positions=name == NAMES[1], per_pair=True)
+    items = items_of(first := per_pair[per_pair["pair"] == 0])
+    scores = torch.tensor(per_pair["score"].to_numpy()).view(len(first), -1)
+    evaluator = Evaluator(mini, sets[0], universe_of(mini, n_positions=20 if name == NAMES[1] else None))
+    want = split_jaccards(evaluator, items, scores, 0.85, n_splits=_circuits.N_SPLITS)
+    assert row["value"] == pytest.approx(float(want.mean()))
+    assert row["n"] == len(sets[0]) // 2
+    assert "choose circuits anew" in " ".join(load(name).findings(table))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_target_that_no_circuit_reaches_is_said(mini, sets, tables, name):
+    options = {"compare_prompts": 0} if name == "circuit-search" else {"steps": 2}
+    table = load(name).run(mini, sets[0], held_out=sets[1], target=1.0, **options)
+    items = _circuits.item_rows(table)
+    assert not items["reached"].any()
+    assert set(items["target_accuracy"]) == {1.0}
+    assert "no circuit of first" in " ".join(load(name).findings(table))
+    assert _circuits.item_rows(tables[name])["reached"].all()
+    assert "not reached" not in " ".join(load(name).findings(tables[name]))
+
+
+@pytest.fixture(scope="module")
+def ragged(mini):
+    """Two pairs of each template, 20 tokens long and in one case 19, of which few positions have a role."""
+    pairs = im.Pairs.concat([im.ioi.generate(mini.tokenizer, 2, 27, templates=[each]) for each in im.ioi.TEMPLATES])
+    roles = {role: at for role, at in pairs.roles.items() if role in ("BOS", "n1", "n2", "n3", "n4", "n5", "out")}
+    return replace(pairs, roles=roles)
+
+
+def test_positions_are_those_of_the_commonest_layout_and_the_rest_is_counted(mini, ragged):
+    module = load("positional-attribution")
+    own = max(ragged.layouts(), key=len)
+    got, want = (module.run(mini, pairs, held_out=ragged, steps=2) for pairs in (ragged, own))
+    assert set(_circuits.item_rows(got)["other_layouts"]) == {2 * (len(ragged) - len(own))}
+    same = ["source", "target", "position", "score", "kept", "value"]
+    pd.testing.assert_frame_equal(got[same], want[same])
+    kept = [value(table, "kept", "normalized_logit_diff") for table in (got, want)]
+    assert kept[0]["n"] == len(own)
+    assert kept[0]["value"] > 0.5
+    assert f"{2 * (len(ragged) - len(own))} prompts were not used" in " ".join(module.findings(got))
+
+
+def test_scores_and_circuits_at_positions_refuse_prompts_of_several_layouts(mini, ragged):
+    universe = universe_of(mini, n_positions=20)
+    for call in (
+        lambda: im.attribute(mini, ragged, positions=True),
+        lambda: im.acdc(mini, ragged, positions=True, parts=False),
+        lambda: im.evaluate(mini, ragged, Circuit.full(universe)),
+        lambda: Evaluator(mini, ragged, universe),
+    ):
+        with pytest.raises(InputError, match=r"have 2 layouts .* give those of one layout"):
+            call()
+    assert len(im.attribute(mini, ragged)) == 45
+    assert im.attribute(mini, ragged, positions=True, per_pair=True)["pair"].nunique() == len(ragged)
+
+
+def test_scores_of_edges_at_positions_are_means_over_the_same_word(mini, ragged):
+    table = load("edge-attribution").run(mini, ragged, steps=2, exact_prompts=2)
+    at = _circuits.item_rows(table)
+    at = at[at["label"].notna() & (at["source"] == "embed") & (at["target"] == "0")].set_index("label")
+    per_pair = im.attribute(mini, ragged, positions=True, per_pair=True, steps=2)
+    per_pair = per_pair[(per_pair["source"] == "embed") & (per_pair["target"] == "0")]
+    scores = per_pair.pivot(index="pair", columns="position", values="score")
+    for label in ("n1", "n4", "out"):
+        own = [scores.loc[row, int(at_row)] for row, at_row in enumerate(ragged.roles[label])]
+        assert at.loc[label, "score"] == pytest.approx(sum(own) / len(own), abs=1e-6)
+        assert at.loc[label, "n"] == len(ragged)
+    # "1" is "Then" in one template and no word of its own in another.
+    longest = [part for part in ragged.layouts() if part.clean.shape[1] == 20]
+    unnamed = [label for label in longest[0].position_labels() if label.isdigit()]
+    assert unnamed
+    assert set(at.loc[unnamed, "n"]) == {len(longest[0])}

@@ -125,6 +125,8 @@ def test_equal_candidates_are_given_back_in_the_order_of_the_layers(tiny_mamba_d
     for block in model._module.backbone.layers:
         block.mixer.out_proj.weight.data.zero_()
     pairs = make_pairs(model, n_pairs=6, answerable=False, labelled=False)
+    # Without layers the logits are those of the last token, which has to differ for the pairs to have a range.
+    pairs.corrupted[:, -1] = (pairs.clean[:, -1] + 1) % VOCAB
     table = cross_talk.run(model, pairs, threshold=1.0)
     assert list(table.loc[table["chosen"], "layer"]) == [0, 1, 2, 3]
 
@@ -132,14 +134,23 @@ def test_equal_candidates_are_given_back_in_the_order_of_the_layers(tiny_mamba_d
 def test_a_model_that_needs_no_cross_talk_has_an_empty_circuit(tiny_mamba):
     pairs = make_pairs(tiny_mamba, labelled=False)
     table = cross_talk.run(tiny_mamba, pairs, threshold=0.0)
+    assert len(table) == 1
+    assert table["reached"].all()
+    assert not table["in_circuit"].any()
+    cross_talk.chart(table).to_dict()
+    assert cross_talk.findings(table)
+
+
+def test_equal_prompts_need_no_layer_and_are_no_evidence_that_none_is_needed(tiny_mamba):
+    pairs = make_pairs(tiny_mamba, labelled=False)
     same = Pairs(pairs.clean, pairs.clean, pairs.answer, pairs.wrong, candidates=pairs.candidates)
-    empty = cross_talk.run(tiny_mamba, same)
-    assert len(empty) == 1
-    assert empty["reached"].all()
-    assert not empty["in_circuit"].any()
-    for each in (table, empty):
-        cross_talk.chart(each).to_dict()
-        assert cross_talk.findings(each)
+    with pytest.raises(InputError, match="None of the 24 pairs has a range"):
+        cross_talk.run(tiny_mamba, same)
+    both = cross_talk.run(tiny_mamba, Pairs.concat([same[:10], pairs]), threshold=0.95)
+    alone = cross_talk.run(tiny_mamba, pairs, threshold=0.95)
+    assert set(both["left_out"]) == {10}
+    assert "10 prompts were left out" in " ".join(cross_talk.findings(both))
+    assert both["accuracy"].tolist() == pytest.approx(alone["accuracy"].tolist())
 
 
 def test_the_chart_and_the_findings_count_the_circuits(tiny_mamba):
@@ -166,9 +177,19 @@ def test_options_out_of_range_are_refused(tiny_mamba, option, message):
         cross_talk.run(tiny_mamba, make_pairs(tiny_mamba), **option)
 
 
-def test_the_default_pairs_are_twenty_combinations_of_one_seed(mini):
+def test_the_default_pairs_are_twenty_combinations_drawn_apart_the_first_from_the_seed_itself(mini):
     pairs = cross_talk.default_pairs(mini.tokenizer, 3, 27)
     groups = {(t, c) for t, c in zip(pairs.labels["template"], pairs.labels["corruption"], strict=True)}
     assert (len(groups), len(pairs)) == (20, 120)
     alone = im.ioi.generate(mini.tokenizer, 3, 27, templates=[im.ioi.TEMPLATES[0]], corruptions=[im.ioi.CORRUPTIONS[0]])
     assert torch.equal(pairs[:6].clean, alone.clean)
+    # From one seed every combination of a corruption's letters would have the same names.
+    names = [pairs[6 * k : 6 * k + 3].candidates.flatten().tolist() for k in range(20)]
+    assert len({tuple(each) for each in names}) == 20
+
+
+def test_an_accuracy_has_an_interval_by_pair(tiny_mamba):
+    table = cross_talk.run(tiny_mamba, make_pairs(tiny_mamba), threshold=0.95)
+    assert (table["low"] <= table["accuracy"]).all()
+    assert (table["accuracy"] <= table["high"]).all()
+    assert (table["high"] > table["low"]).all()

@@ -1,11 +1,15 @@
 """The experiments on layers and positions, against patches made one at a time with `im.run`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from scipy import stats
 
 import ioi_mamba as im
 from analyses import load
 from ioi_mamba import metrics
+from ioi_mamba.sweep import swept_logit_diffs
 from ioi_mamba.tasks import ioi
 
 SITES = {"layer-ablation": "layer_input", "state-ablation": "h", "output-ablation": "out_proj"}
@@ -94,6 +98,32 @@ def test_templates_with_names_elsewhere_are_averaged_by_role(mini):
     table = load("layer-ablation").run(mini, pairs)
     first_names = table[(table["label"] == "n1") & (table["layer"] == 0)]
     assert first_names["n"].tolist() == [len(pairs)]
+
+
+def test_a_position_without_a_role_is_that_of_the_longest_layout_alone(mini):
+    templates, corruptions = ioi.TEMPLATES[1:3], ioi.CORRUPTIONS[:1]
+    parts = [ioi.generate(mini.tokenizer, 1, 27, templates=[each], corruptions=corruptions) for each in templates]
+    pairs = im.Pairs.concat(parts)
+    pairs = replace(pairs, roles={role: pairs.roles[role] for role in ("n1", "n2", "n3", "n4", "n5", "out")})
+    longest = max(pairs.layouts(), key=lambda part: part.clean.shape[1])
+    module = load("layer-ablation")
+    table, alone = (module.run(mini, each) for each in (pairs, longest))
+    unnamed = [label for label in longest.position_labels() if label.isdigit()]
+    got, want = (t[t["label"].isin(unnamed)] for t in (table, alone))
+    assert set(got["n"]) == {len(longest)}
+    assert got["effect"].tolist() == pytest.approx(want["effect"].tolist(), abs=1e-4)
+    assert not table.duplicated(["layer", "position"]).any()
+    assert f"as few as {len(longest)} prompts" in " ".join(module.findings(table))
+    assert "as few as" not in " ".join(module.findings(alone))
+
+
+def test_intervals_of_effects_are_those_of_pairs(mini):
+    pairs = ioi.generate(mini.tokenizer, 6, 27, templates=ioi.ALIGNED_TEMPLATES, corruptions=ioi.CORRUPTIONS[:1])
+    diffs = swept_logit_diffs(mini, pairs, "layer_input", layers=[6], positions=[15])
+    values = metrics.effect(**diffs)[0, 0].view(2, 6).mean(0).numpy()
+    row = cell(load("layer-ablation").run(mini, pairs), ioi.CORRUPTIONS[0], 6, 15)
+    want = stats.t.interval(0.95, 5, values.mean(), stats.sem(values))
+    assert (row["low"], row["high"]) == pytest.approx(want, abs=1e-4)
 
 
 def test_the_bottleneck_is_the_layer_after_the_first_with_the_strongest_cells(mini, pairs):

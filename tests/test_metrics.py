@@ -68,13 +68,6 @@ def test_effect_and_normalized_difference_are_flips_of_each_other_where_the_clea
     assert torch.equal(normalized[same], (patched - corrupted)[same])
 
 
-def test_pairs_with_almost_no_range_are_counted():
-    clean, corrupted = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 2.0005, 3.1, 0.0])
-    assert metrics.vanishing_ranges(clean, corrupted) == 2
-    assert metrics.vanishing_ranges(clean, corrupted, 0.0) == 1
-    assert metrics.vanishing_ranges(clean, corrupted, 0.2) == 3
-
-
 def test_accuracy_looks_at_candidates_only_and_at_all_of_them():
     assert metrics.accuracy(LOGITS, ANSWER, CANDIDATES).tolist() == [1, 0]
     assert metrics.accuracy(LOGITS, ANSWER, torch.tensor([[0, 1], [2, 4]])).tolist() == [1, 1]
@@ -124,9 +117,6 @@ def test_a_token_that_both_runs_exclude_adds_nothing_to_the_divergence():
         (lambda: metrics.logit_diff(LOGITS[:1], ANSWER, WRONG), "not .* for 2 pairs"),
         (lambda: metrics.wilson_interval(3, 2), "3 successes of 2"),
         (lambda: metrics.wilson_interval(0, 0), "0 successes of 0"),
-        (lambda: metrics.bootstrap_interval(torch.zeros(0)), "cannot be drawn"),
-        (lambda: metrics.bootstrap_interval(torch.zeros(2, 2)), "cannot be drawn"),
-        (lambda: metrics.bootstrap_interval(torch.zeros(2), n_resamples=0), "cannot be drawn"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(call, message):
@@ -148,19 +138,18 @@ def test_wilsons_interval_has_the_values_of_newcombe_1998():
     assert metrics.wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
 
 
-def test_the_bootstrap_is_repeatable_and_leaves_the_global_random_state_alone():
-    values = torch.linspace(0, 1, 20)
-    before = torch.get_rng_state()
-    first = metrics.bootstrap_interval(values, 200, 3)
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(99)
-    assert metrics.bootstrap_interval(values, 200, 3) == first
-    assert metrics.bootstrap_interval(values, 200, 4) != first
+def test_the_variance_of_a_mean_is_that_of_independent_clusters():
+    values = torch.tensor([[1.0, 3.0, 2.0, 6.0], [1.0, 1.0, 1.0, 1.0]])
+    alone = metrics.clustered_variance(values, torch.arange(4))
+    assert alone.tolist() == pytest.approx([float(values[0].double().var()) / 4, 0.0])
+    # Rows 0 and 2 are one draw, as are 1 and 3: the variance is that of the mean of two means, 1.5 and 4.5.
+    paired = metrics.clustered_variance(values, torch.tensor([0, 1, 0, 1]))
+    assert paired.tolist() == pytest.approx([((1.5 - 3) ** 2 + (4.5 - 3) ** 2) / 1 / 2, 0.0])
+    assert metrics.clustered_variance(values, torch.zeros(4, dtype=torch.int64)).isnan().all()
 
 
-def test_the_bootstrap_of_many_values_is_the_normal_interval_of_the_mean():
-    values = torch.randn(2000, generator=torch.Generator().manual_seed(0)) * 3 + 5
-    low, high = metrics.bootstrap_interval(values, 2000, 0)
-    margin = 1.96 * float(values.std()) / math.sqrt(2000)
-    assert (low, high) == pytest.approx((float(values.mean()) - margin, float(values.mean()) + margin), abs=0.02)
-    assert metrics.bootstrap_interval(torch.full((5,), 2.5)) == (2.5, 2.5)
+def test_wilsons_interval_takes_an_effective_number_that_is_not_whole():
+    low, high = metrics.wilson_interval(8.4, 10.5)
+    narrow, wide = metrics.wilson_interval(8, 10), metrics.wilson_interval(8.8, 11)
+    assert narrow[0] < low < wide[0]
+    assert wide[1] < high < narrow[1]

@@ -11,7 +11,7 @@ import ioi_mamba as im
 from analyses import layer_ablation, name_steering
 from ioi_mamba import bottleneck, steering
 from ioi_mamba.errors import InputError
-from ioi_mamba.metrics import wilson_interval
+from ioi_mamba.intervals import share_interval
 from ioi_mamba.sweep import resample_sweep
 from ioi_mamba.tasks.base import Pairs
 
@@ -140,58 +140,125 @@ def test_sampling_leaves_the_global_generator_alone(pairs):
     assert random.getstate() == before
 
 
-def test_every_cell_is_that_of_prompts_steered_one_at_a_time(mini, pairs, place, vectors):
-    table = name_steering.run(mini, pairs, layer=place.layer, offset=place.offset, per_cell=4, seed=5)
-    assert tuple(table.columns) == name_steering.COLUMNS
-    assert len(table) == 50
-    rng, seen = random.Random(5), {}
+def distinct_rows(pairs, per_cell, seed):
+    """Of each cell the rows that are drawn, each prompt once, as [(row, the name in the slot)]."""
+    rng, cells = random.Random(seed), {}
     for slot in range(1, 6):
         for source in range(1, 6):
             rows = []
-            while len(rows) < 4:
+            while len(rows) < per_cell:
                 row = rng.choice(range(2 * len(pairs))) // 2
                 holder = int(pairs.clean[row, pairs.roles[f"n{slot}"][row]])
                 if slot > 3 or holder == int(pairs.answer[row]):
                     rows.append((row, holder))
-            seen[slot, source] = rows
+            cells[slot, source] = list(dict.fromkeys(rows))
+    return cells
+
+
+def wins_of(model, pairs, place, vectors_of, cell, rows):
+    """{row: whether the intended name wins} of the rows of a cell that can be tested; vectors_of: of a row."""
+    wins = {}
+    for row, holder in rows:
+        answer, wrong = int(pairs.answer[row]), int(pairs.wrong[row])
+        new, target = (wrong, wrong) if cell.slot <= 3 else (answer, holder)
+        needed, vectors = [new] if cell.method == "replace" else [new, holder], vectors_of(row)
+        if all((name, f"n{cell.source_slot}") in vectors for name in needed):
+            logits = steered_logits(
+                model,
+                place,
+                pairs.clean[row],
+                int(pairs.last[row]),
+                int(pairs.roles[f"n{cell.slot}"][row]),
+                cell.method,
+                vectors,
+                new,
+                holder,
+                f"n{cell.source_slot}",
+            )
+            wins[row] = float(logits[target] > logits[answer])
+    return wins
+
+
+def share_of(pairs, outcomes):
+    """(share, n, low, high) of outcomes by row, the two directions of a pair being one cluster."""
+    rows = torch.tensor(list(outcomes))
+    values = torch.tensor(list(outcomes.values()), dtype=torch.float64)
+    low, high = share_interval(values, (rows % (len(pairs) // 2)).unique(return_inverse=True)[1])
+    return float(values.mean()), len(rows), float(low), float(high)
+
+
+def test_every_cell_is_that_of_prompts_steered_one_at_a_time(mini, pairs, place, vectors):
+    table = name_steering.run(mini, pairs, layer=place.layer, offset=place.offset, per_cell=4, seed=5, leave_out=False)
+    assert tuple(table.columns) == name_steering.COLUMNS
+    assert len(table) == 50
+    seen, blocks = distinct_rows(pairs, 4, 5), {}
     for cell in table.itertuples():
-        wins = []
-        for row, holder in seen[cell.slot, cell.source_slot]:
-            answer, wrong = int(pairs.answer[row]), int(pairs.wrong[row])
-            new, target = (wrong, wrong) if cell.slot <= 3 else (answer, holder)
-            needed = [new] if cell.method == "replace" else [new, holder]
-            if all((name, f"n{cell.source_slot}") in vectors for name in needed):
-                logits = steered_logits(
-                    mini,
-                    place,
-                    pairs.clean[row],
-                    int(pairs.last[row]),
-                    int(pairs.roles[f"n{cell.slot}"][row]),
-                    cell.method,
-                    vectors,
-                    new,
-                    holder,
-                    f"n{cell.source_slot}",
-                )
-                wins.append(bool(logits[target] > logits[answer]))
+        wins = wins_of(mini, pairs, place, lambda row: vectors, cell, seen[cell.slot, cell.source_slot])
         assert cell.n == len(wins)
         if wins:
-            assert cell.success == sum(wins) / len(wins)
-            assert (cell.low, cell.high) == wilson_interval(sum(wins), len(wins))
+            assert (cell.success, cell.n, cell.low, cell.high) == pytest.approx(share_of(pairs, wins))
+        block = blocks.setdefault((cell.method, cell.slot <= 3, cell.source_slot <= 3), {})
+        for row, win in wins.items():
+            block.setdefault(row, []).append(win)
+    for cell in table.itertuples():
+        block = blocks[cell.method, cell.slot <= 3, cell.source_slot <= 3]
+        want = share_of(pairs, {row: sum(wins) / len(wins) for row, wins in sorted(block.items())})
+        assert (cell.block_success, cell.block_n, cell.block_low, cell.block_high) == pytest.approx(want)
     assert 0 < table["success"].mean() < 1
 
 
-def test_leaving_the_test_prompts_out_averages_over_fewer(mini, place, monkeypatch):
-    pairs, made = im.ioi.generate(mini.tokenizer, 40, 27), []
-    real = steering.averages
-    monkeypatch.setattr(name_steering, "averages", lambda *a, **k: made.append(real(*a, **k)) or made[-1])
-    for leave_out in (False, True):
-        name_steering.run(mini, pairs, layer=place.layer, offset=place.offset, per_cell=1, leave_out=leave_out)
-    drawn = torch.cat(list(name_steering.sample_cells(pairs, 1, 27).values()))
-    out = pairs.clean[drawn].unique(dim=0)
-    times = sum(int((tokens == row).all(1).sum()) for row in out for tokens in (pairs.clean, pairs.corrupted))
-    whole, rest = (int(each.count.sum()) for each in made)
-    assert whole - rest == 5 * times > 0
+def test_a_prompt_drawn_many_times_is_one_outcome(mini, pairs, place):
+    few = pairs[[0, 1, 2, 60, 61, 62]]
+    table = name_steering.run(mini, few, layer=place.layer, offset=place.offset, leave_out=False)
+    assert table["n"].max() <= 6
+    assert table["block_n"].max() <= 6
+    # Three pairs that all win say no more than three draws.
+    assert (table["high"] - table["low"]).min() > 0.5
+
+
+def test_a_test_prompts_own_pair_is_in_none_of_the_averages_it_is_steered_with(mini, place):
+    pairs = im.ioi.generate(mini.tokenizer, 40, 27)
+    table = name_steering.run(mini, pairs, layer=place.layer, offset=place.offset, per_cell=6, seed=5)
+    assert table["leave_out"].all()
+    assert set(table["prompts_a_name"]) == {80 / len(set(names_in(pairs)))}
+    seen = distinct_rows(pairs, 6, 5)
+
+    every = [(side[row].tolist(), row) for side in (pairs.clean, pairs.corrupted) for row in range(len(pairs))]
+    x = {tuple(tokens): im.read(mini, torch.tensor([tokens]), [place.hook])[place.hook][0] for tokens, _ in every}
+
+    def vectors_of(row):
+        out, found = [side[row].tolist() for side in (pairs.clean, pairs.corrupted)], {}
+        for tokens, k in every:
+            for slot in SLOTS if tokens not in out else ():
+                at = int(pairs.roles[slot][k])
+                found.setdefault((tokens[at], slot), []).append(x[tuple(tokens)][at + place.offset])
+        return {key: torch.stack(each).mean(0) for key, each in found.items()}
+
+    cells = table[(table["slot"].isin([1, 4])) & table["source_slot"].isin([2, 4])]
+    assert cells["n"].sum() >= 5
+    for cell in cells.itertuples():
+        wins = wins_of(mini, pairs, place, vectors_of, cell, seen[cell.slot, cell.source_slot])
+        assert cell.n == len(wins)
+        if wins:
+            assert cell.success == pytest.approx(sum(wins.values()) / len(wins))
+
+
+def names_in(pairs):
+    return [name for slot in SLOTS for name in pairs.clean.gather(1, pairs.roles[slot][:, None])[:, 0].tolist()]
+
+
+def test_with_enough_prompts_a_name_the_averages_are_the_published_ones(mini, place, monkeypatch):
+    pairs = im.ioi.generate(mini.tokenizer, 10, 27)
+    with monkeypatch.context() as patch:
+        patch.setattr(name_steering, "ENOUGH", 0.1)
+        many = name_steering.run(mini, pairs, layer=place.layer, offset=place.offset, per_cell=2)
+    few = name_steering.run(mini, pairs, layer=place.layer, offset=place.offset, per_cell=2)
+    assert not many["leave_out"].any()
+    assert few["leave_out"].all()
+    assert "test prompts included" in name_steering.findings(many)[0]
+    assert "without a test prompt's own pair" in name_steering.findings(few)[0]
+    # Names of ten pairs are rarely in another prompt: what was steered were the test prompts' own vectors.
+    assert few["n"].sum() < many["n"].sum()
 
 
 def test_steer_continues_as_the_prompt_edited_by_hand(mini, pairs, place, averages, vectors):

@@ -136,7 +136,7 @@ ANALYSES = {
     "eap": lambda model, pairs: im.attribute(model, pairs, method="eap"),
     "eap-ig": lambda model, pairs: im.attribute(model, pairs, pairs_per_pass=2, steps=2),
 }
-NAMES_A_SITE = {("resample", "corrupted"), ("cross-talk", "clean"), ("cross-talk", "corrupted")}
+NAMES_A_SITE = {("resample", "corrupted")}
 NEVER_LOOKS = {("layer-removal", "corrupted")}
 
 
@@ -176,7 +176,7 @@ def test_ranges_that_vanish_are_counted_left_out_and_told(tiny_mamba, tried):
     pairs = widest(tiny_mamba, Pairs(clean=tokens, corrupted=tokens.flip(1), answer=answer, wrong=answer + 9))
     pairs.corrupted[1] = tokens[1]
     table = layer_ablation.run(tiny_mamba, pairs)
-    assert set(table["vanishing"]) == {1}
+    assert set(table["left_out"]) == {1}
     assert set(table["n"]) == {3}
     assert any("no range to normalise by" in sentence for sentence in layer_ablation.findings(table))
     rest = pairs[[0, 2, 3]]

@@ -221,6 +221,27 @@ class Pairs:
         differs = (self.clean != self.corrupted) & (positions <= self.last[:, None])
         return torch.where(differs.any(1), differs.int().argmax(1), self.last)
 
+    @property
+    def clusters(self) -> Tensor:
+        """Int64[pair], a number from 0 for each set of pairs that are not independent draws.
+
+        Pairs that have a prompt in common, clean or corrupted on either side, are in one cluster, and so are pairs
+        that other pairs connect: the two directions of a symmetric pair, or repeated rows. Told by the token ids.
+        """
+        n_pairs, width = self.clean.shape
+        within = torch.arange(width) < self.last.cpu()[:, None] + 1
+        sides = torch.cat([torch.where(within, side.cpu(), ABSENT) for side in (self.clean, self.corrupted)])
+        prompt = sides.unique(dim=0, return_inverse=True)[1]
+        first = torch.full((2 * n_pairs,), n_pairs)
+        cluster = torch.arange(n_pairs)
+        while True:
+            # Every prompt takes the lowest cluster of its pairs, and every pair the lower one of its two prompts.
+            first.scatter_reduce_(0, prompt, cluster.repeat(2), "amin")
+            lowest = first[prompt].view(2, n_pairs).amin(0)
+            if torch.equal(lowest, cluster):
+                return cluster.unique(return_inverse=True)[1]
+            cluster = lowest
+
     def symmetric(self) -> Pairs:
         """These pairs, then the same pairs with the roles of clean and corrupted exchanged: twice as many."""
         swapped = replace(
