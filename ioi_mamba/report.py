@@ -165,7 +165,7 @@ def _claims(sections: list[Section]) -> dict[str, Any]:
         table = compare.evaluate(tables, manifests)
     except Exception as error:  # as for a section: what cannot be judged must not cost the page
         return {"trouble": f"{type(error).__name__}: {error}"}
-    judged = table["verdict"].isin([compare.HOLDS, compare.FAILS])
+    judged = table["verdict"].isin(compare.JUDGED)
     return {
         "trouble": None,
         "about": compare.about(table),
@@ -184,7 +184,7 @@ def _summaries(sections: list[Section]) -> list[Section]:
             table = module.summarize(tables)
         except Exception:  # the tables it reads have their own sections, which say what is wrong with them
             continue
-        if (table["holds"] != "not run").any():
+        if table["value"].notna().any():
             drawn.append(_drawn(module, {}, table, summary_code(module.NAME), len(table)))
     return drawn
 
