@@ -19,6 +19,10 @@ for _position, _slot in NAMES.items():
 CHANGED = dict(zip(CORRUPTIONS, (3, 5, 7, 15, 13), strict=True))
 SIZES = {"num_hidden_layers": 48, "hidden_size": 1024}
 N_PAIRS = {"layer-removal": 20, "cross-talk": 8000}
+PROMPTS = {"layer-removal": "layer removal", "cross-talk": "cross-talk"} | dict.fromkeys(
+    ("edge-attribution", "circuit-search", "positional-attribution"), "edges"
+)
+"""How the names of the published prompts begin, by experiment."""
 
 
 def effects(value, layers=range(48)):
@@ -197,6 +201,11 @@ def manifest(name, **entries):
         "kernels": [],
         "versions": doctor.versions(),
         "n_pairs": N_PAIRS.get(name, 400),
+        "prompts_sha256": {
+            prompts.part: prompts.sha256
+            for prompts in paper.table("prompts").itertuples()
+            if prompts.name.startswith(PROMPTS.get(name, "none"))
+        },
         "wall_seconds": 1.0,
         "peak_memory_mib": 300.0,
         "created": "2026-01-05T10:00:00+00:00",

@@ -17,7 +17,7 @@ import analyses
 
 from . import circuits, interventions
 from .interventions import changed_slot
-from .values import NONE, Layer, Measure, Value, prompts, within
+from .values import NONE, Layer, Measure, Value, around, prompts, share, spread, within
 
 __all__ = [
     "CHOOSES",
@@ -31,12 +31,15 @@ __all__ = [
     "UNDECIDED",
     "Layer",
     "Value",
+    "around",
     "bottleneck",
     "changed_slot",
     "common_layer",
     "held_out_layers",
     "judge",
     "measure",
+    "share",
+    "spread",
     "tolerance",
     "within",
 ]
