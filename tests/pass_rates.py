@@ -122,14 +122,15 @@ def sizes() -> np.ndarray:
 def removal(rng, is_wrong: bool, claim: str) -> claims.Value:
     """Probabilities without each layer: a sample of the notebook's size is the truth's, one of the default's the rerun's.
 
-    The wrong model has its layers in another order and a lower probability.
+    The wrong model has its layers in another order, and a lower probability with all of them in place.
     """
     means = paper.table("layer-removal")["probability_figure"].to_numpy()
     means = np.append(means, 0.83)
     spread = np.where(means < 0.5, NEEDED, ORDINARY)
     if is_wrong:
         order = np.append(rng.permutation(len(means) - 1), len(means) - 1)
-        means, spread = 0.8 * means[order], spread[order]
+        means, spread = means[order], spread[order]
+        means[-1] *= 0.8
     sd = np.sqrt(means * (1 - means) / (spread + 1))
     # Prompts that are hard are hard without any layer, so that most of the error is common to all layers.
     common, own = rng.normal(size=2), rng.normal(size=(2, len(means)))
@@ -183,7 +184,7 @@ def circuits(published: int, wrong: float) -> Simulation:
 
 
 def removed(claim: str) -> Simulation:
-    said = "layers in another order, .8 of the probability"
+    said = "layers in another order, .66 with all in place"
     return Simulation(partial(removal, claim=claim), "normal, 80 prompts, published 20", said)
 
 

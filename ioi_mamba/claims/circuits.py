@@ -58,22 +58,35 @@ def _same_edges(table: pd.DataFrame, layer: Layer) -> Value:
     return _jaccard(_kept(table), paper.table("edges"), ["source", "target"])
 
 
-def _rank_to_output(table: pd.DataFrame, layer: Layer) -> Value:
-    edges = _edges(table)
+def _without_order(edges: pd.DataFrame) -> Value | None:
+    """A value that says why, if the edges were ranked by scores that rank nothing."""
     if edges["score"].isna().any() or edges["score"].nunique() < 2:
         return Value(why="the scores of all edges are alike or missing: their order says nothing")
+    return None
+
+
+def _rank_to_output(table: pd.DataFrame, layer: Layer) -> Value:
+    edges = _edges(table)
+    if nothing := _without_order(edges):
+        return nothing
     own = edges[(edges["source"] == str(layer)) & (edges["target"] == "output")]["rank"]
     return one(own.iloc[0]) if len(own) else NONE
 
 
 def _same_order(table: pd.DataFrame, layer: Layer) -> Value:
-    own, theirs = (list(zip(t["source"], t["target"], strict=True)) for t in (_edges(table), paper.table("edges")))
+    edges = _edges(table)
+    if nothing := _without_order(edges):
+        return nothing
+    own, theirs = (list(zip(t["source"], t["target"], strict=True)) for t in (edges, paper.table("edges")))
     pairs = zip(own[:7], theirs[:7], strict=False)
     return one(len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))))
 
 
 def _order_correlation(table: pd.DataFrame, layer: Layer) -> Value:
-    both = paper.table("edges").merge(_edges(table), on=["source", "target"], suffixes=("_published", ""))
+    edges = _edges(table)
+    if nothing := _without_order(edges):
+        return nothing
+    both = paper.table("edges").merge(edges, on=["source", "target"], suffixes=("_published", ""))
     ranks = both[["rank_published", "rank"]].astype(float).rank()
     return one(ranks["rank_published"].corr(ranks["rank"]))
 

@@ -20,6 +20,7 @@ from ioi_mamba import paper
 from .values import (
     FLOOR,
     NONE,
+    SPARE,
     Layer,
     Measure,
     Value,
@@ -39,8 +40,6 @@ from .values import (
 
 FIRST_CLAUSE = ("n1", "n2", "n3")
 NOTEBOOK_PROMPT = "Friends Donovan, Isabel and Leah went to the office. Donovan and Isabel gave a necklace to"
-SPARE = 0.03
-"""The accuracy that layers may cost and still count as spare."""
 
 
 def changed_slot(corruption: str) -> str | None:
@@ -81,7 +80,7 @@ def _panels(table: pd.DataFrame) -> list[Panel]:
 def _trouble(corruption: str, cells: pd.DataFrame) -> str:
     if cells["effect"].isna().any():
         return f"effects of {corruption} are missing"
-    if not reaches(cells["size"].max() - cells["size"].min(), FLOOR):
+    if not reaches(cells["effect"].max() - cells["effect"].min(), FLOOR):
         return f"the effects of {corruption} differ by less than {FLOOR}: there is no peak to compare with"
     return ""
 
@@ -165,29 +164,32 @@ def _whole(table: pd.DataFrame, column: str) -> Value:
     return proportion(row, "accuracy") if column == "accuracy" else one(row[column])
 
 
-def _without(table: pd.DataFrame) -> pd.Series:
-    """Probability by layer removed."""
+def _without(table: pd.DataFrame) -> tuple[pd.Series, Value | None]:
+    """(probability by layer removed, a value that says why if these say nothing)."""
     single = table[table["mode"] == "single"]
-    return single.set_index(single["layer"].astype(int))["probability"]
+    probability = single.set_index(single["layer"].astype(int))["probability"]
+    if probability.isna().any():
+        return probability, NONE
+    if not reaches(_whole(table, "probability").value - probability.min(), FLOOR):
+        return probability, Value(why=f"no layer costs {FLOOR} of the probability when it is removed")
+    return probability, None
 
 
 def _removed(table: pd.DataFrame, layer: Layer, which: int | None) -> Value:
-    probability = _without(table)
+    probability, nothing = _without(table)
     at = layer if which is None else which
-    return one(probability[at]) if at in probability.index else NONE
+    return nothing or (one(probability[at]) if at in probability.index else NONE)
 
 
 def _lowest_other(table: pd.DataFrame, layer: Layer) -> Value:
-    probability, whole = _without(table), _whole(table, "probability").value
-    if probability.isna().any() or not reaches(whole - probability.min(), FLOOR):
-        return Value(why=f"no single layer costs {FLOOR} of the probability: that the others cost little says nothing")
-    return one(probability.drop([0, layer], errors="ignore").min())
+    probability, nothing = _without(table)
+    return nothing or one(probability.drop([0, layer], errors="ignore").min())
 
 
 def _worst_two(table: pd.DataFrame, layer: Layer) -> Value:
-    probability = _without(table)
-    if probability.isna().any() or not {0, layer} <= set(probability.index):
-        return NONE
+    probability, nothing = _without(table)
+    if nothing or not {0, layer} <= set(probability.index):
+        return nothing or NONE
     others = probability.drop([0, layer]).min()
     lowest = probability[0] < min(probability[layer], others)
     second = layer != 0 and probability[0] < probability[layer] < others
@@ -200,7 +202,7 @@ def _spare_layers(table: pd.DataFrame, layer: Layer) -> Value:
     if math.isnan(whole) or greedy.isna().any():
         return NONE
     kept = len(list(takewhile(lambda value: reaches(value, whole - SPARE), greedy)))
-    n_layers = len(_without(table))
+    n_layers = int((table["mode"] == "single").sum())
     if kept >= n_layers - 1:
         return Value(why="the accuracy never falls, however many layers are removed")
     # A search cut off before the accuracy fell says only that so many can go, which decides nothing if they are few.

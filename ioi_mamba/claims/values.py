@@ -18,6 +18,8 @@ NAN = float("nan")
 ROUNDING = 1e-9
 FLOOR = 0.1
 """The least contrast of effects, a tenth of the way from the clean to the corrupted run: below is noise."""
+SPARE = 0.03
+"""The accuracy that layers may cost and still count as spare."""
 
 
 class Value(NamedTuple):

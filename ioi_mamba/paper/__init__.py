@@ -51,17 +51,20 @@ def about(name: str) -> About:
 
 
 def table(name: str) -> pd.DataFrame:
-    """A table of the paper, read anew; its `attrs` hold `about(name)`. Raises InputError for an unknown name."""
-    entry = about(name)
-    if name == "claims":
-        rows = json.loads((_DATA / "claims.json").read_text(encoding="utf-8"))
-        read = pd.DataFrame(rows).astype(dict.fromkeys(("published", "at_least", "at_most", "min_n"), float))
-    else:
-        # Nodes are names, also those that look like numbers.
-        with (_DATA / f"{name}.csv").open("rb") as file:
-            read = pd.read_csv(file, dtype={"source": "str", "target": "str"})
+    """A table of the paper, a new copy; its `attrs` hold `about(name)`. Raises InputError for an unknown name."""
+    entry, read = about(name), _read(name).copy()
     read.attrs = entry._asdict()
     return read
+
+
+@cache
+def _read(name: str) -> pd.DataFrame:
+    if name == "claims":
+        rows = json.loads((_DATA / "claims.json").read_text(encoding="utf-8"))
+        return pd.DataFrame(rows).astype(dict.fromkeys(("published", "at_least", "at_most", "min_n"), float))
+    # Nodes are names, also those that look like numbers.
+    with (_DATA / f"{name}.csv").open("rb") as file:
+        return pd.read_csv(file, dtype={"source": "str", "target": "str"})
 
 
 ALL = "all"
