@@ -24,7 +24,7 @@ from ioi_mamba import claims, paper
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/verdicts.md"
 BEGIN, END = "<!-- begin: written by tests/pass_rates.py -->", "<!-- end -->"
-DRAWS = 1000
+DRAWS = 400
 DESIGN = 1.25
 N_NOTEBOOK, N_RERUN, N_CIRCUIT_PROMPTS, N_CIRCUITS = 20, 80, 400, 20
 ORDINARY, NEEDED = 6, 2

@@ -670,7 +670,7 @@ def test_layers_are_the_strongest_only_as_far_as_intervals_say(published):
 
 @pytest.mark.parametrize("claim", sorted(pass_rates.SIMULATIONS))
 def test_a_perfect_rerun_passes_and_a_wrong_model_does_not(claim):
-    """On 60 draws; docs/verdicts.md has the rates of 1,000. A rate of .95 gives fewer than 51 of 60 once in 600."""
+    """On 60 draws; docs/verdicts.md has the rates of more. A rate of .95 gives fewer than 51 of 60 once in 600."""
     rates = pass_rates.rates(claim, draws=60, seed=1)
     assert rates["passes"] >= 51 / 60
     assert rates["wrong fails"] >= 0.75

@@ -188,7 +188,7 @@ def _lowest_other(table: pd.DataFrame, layer: Layer) -> Value:
 
 def _worst_two(table: pd.DataFrame, layer: Layer) -> Value:
     probability, nothing = _without(table)
-    if nothing or not {0, layer} <= set(probability.index):
+    if nothing or 0 not in probability.index or layer not in probability.index:
         return nothing or NONE
     others = probability.drop([0, layer]).min()
     lowest = probability[0] < min(probability[layer], others)
@@ -360,7 +360,8 @@ def _steering(table: pd.DataFrame, layer: Layer, method: str, near: bool) -> Val
 
 def _steering_cells(table: pd.DataFrame, layer: Layer, method: str) -> Value:
     """The largest difference, in standard errors of a difference of two proportions."""
-    published = paper.table("name-steering").query("method == @method")
+    published = paper.table("name-steering")
+    published = published[published["method"] == method]
     own = table[(table["layer"] == layer) & (table["offset"] == 1) & (table["n"] > 0)]
     both = published.merge(own, on=["method", "slot", "source_slot"], suffixes=("_published", ""))
     if len(both) < len(published) or both["success"].isna().any():

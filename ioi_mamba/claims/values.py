@@ -150,9 +150,9 @@ def standard_errors(hits: pd.Series, n: pd.Series, other_hits: pd.Series, other_
 
 def prompts(table: pd.DataFrame) -> float:
     """The fewest prompts behind a number of the table: of the chosen circuit, else of a cell, else the prompts it names."""
-    if "what" in table:
-        table = table[(table["circuit"] == "kept") & (table["sample"] == "train")]
     if "n" in table:
-        n = table["n"].dropna()
-        return float(n[n > 0].min())
+        counted = table["n"].notna() & (table["n"] > 0)
+        if "what" in table:
+            counted &= (table["circuit"] == "kept") & (table["sample"] == "train")
+        return float(table["n"][counted].min())
     return float(table["prompt"].nunique()) if "prompt" in table else NAN
