@@ -65,9 +65,13 @@ def common_layer(tables: Mapping[str, pd.DataFrame]) -> int | None:
 
 
 def bottleneck(tables: Mapping[str, pd.DataFrame]) -> int | None:
-    """The bottleneck layer of layer-ablation; None where that was not run."""
-    table = tables.get(CHOOSES)
-    return None if table is None else analyses.load(CHOOSES).bottleneck(table)
+    """The bottleneck layer of layer-ablation; None where that was not run or found no effect that is a number."""
+    return None if CHOOSES not in tables else _chosen(tables[CHOOSES])
+
+
+def _chosen(table: pd.DataFrame) -> int | None:
+    known = table.dropna(subset="effect")
+    return None if known.empty else analyses.load(CHOOSES).bottleneck(known)
 
 
 def held_out_layers(table: pd.DataFrame) -> dict[str, int]:
@@ -77,10 +81,8 @@ def held_out_layers(table: pd.DataFrame) -> dict[str, int]:
     corruption's prompts are asked about the layer that the prompts of the others choose. Empty for one corruption,
     of which no prompts are left to choose on.
     """
-    module, corruptions = analyses.load(CHOOSES), list(table["corruption"].unique())
-    if len(corruptions) < 2:
-        return {}
-    return {own: module.bottleneck(table[table["corruption"] != own]) for own in corruptions}
+    chosen = {own: _chosen(table[table["corruption"] != own]) for own in table["corruption"].unique()}
+    return {own: layer for own, layer in chosen.items() if layer is not None}
 
 
 def measure(claim: str, table: pd.DataFrame, layer: Layer) -> Value:
