@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ioi_mamba import charts, metrics
+from ioi_mamba.claims.values import SPARE, reaches
 from ioi_mamba.errors import InputError
 from ioi_mamba.intervals import share_ends
 from ioi_mamba.jobs import call, device_of
@@ -191,7 +192,7 @@ def findings(table: pd.DataFrame) -> list[str]:
     if len(single) > 1:
         second = single.iloc[1]
         found.append(f"Next comes layer {second['layer']}, with probability {second['probability']:.2f}.")
-    harmless = int((single["accuracy"] >= none["accuracy"] - 0.03).sum())
+    harmless = sum(reaches(value, none["accuracy"] - SPARE) for value in single["accuracy"])
     found.append(
         f"{harmless} of {len(single)} layers can be removed alone with at most 0.03 of accuracy lost; "
         + _spare(greedy, "accuracy", none["accuracy"], len(single), "train")
@@ -204,7 +205,7 @@ def findings(table: pd.DataFrame) -> list[str]:
 
 def _spare(greedy: pd.DataFrame, column: str, whole: float, n_layers: int, prompts: str) -> str:
     """How many greedy steps in a row keep the accuracy within 0.03 of the whole model's."""
-    kept = len(list(takewhile(lambda value: value >= whole - 0.03, greedy[column])))
+    kept = len(list(takewhile(lambda value: reaches(value, whole - SPARE), greedy[column])))
     return f"greedily, {kept} of {n_layers} can go together by the same measure on {prompts} prompts."
 
 

@@ -8,6 +8,9 @@ Published values and thresholds are those of the claims (`ioi_mamba.paper`), hel
 does the task in another way fails them, which says nothing against the model. Two are to be taken with care: figure
 4's magnitudes very likely come from stale activations, so that its line has the number of a single pair; and section
 4.4's claims are qualitative, so that these rows have no number of the paper.
+
+A bottleneck layer that layer-ablation's own table chose is tested on held-out prompts: each corruption of that table
+is asked about the layer that the other corruptions choose.
 """
 
 from __future__ import annotations
@@ -30,13 +33,19 @@ LOOK_FOR = (
 METHOD = (
     "Bottleneck: the layer after 0 with the largest effect in layer-ablation, or the one the experiments were given; "
     "all lines are about this layer.\n"
-    "Each line is one number of one experiment's table, held against a threshold from the published numbers.\n"
+    "In layer-ablation's own table each corruption is asked about the layer that the other corruptions choose.\n"
+    "Each line is one number of one experiment's table, held against a threshold from the published numbers; it is "
+    "undecided if its interval straddles the threshold or too few prompts were used.\n"
     "Intervals are of 95 %: Wilson's of proportions, and those of mean effects over prompts."
 )
 COLUMNS = ("evidence", "measure", "value", "low", "high", "threshold", "paper", "holds", "source")
 
 BOTTLENECK, SHIFT = "bottleneck layer", "shift by one"
 LINEAR, LAST = "linear names", "last position only"
+
+WORDS = {claims.HOLDS: "yes", claims.FAILS: "no"}
+JUDGED = ("yes", "no", "undecided")
+"""What `holds` says of a line that has a number which can be held against its threshold."""
 
 LABELS = 300  # pixels of the chart for the names of lines
 FARTHEST = 2.0
@@ -56,28 +65,33 @@ def summarize(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """The lines of evidence, one row each, from the experiments' tables by name ("layer-ablation", ...).
 
     value, low, high, paper: NaN where there is none; threshold: in words; source: the experiment; holds: "yes",
-    "no", or "not run" where the source is missing or has no such prompts. The layer in question is the one that the
-    experiments on one layer agree on, and else the bottleneck of layer-ablation.
+    "no" or "undecided", "not comparable" where the source has no such number, "not run" where it is missing. The layer
+    in question is the one that the experiments on one layer agree on, and else the bottleneck of layer-ablation.
     """
+    chosen = claims.bottleneck(tables)
     layer = claims.common_layer(tables)
-    layer = claims.bottleneck(tables) if layer is None else layer
+    layer = chosen if layer is None else layer
     known = paper.table("claims").set_index("id")
+    verdicts: dict[str, str] = {}
     rows = []
     for line in LINES:
         claim = known.loc[line.claim]
         value, threshold = claims.NONE, claims.tolerance(claim["at_least"], claim["at_most"])
-        if layer is not None and claim["analysis"] in tables:
-            value = claims.measure(line.claim, tables[claim["analysis"]], layer)
-        met = claims.within(value[0], claim["at_least"], claim["at_most"])
-        holds = "not run" if pd.isna(value[0]) else "yes" if met else "no"
-        rows.append((line.evidence, line.text, *value, threshold, claim["published"], holds, claim["analysis"]))
+        verdicts[line.claim] = claims.NOT_RUN
+        source = tables.get(claim["analysis"])
+        if layer is not None and source is not None:
+            is_chosen = claim["analysis"] == claims.CHOOSES and layer == chosen
+            value = claims.measure(line.claim, source, claims.held_out_layers(source) if is_chosen else layer)
+            verdicts[line.claim], _ = claims.judge(claim, value, verdicts.get(claim["requires"]))
+        holds = WORDS.get(verdicts[line.claim], verdicts[line.claim])
+        rows.append((line.evidence, line.text, *value[:3], threshold, claim["published"], holds, claim["analysis"]))
     table = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"low": float, "high": float, "paper": float})
     return table.assign(layer=pd.array([layer] * len(table), dtype="Int64"))
 
 
 def chart(table: pd.DataFrame) -> alt.FacetChart:
     """This model's number and the paper's, line by line; blue where the line holds."""
-    shown = table[table["holds"] != "not run"].copy()
+    shown = table[table["holds"].isin(JUDGED)].copy()
     shown["at"] = shown["value"].clip(upper=FARTHEST)
     title = f"value (tick: the paper's; at {FARTHEST:g}: or more)"
     # A margin on both sides keeps points at the ends off the names of the lines.
@@ -91,8 +105,8 @@ def chart(table: pd.DataFrame) -> alt.FacetChart:
     )
     tooltip = ["evidence", "measure", alt.Tooltip("value:Q", format=".3f"), alt.Tooltip("paper:Q", format=".3f")]
     base = alt.Chart().encode(y=y, tooltip=[*tooltip, "threshold", "holds", "source"])
-    holds = alt.Scale(domain=["yes", "no"], range=[theme.BLUE, theme.ORANGE])
-    shapes = alt.Scale(domain=["yes", "no"], range=["circle", "cross"])
+    holds = alt.Scale(domain=list(JUDGED), range=[theme.BLUE, theme.ORANGE, theme.CATEGORIES[2]])
+    shapes = alt.Scale(domain=list(JUDGED), range=["circle", "cross", "diamond"])
     legend = alt.Legend(orient="top", title="holds on this model")
     layers = [
         base.mark_rule(strokeWidth=2, opacity=0.6, clip=True).encode(
@@ -113,21 +127,25 @@ def chart(table: pd.DataFrame) -> alt.FacetChart:
 
 
 def findings(table: pd.DataFrame) -> list[str]:
-    """For each of the four claims, how many of its lines hold, and which do not."""
+    """For each of the four claims, how many of its lines hold, and which do not, are undecided or not comparable."""
     layer = table["layer"].iloc[0]
     found = [] if pd.isna(layer) else [f"The layer in question is {layer}."]
     for evidence in dict.fromkeys(table["evidence"]):
         part = table[table["evidence"] == evidence]
+        title = f"{evidence[0].upper()}{evidence[1:]}"
         run = part[part["holds"] != "not run"]
         if run.empty:
-            found.append(f"{evidence[0].upper()}{evidence[1:]}: not run.")
+            found.append(f"{title}: not run.")
             continue
         kept = run[run["holds"] == "yes"]
-        sentence = f"{evidence[0].upper()}{evidence[1:]}: {len(kept)} of {len(run)} lines of evidence hold"
-        failed = [
+        parts = [f"{title}: {len(kept)} of {len(run)} lines of evidence hold"]
+        parts += [
             f"{row.measure} is {row.value:.2f}, not {row.threshold}" for row in run[run["holds"] == "no"].itertuples()
         ]
-        found.append(f"{sentence}{'; ' if failed else ''}{'; '.join(failed)}.")
+        for word in ("undecided", "not comparable"):
+            names = list(run.loc[run["holds"] == word, "measure"])
+            parts += [f"{word}: {', '.join(names)}"] if names else []
+        found.append(f"{'; '.join(parts)}.")
     return found
 
 

@@ -4,6 +4,10 @@ A model of mamba-370m's sizes is compared with each published number. Of another
 asked, which say how parts of a model stand to each other: its own bottleneck layer takes the place of layer 39, and
 the published value stands beside as mamba-370m's. The claims are data (`paper.table("claims")`), each measured by one
 function of `claims`; there is one path for all models.
+
+Three verdicts are made of a number and its 95 % interval: it holds, it does not hold, or it is undecided, because the
+interval straddles the tolerance or too few prompts were used. A claim on exact published numbers is judged on the
+published prompts alone. How often a perfect rerun would pass is simulated (docs/verdicts.md).
 """
 
 from __future__ import annotations
@@ -21,8 +25,9 @@ from .errors import InputError
 from .files import written_whole
 from .results import open_results
 
-HOLDS, FAILS, NOT_COMPARABLE, NOT_RUN = "holds", "does not hold", "not comparable", "not run"
-VERDICTS = (HOLDS, FAILS, NOT_COMPARABLE, NOT_RUN)
+HOLDS, FAILS, UNDECIDED, JUDGED = claims.HOLDS, claims.FAILS, claims.UNDECIDED, claims.JUDGED
+NOT_COMPARABLE, NOT_RUN = claims.NOT_COMPARABLE, claims.NOT_RUN
+VERDICTS = (*JUDGED, NOT_COMPARABLE, NOT_RUN)
 COLUMNS = (
     "claim",
     "section",
@@ -32,6 +37,7 @@ COLUMNS = (
     "value",
     "low",
     "high",
+    "n",
     "tolerance",
     "verdict",
     "why",
@@ -90,9 +96,10 @@ def evaluate(tables: Mapping[str, pd.DataFrame], manifests: Mapping[str, Manifes
 
     statement: what the paper says of mamba-370m; asked: the same of this run's layer, empty if not asked.
     published: the paper's number, NaN without one; value, low, high: this model's with a 95 % interval, NaN where
-    there is none. verdict: of VERDICTS; why: what kept a claim from being
-    judged. note: what is known to be wrong with the published number. layer: the one that was looked at in place of
-    39. model: whose values they are. Raises InputError for a table that lacks a column.
+    there is none; n: prompts behind it. verdict: of VERDICTS; why: what kept a claim from being judged or decided.
+    note: what is known to be wrong with the published number. layer: the one that was looked at in place of 39; where
+    layer-ablation's own table chose it, each corruption of that table is asked about the layer that the others choose
+    (`claims.held_out_layers`). model: whose values they are. Raises InputError for a table that lacks a column.
     """
     model = next(iter(manifests.values()))["model"]
     asked_differently = {name: found for name in tables if (found := _other_question(name, manifests[name]))}
@@ -100,8 +107,10 @@ def evaluate(tables: Mapping[str, pd.DataFrame], manifests: Mapping[str, Manifes
     usable = {name: table for name, table in tables.items() if name not in asked_differently.keys() | guessed}
     is_published = is_mamba_370m(model)
     layer = PUBLISHED_LAYER if is_published else _layer(usable)
+    chosen = None if is_published else _held_out_layers(usable, layer)
+    verdicts: dict[str, str] = {}
     rows = []
-    for claim in paper.table("claims").itertuples(index=False):
+    for _, claim in paper.table("claims").iterrows():
         value = claims.NONE
         why = _not_asked(claim, is_published)
         if why:
@@ -117,11 +126,10 @@ def evaluate(tables: Mapping[str, pd.DataFrame], manifests: Mapping[str, Manifes
         elif layer is None and "{layer}" in claim.statement:
             verdict, why = NOT_RUN, "run layer-ablation, which finds the bottleneck layer"
         else:
-            value = _measured(claim, usable[claim.analysis], layer)
-            verdict = HOLDS if claims.within(value[0], claim.at_least, claim.at_most) else FAILS
-            if pd.isna(value[0]):
-                why = f"the table of {claim.analysis} does not hold it: other prompts, layers, steps or circuit"
-                verdict = NOT_COMPARABLE
+            place = chosen if chosen is not None and claim.analysis == claims.CHOOSES else layer
+            value = _measured(claim, usable[claim.analysis], place)
+            verdict, why = claims.judge(claim, value, verdicts.get(claim.requires))
+        verdicts[claim.id] = verdict
         rows.append(
             (
                 claim.id,
@@ -129,7 +137,7 @@ def evaluate(tables: Mapping[str, pd.DataFrame], manifests: Mapping[str, Manifes
                 claim.statement.format(layer=PUBLISHED_LAYER),
                 "" if why == OTHER_MODEL else claim.statement.format(layer=PUBLISHED_LAYER if layer is None else layer),
                 claim.published,
-                *value,
+                *value[:4],
                 claims.tolerance(claim.at_least, claim.at_most),
                 verdict,
                 why,
@@ -152,8 +160,9 @@ def about(table: pd.DataFrame) -> list[str]:
     counts = {verdict: int((table["verdict"] == verdict).sum()) for verdict in VERDICTS}
     layer, model = table["layer"].iloc[0], table["model"].iloc[0]
     found = [
-        f"Of {counts[HOLDS] + counts[FAILS]} claims that could be judged {counts[HOLDS]} hold on {model}; "
-        f"{counts[NOT_RUN]} were not run and {counts[NOT_COMPARABLE]} cannot be compared."
+        f"Of {sum(counts[verdict] for verdict in JUDGED)} claims that could be judged {counts[HOLDS]} hold on {model}, "
+        f"{counts[FAILS]} do not and {counts[UNDECIDED]} are undecided; {counts[NOT_RUN]} were not run and "
+        f"{counts[NOT_COMPARABLE]} cannot be compared."
     ]
     others = int((table["why"] == OTHER_MODEL).sum())
     if others:
@@ -162,6 +171,11 @@ def about(table: pd.DataFrame) -> list[str]:
             f"{model} is not {PUBLISHED_MODEL}: published values are those of {PUBLISHED_MODEL}, {others} claims on "
             f"its absolute numbers are left out, and what takes the place of layer {PUBLISHED_LAYER} {place}."
         )
+        if not pd.isna(layer):
+            found.append(
+                "That layer was chosen on this run's table of layer-ablation. The claims on that table are therefore "
+                "measured, for each corruption, at the layer that the prompts of the other corruptions choose."
+            )
     return found
 
 
@@ -171,7 +185,7 @@ def text_rows(table: pd.DataFrame) -> list[tuple[str, ...]]:
     rows = [("verdict", "claim", "what is said", PUBLISHED_MODEL, str(table["model"].iloc[0]), "95 %", "tolerance")]
     for row in shown.itertuples(index=False):
         interval = "" if pd.isna(row.low) else f"{number(row.low)} to {number(row.high)}"
-        value = number(row.value) or row.why
+        value = f"{number(row.value)} ({row.why})" if number(row.value) and row.why else number(row.value) or row.why
         rows.append((row.verdict, row.claim, row.asked, number(row.published), value, interval, row.tolerance))
     return rows
 
@@ -181,6 +195,12 @@ def number(value: float) -> str:
     if pd.isna(value):
         return ""
     return f"{value:.3g}" if abs(value) < 1 else f"{round(value, 2):g}"
+
+
+def _held_out_layers(tables: Mapping[str, pd.DataFrame], layer: int | None) -> claims.Layer | None:
+    """The layers to ask layer-ablation's table about, if that table chose `layer`; None if it was given."""
+    table = tables.get(claims.CHOOSES)
+    return None if table is None or layer != claims.bottleneck(tables) else claims.held_out_layers(table)
 
 
 def _layer(tables: Mapping[str, pd.DataFrame]) -> int | None:
@@ -207,13 +227,16 @@ def _other_question(name: str, manifest: Manifest) -> str:
 
 
 def _other_prompts(claim: Any, manifest: Manifest) -> str:
-    """What of the seed and number of prompts a claim on exact values asks for is not so."""
-    wanted = {"seed": claim.seed, "n_pairs": claim.n_pairs}
-    other = [f"{key} {n}, not {manifest[key]}" for key, n in wanted.items() if pd.notna(n) and manifest[key] != n]
-    return f"needs {' and '.join(other)}" if other else ""
+    """Says so if a claim on exact published numbers is asked of other prompts than the published ones."""
+    if not claim.prompts:
+        return ""
+    wanted = paper.table("prompts").set_index("name").loc[claim.prompts]
+    if (manifest.get("prompts_sha256") or {}).get(wanted["part"]) == wanted["sha256"]:
+        return ""
+    return f"needs the published prompts: {wanted['n_pairs']} pairs of seed {wanted['seed']} as the paper draws them"
 
 
-def _measured(claim: Any, table: pd.DataFrame, layer: int | None) -> claims.Value:
+def _measured(claim: Any, table: pd.DataFrame, layer: claims.Layer | None) -> claims.Value:
     try:
         # A claim that names no layer is measured without one.
         return claims.measure(claim.id, table, -1 if layer is None else layer)

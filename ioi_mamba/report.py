@@ -270,7 +270,7 @@ def _claims(sections: list[Section]) -> dict[str, Any]:
         found["trouble"] = trouble
     if table is None:
         return found
-    judged = table["verdict"].isin([compare.HOLDS, compare.FAILS])
+    judged = table["verdict"].isin(compare.JUDGED)
     return found | {
         "about": compare.about(table),
         "judged": list(table[judged].itertuples()),
@@ -304,7 +304,7 @@ def _summaries(sections: list[Section]) -> list[Section]:
     drawn = []
     for module in analyses.summaries():
         table, _ = _of_whole_tables(telling, module.summarize)  # a table's own section says what is wrong with it
-        if table is not None and (table["holds"] != "not run").any():
+        if table is not None and table["value"].notna().any():
             drawn.append(_drawn(module, {}, table, summary_code(module.NAME), len(table)))
     return drawn
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import doctor, report, tasks
+from . import doctor, paper, report, tasks
 from .attribution import remembered
 from .baseline import clean_accuracies
 from .errors import InputError, Submitted
@@ -223,6 +223,7 @@ class _Run:
             "platform": f"{platform.system()} {platform.machine()}",
             "threads": torch.get_num_threads(),
             "n_pairs": len(plan.pairs),
+            "prompts_sha256": paper.prompts_sha256(plan.pairs),
             "rows": len(table),
             "wall_seconds": round(seconds, 3),
             "peak_memory_mib": _peak_memory_mib(),

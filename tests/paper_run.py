@@ -19,6 +19,10 @@ for _position, _slot in NAMES.items():
 CHANGED = dict(zip(CORRUPTIONS, (3, 5, 7, 15, 13), strict=True))
 SIZES = {"num_hidden_layers": 48, "hidden_size": 1024}
 N_PAIRS = {"layer-removal": 20, "cross-talk": 8000}
+PROMPTS = {"layer-removal": "layer removal", "cross-talk": "cross-talk"} | dict.fromkeys(
+    ("edge-attribution", "circuit-search", "positional-attribution"), "edges"
+)
+"""How the names of the published prompts begin, by experiment."""
 
 
 def effects(value, layers=range(48)):
@@ -104,11 +108,11 @@ def _items(parts=True):
     return items.astype({"source": "str", "target": "str", "part": "str"})
 
 
-def _scores(circuit, size, sample, accuracy, nld, n=400):
-    """The rows of a circuit, with intervals of 0.04; f and kl, which the paper does not have, are made up."""
+def _scores(circuit, size, sample, accuracy, nld, n=400, half=0.02):
+    """The rows of a circuit, with intervals of 2 half; f and kl, which the paper does not have, are made up."""
     values = {"accuracy": accuracy, "normalized_logit_diff": nld, "f": nld, "kl": 0.1}
     rows = [
-        {"measure": measure, "value": value, "low": value - 0.02, "high": value + 0.02}
+        {"measure": measure, "value": value, "low": value - half, "high": value + half}
         for measure, value in values.items()
     ]
     return [{"what": "circuit", "circuit": circuit, "size": size, "sample": sample, "n": n} | row for row in rows]
@@ -172,7 +176,7 @@ def positional_attribution():
     early = sum(source == "39" and position < 19 for source, _, position in kept)
     for sample in ("train", "held out"):
         circuits += _scores(LAST_ONLY, 700 - early, sample, 0.838, 0.873)
-        circuits += _scores(LOST, 700 - early, sample, 0.852 - 0.838, 0.877 - 0.873)
+        circuits += _scores(LOST, 700 - early, sample, 0.852 - 0.838, 0.877 - 0.873, half=0.01)
     return _circuits.table_of(table.assign(ranking="signed", method="eap-ig"), circuits)
 
 
@@ -197,6 +201,11 @@ def manifest(name, **entries):
         "kernels": [],
         "versions": doctor.versions(),
         "n_pairs": N_PAIRS.get(name, 400),
+        "prompts_sha256": {
+            prompts.part: prompts.sha256
+            for prompts in paper.table("prompts").itertuples()
+            if prompts.name.startswith(PROMPTS.get(name, "none"))
+        },
         "wall_seconds": 1.0,
         "peak_memory_mib": 300.0,
         "created": "2026-01-05T10:00:00+00:00",

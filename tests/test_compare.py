@@ -1,18 +1,24 @@
 """Comparing with the paper: published values hold, each spoilt one breaks its own claim, mini is never mamba-370m."""
 
 import json
+import random
+import re
 
 import pandas as pd
 import paper_run
+import pass_rates
 import pytest
+import torch
 
 import analyses
 from analyses.positional_attribution import LAST_ONLY, LOST
-from ioi_mamba import claims, compare, paper, report
+from ioi_mamba import claims, compare, paper, report, study
 from ioi_mamba.cli import main
 from ioi_mamba.errors import InputError
 
 UNMEASURED = {"gpt2_small_removal", "steer_counts"}
+TOO_FEW = {"model_accuracy", "cos_lines"}
+"""Undecided on the published samples: 19 of 20 prompts are right, and one prompt has 3 lines of 5 after names."""
 CIRCUIT = ["template", "corruption"]
 EARLY, LATE = range(1, 4), range(4, 6)
 
@@ -50,8 +56,8 @@ def given_back(table, layers, n):
 
 
 def first_swapped(table):
-    """One circuit, not the notebook's, that begins with its second layer."""
-    own = (table["template"] == "When") & (table["corruption"] == paper_run.CORRUPTIONS[1]) & table["chosen"]
+    """Ten circuits, not the notebook's, that begin with their second layer."""
+    own = table["template"].isin(["When", "Friends"]) & table["chosen"]
     return table.assign(step=table["step"].mask(own & table["step"].isin([1, 2]), 3 - table["step"]))
 
 
@@ -64,9 +70,15 @@ def first_kept(first, last):
     return lambda t: t.assign(kept=t["rank"].between(first, last).fillna(False).astype(bool))
 
 
-def scored(circuit, sample, measure, value):
-    """Another score of a circuit."""
-    return lambda t: where(t, "value", value, circuit=circuit, sample=sample, measure=measure)
+def scored(circuit, sample, measure, value, half=0.02):
+    """Another score of a circuit, with its interval."""
+
+    def change(table):
+        for name, number in (("value", value), ("low", value - half), ("high", value + half)):
+            table = where(table, name, number, circuit=circuit, sample=sample, measure=measure)
+        return table
+
+    return change
 
 
 def without(table, layer, n):
@@ -76,6 +88,7 @@ def without(table, layer, n):
 
 
 CAB, ACB, ABD = paper_run.CORRUPTIONS[:3]
+LATER = ["Afterwards", "When", "Friends"]
 OTHER_LAYERS = [str(layer) for layer in range(39)]
 SPOILT = {
     "model_accuracy": ("layer-removal", lambda t: where(t, "accuracy", 0.5, mode="none")),
@@ -91,19 +104,17 @@ SPOILT = {
     ),
     "zero_ablation_accuracy": ("layer-removal", lambda t: where(t, "accuracy", 0.9, mode="single", layer=20)),
     "half_layers_removable": ("layer-removal", lambda t: where(t, "accuracy", 0.5, mode="greedy", step=range(6, 48))),
-    "ct_15_always": ("cross-talk", lambda t: without(t, 15, 4)),
+    "ct_15_always": ("cross-talk", lambda t: without(t, 15, 9)),
     "ct_39_first": ("cross-talk", first_swapped),
-    "ct_39_gain": ("cross-talk", lambda t: where(t, "accuracy", 0.9, layer=39, step=1, template=["When", "Friends"])),
-    "ct_layer0": ("cross-talk", lambda t: given_back(t, [0], 4)),
-    "ct_proportions": ("cross-talk", lambda t: given_back(t, [2], 6)),
-    "ct_spearman": ("cross-talk", lambda t: given_back(t, [2, 3, 4, 5, 6, 7, 8, 9, 10], 4)),
-    "ct_size": ("cross-talk", lambda t: given_back(t, [33, 36, 11, 24, 27, 32, 18, 21, 12, 29, 34], 4)),
-    "ct_stop": ("cross-talk", lambda t: where(t, "reached", False, template="When", corruption=ACB)),
+    "ct_39_gain": ("cross-talk", lambda t: where(t, "accuracy", 0.9, layer=39, step=1, template=LATER)),
+    "ct_proportions": ("cross-talk", lambda t: given_back(t, [2], 10)),
+    "ct_spearman": ("cross-talk", lambda t: given_back(t, [2, 3, 4, 5, 6, 7, 8, 9, 10], 6)),
+    "ct_stop": ("cross-talk", lambda t: where(t, "reached", False, template=["When", "Friends"])),
     "ct_notebook": (
         "cross-talk",
         lambda t: where(t, "accuracy", 0.1, template="Then", corruption=CAB, step=1, layer=10),
     ),
-    "cos_lines": ("state-similarity", lambda t: t.assign(after_name=t["row"].isin(range(1, 6)))),
+    "cos_lines": ("state-similarity", lambda t: t.assign(after_name=t["row"].isin([1, 2, 5, 7, 10]))),
     "cos_cells": ("state-similarity", lambda t: where(t, "similarity", lambda x: x - 0.1, row=0, column=19)),
     "conv_effect": ("conv-shift", lambda t: t.assign(effect=t["effect"] * 1.3)),
     "conv_others": ("conv-shift", lambda t: where(t, "effect", 0.3, corruption=CAB, slice=0, position=4)),
@@ -113,9 +124,9 @@ SPOILT = {
     "outproj_last_only": ("output-ablation", lambda t: where(t, "effect", -0.1, corruption=CAB, layer=39, position=3)),
     "eap_size": ("edge-attribution", first_kept(1, 261)),
     "eap_jaccard": ("edge-attribution", first_kept(60, 247)),
-    "eap_train_accuracy": ("edge-attribution", scored("kept", "train", "accuracy", 0.9)),
-    "eap_accuracy": ("edge-attribution", scored("kept", "held out", "accuracy", 0.8)),
-    "eap_nld": ("edge-attribution", scored("kept", "held out", "normalized_logit_diff", 0.9)),
+    "eap_train_accuracy": ("edge-attribution", scored("kept", "train", "accuracy", 0.97)),
+    "eap_accuracy": ("edge-attribution", scored("kept", "held out", "accuracy", 0.7)),
+    "eap_nld": ("edge-attribution", scored("kept", "held out", "normalized_logit_diff", 0.95)),
     "eap_top": ("edge-attribution", ranks_swapped(2, 3)),
     "eap_spearman": (
         "edge-attribution",
@@ -128,19 +139,22 @@ SPOILT = {
     "acdc_conv": ("circuit-search", lambda t: where(t, "kept", False, part="conv0")),
     "acdc_ssm": ("circuit-search", lambda t: where(t, "kept", False, part="ssm")),
     "acdc_skip": ("circuit-search", lambda t: where(t, "kept", False, part="skip")),
-    "acdc_39_now": ("circuit-search", lambda t: where(t, "drop", 0.03, part="conv0", source="39")),
+    "acdc_39_now": (
+        "circuit-search",
+        lambda t: where(where(t, "drop", 0.03, part="conv0", source="39"), "kept", True, part="conv0", source="39"),
+    ),
     "acdc_minus3": ("circuit-search", lambda t: where(t, "kept", True, part="conv-3", source="39")),
     "acdc_drops": ("circuit-search", lambda t: where(t, "drop", 0.4, part="skip", source="0")),
-    "acdc_accuracy": ("circuit-search", scored("kept", "held out", "accuracy", 0.8)),
-    "acdc_nld": ("circuit-search", scored("kept", "held out", "normalized_logit_diff", 0.9)),
+    "acdc_accuracy": ("circuit-search", scored("kept", "held out", "accuracy", 0.7)),
+    "acdc_nld": ("circuit-search", scored("kept", "held out", "normalized_logit_diff", 0.95)),
     "pos_jaccard": ("positional-attribution", lambda t: where(t, "kept", False, source=OTHER_LAYERS)),
     "pos_embed": ("positional-attribution", lambda t: where(t, "kept", True, source="embed", target="45", position=3)),
     "pos_39_out": (
         "positional-attribution",
         lambda t: where(t, "kept", True, source="39", target=["40", "41"], position=19),
     ),
-    "prune_39_nonlast": ("positional-attribution", scored(LOST, "train", "accuracy", 0.04)),
-    "prune_39_nonlast_nld": ("positional-attribution", scored(LOST, "train", "normalized_logit_diff", 0.03)),
+    "prune_39_nonlast": ("positional-attribution", scored(LOST, "train", "accuracy", 0.06)),
+    "prune_39_nonlast_nld": ("positional-attribution", scored(LOST, "train", "normalized_logit_diff", 0.05)),
 }
 """One claim each, broken in the table of its experiment."""
 
@@ -152,13 +166,15 @@ TOGETHER = {
     ),
     ("zero_ablation_0", "zero_ablation_notebook"): (
         "layer-removal",
-        lambda t: where(t, "probability", 0.3, mode="single", layer=0),
+        lambda t: where(t, "probability", 0.4, mode="single", layer=0),
     ),
     ("zero_ablation_others", "zero_ablation_notebook"): (
         "layer-removal",
         lambda t: where(t, "probability", 0.6, mode="single", layer=20),
     ),
-    ("ct_39_always", "ct_39_first"): ("cross-talk", lambda t: without(t, 39, 1)),
+    ("ct_39_always", "ct_39_first"): ("cross-talk", lambda t: without(t, 39, 9)),
+    ("ct_layer0", "ct_proportions"): ("cross-talk", lambda t: given_back(t, [0], 12)),
+    ("ct_size", "ct_proportions", "ct_spearman"): ("cross-talk", lambda t: given_back(t, range(2, 12), 19)),
     ("conv_peak_cell", "conv_others"): (
         "conv-shift",
         lambda t: where(t, "effect", 1.0, corruption=CAB, slice=0, position=4),
@@ -173,7 +189,7 @@ TOGETHER = {
         ),
     )
     for name, method in (("sub_add", "subtract-add"), ("replace", "replace"))
-    for suffix, sources, value in (("", EARLY, 0.9), ("_cross", LATE, 1.0))
+    for suffix, sources, value in (("", EARLY, 0.8), ("_cross", LATE, 1.0))
 }
 CASES = [((claim,), *case) for claim, case in SPOILT.items()] + [(key, *case) for key, case in TOGETHER.items()]
 
@@ -184,9 +200,10 @@ def test_the_made_up_run_has_the_columns_of_every_experiment(published):
         assert set(analyses.load(name).COLUMNS) <= set(table.columns)
 
 
-def test_of_the_published_values_every_claim_holds(published):
+def test_of_the_published_values_every_claim_holds_or_has_too_few_prompts(published):
     table = judge(published)
-    assert set(table.index[table["verdict"] != compare.HOLDS]) == UNMEASURED
+    assert set(table.index[table["verdict"] != compare.HOLDS]) == UNMEASURED | TOO_FEW
+    assert (table.loc[list(TOO_FEW), "verdict"] == compare.UNDECIDED).all()
     assert (table.loc[list(UNMEASURED), "verdict"] == compare.NOT_COMPARABLE).all()
     assert (table["layer"] == 39).all()
     assert table.loc["steer_sub_add", "value"] == pytest.approx(0.991, abs=5e-4)
@@ -215,10 +232,16 @@ def test_what_was_not_run_is_said(published):
 
 
 def test_exact_values_are_compared_only_on_their_own_prompts(published):
-    table = judge(published, seed=28)
-    assert table.loc["zero_ablation_notebook", "verdict"] == compare.NOT_COMPARABLE
-    assert table.loc["zero_ablation_notebook", "why"] == "needs seed 27, not 28"
-    assert table.loc["zero_ablation_0", "verdict"] == compare.HOLDS
+    others = {"all": "ab" * 32, "Then: CAB AB C -> DAB AB D": "cd" * 32}
+    bound = paper.table("claims").query("prompts != ''")["id"]
+    for sha256 in (others, None, {}):
+        table = judge(published, seed=27, prompts_sha256=sha256)
+        assert (table.loc[bound, "verdict"] == compare.NOT_COMPARABLE).all()
+        assert table.loc["zero_ablation_notebook", "why"] == (
+            "needs the published prompts: 10 pairs of seed 27 as the paper draws them"
+        )
+        assert table.loc["zero_ablation_0", "verdict"] == compare.HOLDS
+    assert (judge(published, seed=5).loc[bound, "verdict"] == compare.HOLDS).all()
     other = published["state-similarity"].assign(prompt="Ana gave it to")
     assert judge({"state-similarity": other}).loc["cos_cells", "verdict"] == compare.NOT_COMPARABLE
 
@@ -259,7 +282,7 @@ def test_scores_of_circuits_come_with_the_intervals_of_their_tables(published):
     table = judge(published)
     assert table.loc["eap_accuracy", ["value", "low", "high"]].tolist() == pytest.approx([0.8786, 0.8586, 0.8986])
     assert table.loc["acdc_nld", ["value", "low", "high"]].tolist() == pytest.approx([0.8399, 0.8199, 0.8599])
-    assert table.loc["prune_39_nonlast", ["value", "low", "high"]].tolist() == pytest.approx([0.014, -0.006, 0.034])
+    assert table.loc["prune_39_nonlast", ["value", "low", "high"]].tolist() == pytest.approx([0.014, 0.004, 0.024])
 
 
 def test_an_attribution_of_another_method_is_not_judged(published):
@@ -300,7 +323,8 @@ def test_the_command_prints_the_table_and_writes_it_whole(published, tmp_path, c
     assert lines[0].split()[:2] == ["verdict", "claim"]
     row = next(line for line in lines if " eap_size " in line)
     assert row.startswith("does not hold")
-    assert "Of 62 claims that could be judged 61 hold" in lines[-1]
+    assert "Of 62 claims that could be judged 59 hold on made-up/mamba-370m, 1 do not and 2 are undecided" in lines[-1]
+    assert next(line for line in lines if " cos_lines " in line).startswith("undecided")
     assert set(directory.iterdir()) - before == {directory / "compare.parquet"}
     table = pd.read_parquet(directory / "compare.parquet")
     assert tuple(table.columns) == compare.COLUMNS
@@ -315,8 +339,11 @@ def test_mini_is_asked_relative_claims_and_never_passed_off(mini, tmp_path, caps
     assert main(["compare", str(out)]) == 0
     printed = capsys.readouterr().out
     table = pd.read_parquet(out / "compare.parquet").set_index("claim")
-    judged = table[table["verdict"].isin([compare.HOLDS, compare.FAILS])]
+    judged = table[table["verdict"].isin(compare.JUDGED)]
     assert set(judged.index) == {"ra_effect", "ra_two_strongest"}
+    assert (judged["verdict"] == compare.UNDECIDED).all()
+    assert (judged["why"] == "4 prompts are too few: 20 are needed").all()
+    assert "measured, for each corruption, at the layer that the prompts of the other corruptions choose" in printed
     layer = analyses.load("layer-ablation").bottleneck(pd.read_parquet(out / "layer-ablation.parquet"))
     assert (judged["layer"] == layer).all()
     assert (judged["model"] == "mini").all()
@@ -334,7 +361,9 @@ def test_the_report_has_the_claims_first_and_what_carries_the_names_second(publi
     order = [page.index(f'<section id="{name}"') for name in ("claims", "names-summary", *analyses.available())]
     assert order == sorted(order)
     section = page[order[0] : order[1]]
-    assert section.count('<td class="holds">holds</td>') == 62
+    assert section.count('<td class="holds">holds</td>') == 60
+    assert section.count('<td class="undecided">undecided</td>') == 2
+    assert "the interval reaches past the tolerance" in section
     assert section.count('<th scope="row">') == 64
     assert "<caption>" in section
     assert 'data-chart="names-summary-chart"' in page
@@ -403,11 +432,265 @@ def test_a_directory_that_cannot_be_written_is_refused_and_left_as_it_is(publish
 def test_a_model_that_guesses_is_asked_only_what_its_answers_do_not_decide(published):
     guesses = {"accuracy": 0.5, "n": 8, "bound": 0.75}
     rows = judge(published, clean=guesses)
-    judged = rows[rows["verdict"].isin([compare.HOLDS, compare.FAILS])]
+    judged = rows[rows["verdict"].isin(compare.JUDGED)]
     sure = judge(published, clean=guesses | {"accuracy": 0.9})
     of_states = paper.table("claims").set_index("id")["analysis"] == "state-similarity"
-    assert set(judged.index) == set(of_states[of_states].index) & set(sure.index[sure["verdict"] == compare.HOLDS])
+    assert set(judged.index) == set(of_states[of_states].index) & set(sure.index[sure["verdict"].isin(compare.JUDGED)])
     assert len(judged) > 0
     lost = rows.loc[rows["why"] == "the model cannot do the task", "verdict"]
     assert len(lost) > 30
     assert set(lost) == {compare.NOT_COMPARABLE}
+
+
+def test_an_interval_that_straddles_the_tolerance_decides_nothing(published):
+    attribution = published["edge-attribution"]
+    for value, half, verdict in (
+        (0.879, 0.02, compare.HOLDS),
+        (0.879, 0.09, compare.UNDECIDED),
+        (0.95, 0.02, compare.UNDECIDED),
+        (0.98, 0.03, compare.UNDECIDED),
+        (0.98, 0.02, compare.FAILS),
+    ):
+        table = judge({"edge-attribution": scored("kept", "held out", "accuracy", value, half)(attribution)})
+        assert table.loc["eap_accuracy", "verdict"] == verdict
+        assert bool(table.loc["eap_accuracy", "why"]) == (verdict == compare.UNDECIDED)
+
+
+@pytest.mark.parametrize("name", ["layer-ablation", "name-steering", "conv-shift", "layer-removal", "cross-talk"])
+def test_too_few_prompts_decide_nothing(published, name):
+    table = judge({name: published[name].assign(n=7)})
+    judged = table[table["verdict"].isin(compare.JUDGED)]
+    few = judged[judged["n"] == 7]
+    assert len(few) > 0
+    assert set(few["verdict"]) == {compare.UNDECIDED}
+    assert few["why"].str.startswith("7 prompts are too few").all()
+
+
+def test_one_circuit_does_not_say_how_large_circuits_are(published):
+    one = published["cross-talk"].query("template == 'Then' and corruption == @CAB")
+    table = judge({"cross-talk": one})
+    assert set(table.loc[["ct_size", "ct_39_gain", "ct_39_always", "ct_layer0"], "verdict"]) == {compare.UNDECIDED}
+
+
+NAN = float("nan")
+DEAD = {
+    "layer-ablation": [lambda t, x=x: t.assign(effect=x, low=x, high=x) for x in (0.0, NAN, 0.9, -1.0)]
+    + [lambda t: t.assign(effect=t["effect"] * 1e-6, low=t["low"] * 1e-6, high=t["high"] * 1e-6)],
+    "layer-removal": [
+        lambda t: t.assign(probability=0.5, accuracy=0.5),
+        lambda t: t.assign(probability=0.0, accuracy=0.0),
+        lambda t: t.assign(accuracy=NAN, probability=NAN),
+    ],
+    "cross-talk": [
+        lambda t: t.assign(in_circuit=False, reached=False, accuracy=0.0),
+        lambda t: t[t["step"] == 0].assign(reached=True, accuracy=0.95),
+        lambda t: t.assign(in_circuit=False, reached=False, accuracy=NAN),
+    ],
+    "state-similarity": [lambda t, x=x: t.assign(similarity=x, after_name=t["row"] < 5) for x in (0.0, 1.0, NAN)],
+    "name-steering": [lambda t: t.assign(success=0.0), lambda t: t.assign(success=NAN, n=0)],
+    "edge-attribution": [lambda t, x=x: scored_nothing(t).assign(score=x, kept=False) for x in (0.0, NAN, 1.0)],
+    "circuit-search": [lambda t: scored_nothing(t).assign(drop=NAN, kept=False)],
+    "positional-attribution": [lambda t: scored_nothing(t).assign(kept=False)],
+}
+DEAD |= {name: DEAD["layer-ablation"] for name in ("conv-shift", "state-ablation", "output-ablation")}
+"""What experiments leave that did nothing: zeros, no numbers, one and the same number, rounding errors."""
+
+
+def scored_nothing(table):
+    """Circuits that keep nothing of what the model does, and have nothing to lose."""
+    return table.assign(
+        **{name: table[name].mask(table["what"] == "circuit", 0.0) for name in ("value", "low", "high")}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [(name, number) for name, cases in DEAD.items() for number in range(len(cases))]
+)
+def test_an_experiment_that_did_nothing_passes_no_claim(published, name, number):
+    table = judge({name: DEAD[name][number](published[name])})
+    own = table[paper.table("claims").set_index("id")["analysis"] == name]
+    assert compare.HOLDS not in set(own["verdict"])
+
+
+def test_steering_with_averages_of_other_slots_is_judged_only_where_steering_works(published):
+    steering = published["name-steering"]
+    never = judge({"name-steering": where(steering, "success", 0.1, method="replace", slot=EARLY)})
+    assert never.loc["steer_replace", "verdict"] == compare.FAILS
+    assert never.loc["steer_replace_cross", ["verdict", "why"]].tolist() == [
+        compare.NOT_COMPARABLE,
+        "it means something only where steer_replace holds",
+    ]
+    assert never.loc["steer_sub_add_cross", "verdict"] == compare.HOLDS
+    perhaps = judge(
+        {"name-steering": where(steering, "success", 0.95, method="replace", slot=EARLY, source_slot=EARLY)}
+    )
+    assert (perhaps.loc[["steer_replace", "steer_replace_cross"], "verdict"] == compare.UNDECIDED).all()
+
+
+def test_a_part_that_was_removed_has_no_drop(published):
+    search = published["circuit-search"]
+
+    def removed(part):
+        gone = where(search, "kept", False, source="39", part=part)
+        return judge({"circuit-search": where(gone, "drop", NAN, source="39", part=part)})
+
+    table = removed("conv-1")
+    assert table.loc["acdc_39_shift", "verdict"] == compare.NOT_COMPARABLE
+    assert table.loc["acdc_39_shift", "why"] == "conv-1 of layer 39 was removed: what it would cost is not known"
+    assert table.loc["acdc_drops", "verdict"] == compare.NOT_COMPARABLE
+    # Slice 0 was removed, and slice -1 kept: the layer is in the circuit and does without slice 0.
+    assert judge({"circuit-search": search}).loc["acdc_39_now", ["value", "verdict"]].tolist() == [0, compare.HOLDS]
+    # With no slice left nothing is known of the layer.
+    table = removed(["conv-1", "conv-2", "conv-3"])
+    assert table.loc["acdc_39_now", "verdict"] == compare.NOT_COMPARABLE
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("name", "claim"),
+    [
+        ("layer-ablation", "ra_effect"),
+        ("conv-shift", "conv_others"),
+        ("state-ablation", "h_before"),
+        ("state-ablation", "h_after"),
+        ("output-ablation", "outproj_last_only"),
+    ],
+)
+def test_missing_effects_make_the_same_of_a_claim_in_any_order(published, name, claim, seed):
+    spoilt = where(published[name], "effect", NAN, corruption=ACB)
+    order = list(paper_run.CORRUPTIONS)
+    random.Random(seed).shuffle(order)
+    table = pd.concat([spoilt[spoilt["corruption"] == corruption] for corruption in order], ignore_index=True)
+    row = judge({name: table}).loc[claim]
+    assert [row["verdict"], row["why"]] == [compare.NOT_COMPARABLE, f"effects of {ACB} are missing"]
+
+
+def test_a_difference_from_the_paper_needs_every_number(published):
+    removal = where(published["layer-removal"], "probability", NAN, mode="single", layer=20)
+    assert judge({"layer-removal": removal}).loc["zero_ablation_notebook", "verdict"] == compare.NOT_COMPARABLE
+
+
+def test_a_ratio_to_a_peak_of_noise_is_not_comparable(published):
+    for factor, verdict in ((1.0, compare.HOLDS), (0.2, compare.HOLDS), (0.01, compare.NOT_COMPARABLE)):
+        states = published["state-ablation"]
+        small = states.assign(**{name: states[name] * factor for name in ("effect", "low", "high")})
+        assert judge({"state-ablation": small}).loc["h_before", "verdict"] == verdict
+    inputs = where(published["layer-ablation"], "effect", 1e-9, layer=39, position=3, corruption=CAB)
+    row = judge({"layer-ablation": inputs}).loc["ra_ratio_cab"]
+    assert [row["verdict"], row["why"]] == [
+        compare.NOT_COMPARABLE,
+        "the effect of layer 39 is below 0.1: a ratio to it says nothing",
+    ]
+
+
+def test_a_loss_of_exactly_three_hundredths_is_spare(published):
+    """.97 - .03 is .94, and .94 is not less than that, whatever binary fractions make of it."""
+    for whole in (0.95, 0.96, 0.97, 0.98, 1.0):
+        table = where(published["layer-removal"], "accuracy", whole, mode="none")
+        table = where(
+            table, "accuracy", lambda old, whole=whole: round(whole - 0.03, 2) if old == 0.95 else old, mode="greedy"
+        )
+        assert judge({"layer-removal": table}).loc["half_layers_removable", "value"] == 0.5
+    assert claims.within(0.1 + 0.2, NAN, 0.3)
+    assert claims.within(1 - 0.97, NAN, 0.03)
+    assert not claims.within(NAN, NAN, 0.03)
+
+
+def test_the_published_prompts_are_told_by_their_texts_and_not_by_seed_and_number(mini, tmp_path):
+    sha256 = paper.table("prompts").set_index("name")["sha256"]
+    drawn = analyses.load("layer-removal").default_pairs(mini.tokenizer, 10, 27)
+    found = paper.prompts_sha256(drawn)
+    assert found["all"] == sha256["layer removal, notebook"]
+    assert paper.prompts_sha256(drawn[torch.randperm(len(drawn))])["all"] == found["all"]
+    assert paper.prompts_sha256(drawn[:-1])["all"] != found["all"]
+    search = analyses.load("cross-talk").default_pairs(mini.tokenizer, None, 27)
+    assert paper.prompts_sha256(search)["Then: CAB AB C -> DAB AB D"] == sha256["cross-talk, notebook"]
+    edges = analyses.load("edge-attribution").default_pairs(mini.tokenizer, None, 27)
+    assert paper.prompts_sha256(edges)["all"] == sha256["edges, training"]
+    assert paper.prompts_sha256(edges.without_text()) is None
+
+
+def test_a_run_on_a_file_of_prompts_does_not_pass_as_the_published_one(mini, tmp_path):
+    """20 prompts, and a seed of 27 that nothing was drawn from."""
+    own = analyses.load("layer-removal").default_pairs(mini.tokenizer, 10, 5)
+    study.run_study(mini, ["layer-removal"], tmp_path, pairs=own, held_out=own, seed=27, options={"steps": 1})
+    made = json.loads((tmp_path / "layer-removal.json").read_text())
+    assert (made["seed"], made["n_pairs"]) == (27, 20)
+    removal = paper_run.layer_removal()
+    row = (
+        compare.evaluate(
+            {"layer-removal": removal},
+            {"layer-removal": paper_run.manifest("layer-removal", prompts_sha256=made["prompts_sha256"])},
+        )
+        .set_index("claim")
+        .loc["zero_ablation_notebook"]
+    )
+    assert row["verdict"] == compare.NOT_COMPARABLE
+
+
+def test_a_layer_chosen_on_a_table_is_tested_on_prompts_that_did_not_choose_it(published):
+    """Each corruption has a layer of its own with a large effect: chosen on all of them, one seems a bottleneck."""
+    other = {"id": "other", "architecture": "mamba", "config": {"num_hidden_layers": 48, "hidden_size": 768}}
+    own = dict(zip(paper_run.CORRUPTIONS, (5, 6, 7, 8, 9), strict=True))
+
+    def value(corruption, name, layer, position):
+        return 0.9 if position == name and layer in (0, own[corruption]) else 0.0
+
+    table = paper_run.effects(value)
+    layers = claims.held_out_layers(table)
+    assert all(layers[corruption] != layer for corruption, layer in own.items())
+    row = judge({"layer-ablation": table}, model=other).loc["ra_effect"]
+    assert row["value"] == pytest.approx(0.0)
+    assert row["verdict"] == compare.FAILS
+    shared = judge({"layer-ablation": published["layer-ablation"]}, model=other).loc["ra_effect"]
+    assert [shared["layer"], shared["verdict"]] == [39, compare.HOLDS]
+    single = published["layer-ablation"].query("corruption == @CAB")
+    assert judge({"layer-ablation": single}, model=other).loc["ra_effect", "verdict"] == compare.NOT_COMPARABLE
+    assert judge({"layer-ablation": single}).loc["ra_effect", "verdict"] == compare.HOLDS
+
+
+@pytest.mark.parametrize("effect", [0.0, NAN, 0.9])
+def test_a_table_of_nothing_has_no_bottleneck_that_is_judged(published, effect):
+    other = {"id": "other", "architecture": "mamba", "config": {"num_hidden_layers": 48, "hidden_size": 768}}
+    dead = published["layer-ablation"].assign(effect=effect, low=effect, high=effect)
+    table = judge({"layer-ablation": dead}, model=other)
+    assert not set(table["verdict"]) & set(compare.JUDGED)
+    assert table["layer"].isna().all() == (effect != effect)
+
+
+def test_a_layer_that_was_given_is_asked_about_as_it_is(published):
+    """The experiments on one layer were given layer 12, which the table of layer-ablation did not choose."""
+    tables = {"conv-shift": published["conv-shift"].assign(layer=12)}
+    assert claims.common_layer(tables) == 12
+    other = {"id": "other", "architecture": "mamba", "config": {"num_hidden_layers": 48, "hidden_size": 768}}
+    assert judge(tables, model=other).loc["conv_effect", ["layer", "verdict"]].tolist() == [12, compare.HOLDS]
+
+
+def test_layers_are_the_strongest_only_as_far_as_intervals_say(published):
+    inputs = published["layer-ablation"]
+    near = where(inputs, "effect", 0.64, layer=20, position=3, corruption=CAB)
+    clear = judge({"layer-ablation": near}).loc["ra_two_strongest"]
+    assert [clear["value"], clear["verdict"]] == [1.0, compare.HOLDS]
+    blurred = near.assign(low=near["effect"] - 0.2, high=near["effect"] + 0.2)
+    row = judge({"layer-ablation": blurred}).loc["ra_two_strongest"]
+    assert [row["value"], row["verdict"]] == [1.0, compare.UNDECIDED]
+    assert row["low"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("claim", sorted(pass_rates.SIMULATIONS))
+def test_a_perfect_rerun_passes_and_a_wrong_model_does_not(claim):
+    """On few draws; docs/verdicts.md has the rates of more. A rate of .95 gives fewer than 34 of 40 once in 300."""
+    rates = pass_rates.rates(claim, draws=40, seed=1)
+    assert rates["passes"] >= 34 / 40
+    assert rates["wrong fails"] >= 0.75
+
+
+def test_every_claim_is_simulated_or_it_is_said_why_not():
+    measured = set(claims.MEASURES)
+    assert set(pass_rates.SIMULATIONS) | set(pass_rates.not_simulated()) == measured
+    assert not set(pass_rates.SIMULATIONS) & set(pass_rates.not_simulated())
+    page = pass_rates.PAGE.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([\d.]+) \| ([\d.]+) \|.*\| ([\d.]+) \|$", page, re.MULTILINE)
+    assert {claim for claim, *_ in rows} == set(pass_rates.SIMULATIONS)
+    assert all(float(passes) >= 0.95 for _, _, passes, _ in rows)
+    assert all(float(fails) >= 0.85 for *_, fails in rows)

@@ -47,14 +47,15 @@ def tables():
     circuits = pd.DataFrame(
         [
             (template, "c", step, layer, True, True)
-            for template in ("Then", "When")
+            for template in range(20)
             for step, layer in ((1, BOTTLENECK), (2, 3))
         ],
         columns=["template", "corruption", "step", "layer", "chosen", "in_circuit"],
-    )
+    ).assign(n=400)
     similar = pd.DataFrame(
         [
-            ("p", "contribution in state", i, j, 0.8 if i in (2, 4) else 0.1, str(i), str(j), i in (2, 4), BOTTLENECK)
+            (p, "contribution in state", i, j, 0.8 if i in (2, 4) else 0.1, str(i), str(j), i in (2, 4), BOTTLENECK)
+            for p in ("p", "q", "r")
             for i in range(9)
             for j in range(9)
         ],
@@ -172,7 +173,7 @@ def test_prompts_without_known_names_give_no_number():
     table = summary.summarize({name: table.assign(corruption="all") for name, table in other.items()})
     shift = table[table["source"].isin(["conv-shift", "state-ablation"])]
     assert shift["value"].map(math.isnan).all()
-    assert (shift["holds"] == "not run").all()
+    assert (shift["holds"] == "not comparable").all()
 
 
 def test_the_changed_slot_is_read_off_the_corruption():
@@ -189,3 +190,39 @@ def test_the_chart_ends_its_axis_where_ratios_do_not():
     assert math.isinf(value_of(table, "output before the last position over the last")["value"])
     rows = next(iter(summary.chart(table).to_dict()["datasets"].values()))
     assert max(row["at"] for row in rows) == summary.FARTHEST
+
+
+def test_an_interval_that_straddles_its_threshold_is_undecided_and_said():
+    blurred = tables()
+    inputs = blurred["layer-ablation"]
+    blurred["layer-ablation"] = inputs.assign(low=inputs["effect"] - 0.3, high=inputs["effect"] + 0.3)
+    table = summary.summarize(blurred)
+    row = value_of(table, "effect of its input at the changed name, mean")
+    assert row["value"] == pytest.approx(0.9)
+    assert row["holds"] == "undecided"
+    found = summary.findings(table)
+    assert any("undecided: effect of its input at the changed name, mean" in sentence for sentence in found)
+    assert "undecided" in {row["holds"] for rows in summary.chart(table).to_dict()["datasets"].values() for row in rows}
+
+
+def test_names_are_not_linear_because_nothing_can_be_steered():
+    """Averages from slots 4 and 5 that do not steer count against steering where those from 1 to 3 do not either."""
+    dead = tables()
+    dead["name-steering"] = dead["name-steering"].assign(success=0.0)
+    table = summary.summarize(dead)
+    lines = table[table["evidence"] == "linear names"].set_index("measure")["holds"]
+    assert lines["replace, slots 1-3 from 1-3"] == "no"
+    assert lines["replace, slots 1-3 from 4-5"] == lines["subtract-add, slots 1-3 from 4-5"] == "not comparable"
+    sentence = next(found for found in summary.findings(table) if found.startswith("Linear names"))
+    assert "0 of 4 lines of evidence hold" in sentence
+    assert "not comparable: subtract-add, slots 1-3 from 4-5, replace, slots 1-3 from 4-5" in sentence
+
+
+def test_each_corruption_is_asked_about_the_layer_that_the_others_choose():
+    own = {"n1": 1, "n3": 2, "n5": 3}
+    place = {LABELS.index(slot): layer for slot, layer in own.items()}
+    chosen = effects(lambda name, layer, at: 0.9 if at == name and layer in (0, place[name]) else 0.0)
+    table = summary.summarize({"layer-ablation": chosen})
+    row = value_of(table, "effect of its input at the changed name, mean")
+    assert row["value"] == pytest.approx(0.0)
+    assert row["holds"] == "no"

@@ -9,7 +9,7 @@ from ioi_mamba.errors import InputError
 
 
 def test_every_table_is_there_and_says_where_from_and_what_is_wrong_with_it():
-    assert len(paper.names()) == len(set(paper.names())) == 16
+    assert len(paper.names()) == len(set(paper.names())) == 17
     for name in paper.names():
         table, about = paper.table(name), paper.about(name)
         assert len(table) > 0
@@ -26,7 +26,7 @@ def test_a_table_is_read_anew_and_an_unknown_name_refused():
     table.loc[0, "rank"] = 99
     assert paper.table("edges").loc[0, "rank"] == 1
     for read in (paper.table, paper.about):
-        with pytest.raises(InputError, match="the names are claims, layer-removal"):
+        with pytest.raises(InputError, match="the names are claims, prompts, layer-removal"):
             read("fig05")
 
 

@@ -1,58 +1,158 @@
-"""What a measured number is made of: means, shares with intervals, differences from a published table."""
+"""What a measured number is made of: a value, its interval, the prompts behind it, or why there is none.
+
+NaN is never passed over: a number over several cells needs them all, whatever their order. Every interval that is
+computed here and not read off a table is computed in this file.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import pandas as pd
 
 from ioi_mamba.metrics import wilson_interval
 
-Value = tuple[float, float, float]
-"""(value, low, high), NaN where there is none; low and high are a 95 % interval."""
-Measure = Callable[[pd.DataFrame, int], Value]
-"""(table of the claim's experiment, layer in question) gives the number."""
 NAN = float("nan")
-NONE: Value = (NAN, NAN, NAN)
+ROUNDING = 1e-9
+FLOOR = 0.1
+"""The least contrast of effects, a tenth of the way from the clean to the corrupted run: below is noise."""
+SPARE = 0.03
+"""The accuracy that layers may cost and still count as spare."""
+
+
+class Value(NamedTuple):
+    """A number. low, high: its 95 % interval, NaN where there is none; n: prompts behind its weakest cell.
+
+    why: what kept it from being measured, empty if it was or if the table simply does not hold it.
+    """
+
+    value: float = NAN
+    low: float = NAN
+    high: float = NAN
+    n: float = NAN
+    why: str = ""
+
+
+Layer = int | Mapping[str, int]
+"""The layer in question; for each corruption its own where the layer was chosen on the table that is measured."""
+Measure = Callable[[pd.DataFrame, Layer], Value]
+"""(table of the claim's experiment, layer in question) gives the number."""
+NONE = Value()
+
+
+def reaches(value: float, bound: float) -> bool:
+    """Whether value >= bound up to rounding, so that 1 - .97 is not more than .03. False for NaN."""
+    return value >= bound - ROUNDING
+
+
+def within(value: float, at_least: float, at_most: float) -> bool:
+    """Whether at_least <= value <= at_most, up to rounding; a bound that is NaN is none. False for a NaN value."""
+    above = math.isnan(at_least) or reaches(value, at_least)
+    below = math.isnan(at_most) or reaches(at_most, value)
+    return not math.isnan(value) and above and below
 
 
 def one(value: float) -> Value:
-    return float(value), NAN, NAN
+    return Value(float(value))
 
 
-def mean(values: list[float]) -> Value:
-    return one(sum(values) / len(values)) if values else NONE
+def around(value: float, half: float) -> Value:
+    """A value with a symmetric interval; without one where `half` is NaN."""
+    return Value(float(value), float(value - half), float(value + half))
 
 
 def share(hits: int, n: int) -> Value:
-    return (hits / n, *wilson_interval(hits, n)) if n else NONE
+    """A proportion of n independent cases with Wilson's interval."""
+    return Value(hits / n, *wilson_interval(hits, n)) if n else NONE
 
 
-def accuracy(row: pd.Series, column: str = "accuracy") -> Value:
-    _, low, high = share(round(float(row[column] * row["n"])), int(row["n"]))
-    return float(row[column]), low, high
+def proportion(row: pd.Series, column: str) -> Value:
+    """A proportion of a row's n prompts: with the row's own interval (COLUMN_low, COLUMN_high), else Wilson's."""
+    if {f"{column}_low", f"{column}_high"} <= set(row.index):
+        return Value(*(float(row[name]) for name in (column, f"{column}_low", f"{column}_high")))
+    if pd.isna(row[column]):
+        return NONE
+    return share(round(float(row[column] * row["n"])), int(row["n"]))._replace(value=float(row[column]))
 
 
 def spread(values: pd.Series) -> Value:
-    """The mean over circuits, with the normal interval of the mean."""
-    if values.empty:
+    """The mean over circuits, with the normal interval of the mean; of a single circuit it has no bounds."""
+    if values.empty or values.isna().any():
         return NONE
-    half = 1.96 * float(values.std()) / len(values) ** 0.5
-    return float(values.mean()), float(values.mean()) - half, float(values.mean()) + half
+    half = 1.96 * float(values.std()) / len(values) ** 0.5 if len(values) > 1 else math.inf
+    return around(float(values.mean()), half)
 
 
-def mean_effect(rows: list[pd.Series]) -> Value:
+def half_width(table: pd.DataFrame) -> pd.Series:
+    """Half of each cell's interval; 0 in a table without intervals."""
+    if not {"low", "high"} <= set(table.columns):
+        return pd.Series(0.0, index=table.index)
+    return (table["high"] - table["low"]) / 2
+
+
+def mean_effect(effects: Sequence[float], halves: Sequence[float]) -> Value:
     """The mean effect of cells; its interval from theirs, taken as independent, where they have one."""
-    value, _, _ = mean([row["effect"] for row in rows])
-    if not rows or not {"low", "high"} <= set(rows[0].index):
-        return value, NAN, NAN
-    half = sum(((row["high"] - row["low"]) / 2) ** 2 for row in rows) ** 0.5 / len(rows)
-    return value, value - half, value + half
+    if not len(effects):
+        return NONE
+    half = sum(half**2 for half in halves) ** 0.5 / len(effects)
+    value = sum(effects) / len(effects)
+    return around(value, half) if half else one(value)
+
+
+def mean_hit(hits: Iterable[tuple[bool, bool, bool]]) -> Value:
+    """The share of cases in which something is so; low and high: in which it surely, and in which it possibly is so.
+
+    Each case is (as measured, with every interval at its worst, with every interval at its best).
+    """
+    columns = list(zip(*hits, strict=True))
+    return Value(*(sum(column) / len(column) for column in columns)) if columns else NONE
+
+
+def ratio(top: float, bottom: float, top_half: float = 0.0, bottom_half: float = 0.0) -> Value:
+    """top / bottom, infinite for a bottom of 0; its interval from theirs, taken as independent."""
+    if bottom == 0:
+        return one(math.inf)
+    value = top / bottom
+    half = (top_half**2 + (value * bottom_half) ** 2) ** 0.5 / abs(bottom)
+    return around(value, half) if half else one(value)
+
+
+def worst(values: Sequence[Value], largest: bool) -> Value:
+    """The largest, or least, of all, with the largest, or least, ends; NaN, with its reason, if one of them is."""
+    missing = next((value for value in values if math.isnan(value.value)), None)
+    if missing is not None or not values:
+        return missing or NONE
+    pick = max if largest else min
+    ends = [[value.value if math.isnan(end) else end for end in (value.low, value.high)] for value in values]
+    low, high = (pick(column) for column in zip(*ends, strict=True))
+    value = pick(value.value for value in values)
+    return one(value) if low == high else Value(value, low, high)
 
 
 def largest_difference(table: pd.DataFrame, published: pd.DataFrame, on: list[str], columns: tuple[str, str]) -> Value:
-    """Over all rows of `published`; NONE unless the table has every one of them."""
+    """Over all rows of `published`; NONE unless the table has a number for every one of them."""
     both = published.merge(table, on=on, suffixes=("_published", ""))
-    if len(both) < len(published):
-        return NONE
-    return one((both[columns[0]].astype(float) - both[columns[1]].astype(float)).abs().max())
+    values = both[columns[0]].astype(float) - both[columns[1]].astype(float)
+    return NONE if len(both) < len(published) or values.isna().any() else one(values.abs().max())
+
+
+def standard_errors(hits: pd.Series, n: pd.Series, other_hits: pd.Series, other_n: pd.Series) -> pd.Series:
+    """The difference of two proportions over its standard error if they were one.
+
+    The common proportion has one hit and one miss added, so that cells at 0 or 1 have an error too.
+    """
+    common = (hits + other_hits + 1) / (n + other_n + 2)
+    error = (common * (1 - common) * (1 / n + 1 / other_n)) ** 0.5
+    return (hits / n - other_hits / other_n) / error
+
+
+def prompts(table: pd.DataFrame) -> float:
+    """The fewest prompts behind a number of the table: of the chosen circuit, else of a cell, else the prompts it names."""
+    if "n" in table:
+        counted = table["n"].notna() & (table["n"] > 0)
+        if "what" in table:
+            counted &= (table["circuit"] == "kept") & (table["sample"] == "train")
+        return float(table["n"][counted].min())
+    return float(table["prompt"].nunique()) if "prompt" in table else NAN

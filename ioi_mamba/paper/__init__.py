@@ -8,6 +8,7 @@ with each. `claims` lists what the paper says, one number a row, with the tolera
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import cache
 from importlib.resources import files
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from ioi_mamba.errors import InputError
+from ioi_mamba.tasks.base import Pairs
 
 _DATA = files(__name__) / "data"
 
@@ -49,15 +51,38 @@ def about(name: str) -> About:
 
 
 def table(name: str) -> pd.DataFrame:
-    """A table of the paper, read anew; its `attrs` hold `about(name)`. Raises InputError for an unknown name."""
-    entry = about(name)
-    if name == "claims":
-        rows = json.loads((_DATA / "claims.json").read_text(encoding="utf-8"))
-        read = pd.DataFrame(rows).astype({"published": float, "at_least": float, "at_most": float})
-        read = read.astype({"seed": "Int64", "n_pairs": "Int64"})
-    else:
-        # Nodes are names, also those that look like numbers.
-        with (_DATA / f"{name}.csv").open("rb") as file:
-            read = pd.read_csv(file, dtype={"source": "str", "target": "str"})
+    """A table of the paper, a new copy; its `attrs` hold `about(name)`. Raises InputError for an unknown name."""
+    entry, read = about(name), _read(name).copy()
     read.attrs = entry._asdict()
     return read
+
+
+@cache
+def _read(name: str) -> pd.DataFrame:
+    if name == "claims":
+        rows = json.loads((_DATA / "claims.json").read_text(encoding="utf-8"))
+        return pd.DataFrame(rows).astype(dict.fromkeys(("published", "at_least", "at_most", "min_n"), float))
+    # Nodes are names, also those that look like numbers.
+    with (_DATA / f"{name}.csv").open("rb") as file:
+        return pd.read_csv(file, dtype={"source": "str", "target": "str"})
+
+
+ALL = "all"
+
+
+def prompts_sha256(pairs: Pairs) -> dict[str, str] | None:
+    """SHA-256, in hex, of the prompts' texts: of ALL, and of each "template: corruption"; None for pairs without texts.
+
+    It depends on no tokenizer and not on the order of the pairs, only on which (clean, corrupted) texts there are. A
+    manifest carries it, so that a claim on published prompts (`table("prompts")`) is judged on these alone.
+    """
+    if pairs.texts is None:
+        return None
+    groups: dict[str, list[tuple[str, str]]] = {ALL: list(pairs.texts)}
+    if {"template", "corruption"} <= set(pairs.labels):
+        for text, *labels in zip(pairs.texts, pairs.labels["template"], pairs.labels["corruption"], strict=True):
+            groups.setdefault(": ".join(labels), []).append(text)
+    return {
+        name: hashlib.sha256(json.dumps(sorted(texts), ensure_ascii=False).encode()).hexdigest()
+        for name, texts in groups.items()
+    }
