@@ -24,6 +24,7 @@ from ioi_mamba.charts import matrix_heatmap
 from ioi_mamba.evaluator import Evaluator
 from ioi_mamba.faithfulness import estimates, random_circuits
 from ioi_mamba.graph import Circuit, Universe, items_of, universe_of
+from ioi_mamba.intervals import difference
 from ioi_mamba.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
 
@@ -144,7 +145,7 @@ def compare(
         one = {name: {m: e[[i]] for m, e in scores.items()} for i, name in enumerate(circuits)}
         sizes = {name: len(circuit) for name, circuit in circuits.items()}
         for name in rankings:
-            one[less_search(name)] = {m: e - one[SEARCH][m] for m, e in one[name].items()}
+            one[less_search(name)] = {m: difference(e, one[SEARCH][m]) for m, e in one[name].items()}
         here = []
         one["random"] = {m: e[len(circuits) :] for m, e in scores.items()}
         for name, own in one.items():

@@ -21,6 +21,7 @@ from ioi_mamba.errors import InputError
 from ioi_mamba.evaluator import Evaluator
 from ioi_mamba.faithfulness import estimates
 from ioi_mamba.graph import Circuit, universe_of
+from ioi_mamba.intervals import difference
 from ioi_mamba.jobs import config_of
 from ioi_mamba.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
@@ -92,7 +93,7 @@ def run(
     for sample, evaluator in (("train", train), ("held out", held)):
         both = estimates(evaluator, [circuit.patched(), reduced.patched()])
         without = {measure: estimate[[1]] for measure, estimate in both.items()}
-        lost = {measure: estimate[[0]] - estimate[[1]] for measure, estimate in both.items()}
+        lost = {measure: difference(estimate[[0]], estimate[[1]]) for measure, estimate in both.items()}
         for name, found in ((LAST_ONLY, without), (LOST, lost)):
             rows += _circuits.circuit_rows(name, len(reduced), sample, found, len(evaluator.rows_kept))
     table = table.assign(ranking=ranking, method=method, other_layouts=other_layouts)

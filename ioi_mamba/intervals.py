@@ -83,6 +83,15 @@ Estimate = Mean | Resampled
 """One number for each of several circuits, all on the same rows, so that their differences have intervals too."""
 
 
+def difference(one: Estimate, other: Estimate) -> Estimate:
+    """How much more `one` is than `other`, circuit by circuit. Raises TypeError for estimates of two kinds."""
+    if isinstance(one, Mean) and isinstance(other, Mean):
+        return one - other
+    if isinstance(one, Resampled) and isinstance(other, Resampled):
+        return one - other
+    raise TypeError(f"a {type(one).__name__} and a {type(other).__name__} have no difference")
+
+
 def mean_interval(values: Tensor, clusters: Tensor) -> Ends:
     """Student's t interval of the mean of values [..., row]; NaN for one cluster."""
     mean, n_clusters = values.double().mean(-1), int(clusters.max()) + 1

@@ -34,15 +34,17 @@ def _token_ids_tokenizer(vocab_size: int):
 
     Any other word is the unknown token, whose id lies outside the model's vocabulary, so that it cannot pass unseen.
     """
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(WordLevel({str(i): i for i in range(vocab_size)} | {"?": vocab_size}, unk_token="?"))
     tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    # As a whole word: a special token is else cut out of every id that has its digit.
+    zero = AddedToken("0", single_word=True, normalized=False, special=True)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="0", eos_token="0", pad_token="0", unk_token="?"
+        tokenizer_object=tokenizer, bos_token=zero, eos_token=zero, pad_token=zero, unk_token="?"
     )
 
 

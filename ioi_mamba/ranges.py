@@ -18,7 +18,7 @@ from torch import Tensor
 from .errors import InputError
 from .jobs import call
 from .memory import rows_per_pass
-from .metrics import answer_logits, logit_diff
+from .metrics import logit_diff
 from .sweep import last_logits
 from .tasks.base import Pairs
 
@@ -100,6 +100,7 @@ def _ends(model, sets: list[Pairs], *, progress=None) -> list[dict[str, Tensor]]
                 part = pairs[rows]
                 for name, logits in ends.items():
                     last = last_logits(model, getattr(part, name), part.last)[:, 0]
-                    logits.append(answer_logits(last, part.answer, part.wrong).cpu())
+                    answers = torch.stack([part.answer, part.wrong], 1).to(last.device)
+                    logits.append(last.gather(1, answers).cpu())
             found.append({name: torch.cat(logits) for name, logits in ends.items()})
     return found

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import pandas as pd
+import torch
 
+from ioi_mamba.intervals import mean_interval
 from ioi_mamba.metrics import wilson_interval
 
 NAN = float("nan")
@@ -78,11 +80,12 @@ def proportion(row: pd.Series, column: str) -> Value:
 
 
 def spread(values: pd.Series) -> Value:
-    """The mean over circuits, with the normal interval of the mean; of a single circuit it has no bounds."""
+    """The mean over circuits, each a draw of its own, with Student's t interval; of one circuit it has no bounds."""
     if values.empty or values.isna().any():
         return NONE
-    half = 1.96 * float(values.std()) / len(values) ** 0.5 if len(values) > 1 else math.inf
-    return around(float(values.mean()), half)
+    own = torch.tensor(values.to_numpy(float))
+    low, high = mean_interval(own, torch.arange(len(own)))
+    return Value(float(own.mean()), *(float(low), float(high)) if len(own) > 1 else (-math.inf, math.inf))
 
 
 def half_width(table: pd.DataFrame) -> pd.Series:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ioi_mamba.errors import InputError
+from ioi_mamba.tokens import bos_id
 
 MAX_LINE_BYTES, MAX_LINES = 100_000, 100_000  # packed, a small file can hold more than memory does
 TEXT_KEYS = ("uncorrupted", "corrupted", "answer_uncorrupted", "answer_corrupted", "corruption")
@@ -95,14 +96,6 @@ class Prompt:
 def composed(text: str) -> str:
     """The text in Unicode's composed form (NFC), in which an accent is no character of its own."""
     return unicodedata.normalize("NFC", text)
-
-
-def bos_id(tokenizer: Any) -> int:
-    """The token to put before every prompt: the tokenizer's BOS, or where it has none its EOS."""
-    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return int(token_id)
-    raise InputError("This tokenizer has neither a BOS nor an EOS token; set tokenizer.bos_token to start prompts.")
 
 
 def read(tokenizer: Any, texts: Iterable[str]) -> list[Prompt]:
