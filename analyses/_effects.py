@@ -18,7 +18,8 @@ from ioi_mamba.sweep import Progress, swept_logit_diffs
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 
-COLUMNS = ("corruption", "layer", "position", "label", "effect", "n", "left_out")
+COLUMNS = ("corruption", "layer", "position", "label", "effect", "n")
+FURTHER = ("left_out", "low", "high")
 
 
 def default_pairs(
@@ -62,7 +63,7 @@ def effect_table(
         low, high = mean_interval(values, own.unique(return_inverse=True)[1])
         numbers = (float(values.double().mean()), len(values), left_out, float(low), float(high))
         rows.append((*cell, *numbers))
-    return pd.DataFrame(rows, columns=[*COLUMNS, "low", "high"])
+    return pd.DataFrame(rows, columns=[*COLUMNS, *FURTHER])
 
 
 def shared_positions(pairs: Pairs) -> list[tuple[Pairs, Tensor, dict[int, tuple[int, str]]]]:

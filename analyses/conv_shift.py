@@ -30,7 +30,7 @@ METHOD = (
     "Mean over prompts, at the bottleneck layer unless another is given."
 )
 NEEDS_MAMBA = True
-COLUMNS = ("corruption", "layer", "slice", "position", "label", "effect", "n", "left_out")
+COLUMNS = ("corruption", "layer", "slice", "position", "label", "effect", "n")
 
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:

@@ -53,13 +53,11 @@ COLUMNS = (
     "accuracy",
     "probability",
     "n",
-    "low",
-    "high",
     "chosen",
     "in_circuit",
     "reached",
-    "left_out",
 )
+FURTHER = ("low", "high", "left_out")
 
 DEFAULT_PAIRS = 200
 UNLABELLED = "(all)"
@@ -117,7 +115,7 @@ def run(
         for (template, corruption, group), records in zip(batch, found, strict=True):
             table = _table(records, group.clusters, threshold)
             tables.append(table.assign(template=template, corruption=corruption, left_out=left_out))
-    return pd.concat(tables, ignore_index=True)[list(COLUMNS)]
+    return pd.concat(tables, ignore_index=True)[[*COLUMNS, *FURTHER]]
 
 
 def chart(table: pd.DataFrame) -> alt.VConcatChart:

@@ -42,7 +42,8 @@ METHOD = (
 )
 NEEDS_MAMBA = False
 MODES = ("none", "single", "greedy")
-COLUMNS = ("mode", "step", "layer", "accuracy", "probability", "n", "low", "high", "valid_accuracy")
+COLUMNS = ("mode", "step", "layer", "accuracy", "probability", "n", "valid_accuracy")
+FURTHER = ("low", "high")
 
 # Where the list of blocks is, by architecture: Mamba, GPT-2, Llama-like (and Jamba, Bamba), GPT-NeoX.
 BLOCK_LISTS = ("backbone.layers", "transformer.h", "model.layers", "gpt_neox.layers")
@@ -90,8 +91,8 @@ def run(
         mode, step, layer, accuracy, probability, _, valid_accuracy = row
         valid = None if math.isnan(valid_accuracy) else valid_accuracy
         which = None if layer < 0 else int(layer)
-        table.append((MODES[int(mode)], int(step), which, accuracy, probability, len(pairs), low, high, valid))
-    return pd.DataFrame(table, columns=list(COLUMNS)).astype({"layer": "Int64", "valid_accuracy": "Float64"})
+        table.append((MODES[int(mode)], int(step), which, accuracy, probability, len(pairs), valid, low, high))
+    return pd.DataFrame(table, columns=[*COLUMNS, *FURTHER]).astype({"layer": "Int64", "valid_accuracy": "Float64"})
 
 
 def _removal(

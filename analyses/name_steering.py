@@ -66,20 +66,8 @@ METHOD = (
 NEEDS_MAMBA = True
 NEEDS_NAMES = True
 BLOCK = ("block_success", "block_n", "block_low", "block_high")
-COLUMNS = (
-    "method",
-    "slot",
-    "source_slot",
-    "success",
-    "n",
-    "low",
-    "high",
-    *BLOCK,
-    "leave_out",
-    "prompts_a_name",
-    "layer",
-    "offset",
-)
+COLUMNS = ("method", "slot", "source_slot", "success", "n", "low", "high", "layer", "offset")
+FURTHER = (*BLOCK, "leave_out", "prompts_a_name")
 
 DEFAULT_PAIRS = 10_000
 ENOUGH = 50  # prompts a name: then a test prompt's own share of an average is 2 % or less
@@ -171,7 +159,7 @@ def run(
         tables += [(method, *c, *_share(o, clusters[i]), *blocks[_block(c)]) for c, i, o in rows]
     table = pd.DataFrame(tables, columns=["method", "slot", "source_slot", "success", "n", "low", "high", *BLOCK])
     table = table.assign(leave_out=leave_out, prompts_a_name=prompts_a_name, layer=layer, offset=offset)
-    return table[list(COLUMNS)].sort_values(["method", "slot", "source_slot"], ignore_index=True)
+    return table[[*COLUMNS, *FURTHER]].sort_values(["method", "slot", "source_slot"], ignore_index=True)
 
 
 def _distinct(pairs: Pairs, rows: Tensor) -> Tensor:

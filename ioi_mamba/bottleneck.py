@@ -26,11 +26,10 @@ def find_layer(model, pairs: Pairs | None = None) -> int:
     """
     if layer_count(model) < 2:
         raise InputError("The bottleneck is looked for after layer 0; this model has no other layer.")
-    unnamed = None if pairs is None or any(map(is_name, pairs.roles)) else pairs
+    given = _sample(model) if pairs is None or any(map(is_name, pairs.roles)) else pairs
     # A position is one word only in pairs of one layout.
-    sample = max((_sample(model) if unnamed is None else unnamed).layouts(), key=len)
-    pairs = usable(model, sample).pairs
-    pairs = pairs if unnamed is None else pairs[:40]
+    found = usable(model, max(given.layouts(), key=len)).pairs
+    pairs = found[:40] if given is pairs else found
     layers, positions = list(range(1, layer_count(model))), list(range(pairs.clean.shape[1] - 1))
     effects = _by_corruption(
         pairs, effect(**swept_logit_diffs(model, pairs, "layer_input", layers=layers, positions=positions))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy import stats
@@ -49,7 +50,7 @@ class Mean:
         """(low, high), each [circuit]."""
         return self.ends(self.rows, self.clusters)
 
-    def __sub__(self, other: Mean) -> Mean:
+    def __sub__(self, other: Any) -> Mean:
         ends = mean_interval if self.ends is mean_interval else share_difference_interval
         return Mean(self.rows - other.rows, self.clusters, ends)
 
@@ -71,7 +72,7 @@ class Resampled:
         """(low, high), each [circuit]."""
         return percentile_interval(self.resampled, self.n_clusters)
 
-    def __sub__(self, other: Resampled) -> Resampled:
+    def __sub__(self, other: Any) -> Resampled:
         return Resampled(self.value - other.value, self.resampled - other.resampled, self.n_clusters)
 
     def __getitem__(self, circuits) -> Resampled:

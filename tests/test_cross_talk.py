@@ -85,7 +85,7 @@ def check(table, model, pairs, threshold):
 def test_every_candidate_of_every_step_is_that_of_the_exhaustive_search(tiny_mamba, ragged):
     pairs = make_pairs(tiny_mamba, ragged=ragged)
     table = cross_talk.run(tiny_mamba, pairs, threshold=0.95)
-    assert tuple(table.columns) == cross_talk.COLUMNS
+    assert tuple(table.columns) == (*cross_talk.COLUMNS, *cross_talk.FURTHER)
     sizes = []
     for template, part in pairs.by("template").items():
         own = table[table["template"] == template].assign(layer=lambda t: t["layer"].astype(float))

@@ -158,7 +158,7 @@ def test_the_table_has_the_promised_columns_and_is_the_same_twice(tiny_mamba):
     calls = []
     pairs = random_pairs(6)
     table = layer_removal.run(tiny_mamba, pairs, progress=lambda done, total: calls.append((done, total)))
-    assert tuple(table.columns) == layer_removal.COLUMNS
+    assert tuple(table.columns) == (*layer_removal.COLUMNS, *layer_removal.FURTHER)
     assert table["valid_accuracy"].isna().all()
     assert (table["n"] == 6).all()
     assert table.equals(layer_removal.run(tiny_mamba, pairs))
@@ -187,3 +187,17 @@ def test_findings_name_the_worst_layer_and_count_the_spare_ones(tiny_mamba):
     found = layer_removal.findings(table)
     assert f"Removing layer {worst} costs most" in found[1]
     assert "held-out" in found[-1]
+
+
+def test_an_accuracy_has_an_interval_by_pair(tiny_mamba):
+    alone = random_pairs(6)
+    # The other directions are the same prompts, with the answers they had.
+    twice = Pairs.concat([alone, alone])
+    once, again = (layer_removal.run(tiny_mamba, pairs, steps=1) for pairs in (alone, twice))
+    for table in (once, again):
+        assert (table["low"] <= table["accuracy"]).all()
+        assert (table["accuracy"] <= table["high"]).all()
+        assert (table["high"] > table["low"]).all()
+    assert again["accuracy"].tolist() == pytest.approx(once["accuracy"].tolist())
+    # A row twice says nothing more; but for the number of rows in the design effect the interval is the same.
+    assert again["low"].tolist() == pytest.approx(once["low"].tolist(), abs=0.03)

@@ -189,7 +189,7 @@ def share_of(pairs, outcomes):
 
 def test_every_cell_is_that_of_prompts_steered_one_at_a_time(mini, pairs, place, vectors):
     table = name_steering.run(mini, pairs, layer=place.layer, offset=place.offset, per_cell=4, seed=5, leave_out=False)
-    assert tuple(table.columns) == name_steering.COLUMNS
+    assert tuple(table.columns) == (*name_steering.COLUMNS, *name_steering.FURTHER)
     assert len(table) == 50
     seen, blocks = distinct_rows(pairs, 4, 5), {}
     for cell in table.itertuples():
