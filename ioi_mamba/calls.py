@@ -38,13 +38,12 @@ class Calls:
             cache = given.get("cache", given.get("cache_params"))
             self.n_positions = given["hidden_states"].shape[1]
             index = self.mixer._module.layer_idx if self.mixer._module is not None else None
-            past = None if cache is None or index is None else cache.get_recurrent_state(index)
-            self.is_step = past is not None and self.n_positions == 1
             if cache is not None and index is None:
                 raise InputError(
                     "This server shows values but not the model that keeps them, so a cache cannot be written: give "
                     "use_cache=False to the trace."
                 )
+            self.is_step = cache is not None and self.n_positions == 1 and cache.has_previous_state(index)
 
     def conv(self) -> FullConv | StepConv:
         """The convolution of this pass."""

@@ -37,7 +37,7 @@ MAX_CELL = 300  # characters of a cell of the preview
 # What the page shows where a manifest does not say, or says something of another kind.
 UNKNOWN: dict[str, Any] = {
     **dict.fromkeys(("device", "dtype", "pairs_sha256", "table_sha256", "created"), "unknown"),
-    **dict.fromkeys(("wall_seconds", "peak_memory_mib"), 0.0),
+    "wall_seconds": 0.0,
     **{name: {} for name in ("options", "versions")},
     **{name: [] for name in ("kernels", "examples")},
     "task": tasks.ioi.TASK,
@@ -238,6 +238,9 @@ def _complete(manifest: dict[str, Any]) -> dict[str, Any]:
     whole = {"seed": "unknown"} | manifest | {"model": known}
     whole |= {name: _if_like(manifest.get(name), other) for name, other in UNKNOWN.items()}
     whole["kernels"] = list(map(str, whole["kernels"]))
+    # Not every system tells it.
+    peak = whole.get("peak_memory_mib")
+    whole["peak_memory_mib"] = peak if isinstance(peak, (int, float)) and not math.isnan(peak) else None
     for name, needed in OPTIONAL.items():
         entry = whole.get(name)
         if not (isinstance(entry, dict) and all(isinstance(entry.get(key), (int, float)) for key in needed)):

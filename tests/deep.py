@@ -27,7 +27,7 @@ def tables(n_layers, n_positions):
             (c, layer, p, name, draw.uniform(-1, 1), 80) for c in corruptions for layer in of_layers for p, name in at
         ]
         table = pd.DataFrame(rows, columns=["corruption", "layer", "position", "label", "effect", "n"])
-        return table.assign(low=table["effect"] - 0.1, high=table["effect"] + 0.1, vanishing=0)
+        return table.assign(low=table["effect"] - 0.1, high=table["effect"] + 0.1, left_out=0)
 
     def slices():
         one = lambda s: effects(of_layers=[n_layers // 2]).assign(slice=s)

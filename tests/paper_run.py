@@ -34,7 +34,7 @@ def effects(value, layers=range(48)):
         for position, label in enumerate(LABELS)
     ]
     table = pd.DataFrame(rows, columns=["corruption", "layer", "position", "label", "effect", "n"])
-    return table.assign(low=table["effect"] - 0.01, high=table["effect"] + 0.01, vanishing=0)
+    return table.assign(low=table["effect"] - 0.01, high=table["effect"] + 0.01, left_out=0)
 
 
 def layer_ablation():

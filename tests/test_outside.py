@@ -73,7 +73,7 @@ HOSTILE = [
 def test_hostile_labels_and_prompts_stay_text(tmp_path, tried):
     table = pd.concat([HEATMAP.assign(label=text, corruption=text) for text in HOSTILE])
     table = table.drop_duplicates(["corruption", "layer", "position"])
-    put(tmp_path, "layer-ablation", table.assign(low=0.0, high=0.0, vanishing=0), model_id="</title><script>x</script>")
+    put(tmp_path, "layer-ablation", table.assign(low=0.0, high=0.0, left_out=0), model_id="</title><script>x</script>")
     put(tmp_path, "layer-removal", LAYER_REMOVAL, options={text: text for text in HOSTILE})
     page = own_part(report.write_report(tmp_path).read_text())
     for text in ("<img", "<b>", "<script>x"):

@@ -400,7 +400,7 @@ def test_of_a_model_that_guesses_no_chart_of_what_it_answers_is_on_the_page(tmp_
         columns=list(state_similarity.COLUMNS),
     )
     put(tmp_path, "layer-removal", LAYER_REMOVAL, clean=BELOW)
-    put(tmp_path, "layer-ablation", HEATMAP.assign(low=0.0, high=0.0, vanishing=0), clean=BELOW)
+    put(tmp_path, "layer-ablation", HEATMAP.assign(low=0.0, high=0.0, left_out=0), clean=BELOW)
     put(tmp_path, "state-similarity", similarity, clean=BELOW)
     page = own_part(report.write_report(tmp_path).read_text())
     assert re.findall(r'data-chart="([^"]+)"', page) == ["state-similarity-chart"]
