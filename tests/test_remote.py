@@ -74,6 +74,31 @@ def result(model, name, local, **options):
     return module.run(model, pairs, **OPTIONS.get(name, {}), **options)
 
 
+@pytest.fixture(scope="module")
+def coarse(request):
+    """A server that holds its models in bfloat16, as a hosted one does by default."""
+    with started(request, dtype="bfloat16") as server:
+        yield im.open_model("mini", backend="ndif", host=server.url)
+
+
+@pytest.mark.parametrize("name", analyses.ORDER)
+def test_an_experiment_on_a_server_that_holds_bfloat16_equals_the_local_one_in_bfloat16(coarse, local, name):
+    """What is chosen may differ by a rounding; rows that both have are compared."""
+    got = result(coarse, name, local)
+    want = result(im.open_model("mini", device="cpu", dtype="bfloat16"), name, local)
+    column = next(c for c in ("effect", "similarity", "success", "score", "probability") if c in want)
+    keys = [c for c in ("template", "corruption", "mode", "step", "layer", "slice", "position", "method") if c in want]
+    keys += [
+        c
+        for c in ("slot", "source_slot", "prompt", "measure", "row", "column", "source", "target", "part")
+        if c in want
+    ]
+    one, other = (table.dropna(subset=[column])[[*keys, column]].fillna(-1) for table in (got, want))
+    both = one.merge(other.drop_duplicates(keys), on=keys, suffixes=("", "_local"))
+    assert len(both) >= 0.8 * len(one)
+    assert (both[column] - both[f"{column}_local"]).astype(float).abs().max() <= 16 * 2**-7
+
+
 @pytest.mark.parametrize("name", analyses.ORDER)
 def test_an_experiment_equals_its_local_table_in_few_requests(remote, local, name):
     before = len(remote.jobs.records)

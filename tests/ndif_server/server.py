@@ -36,10 +36,18 @@ class Server:
     Use it as a context manager, or call `start` and `stop`. The ports are free ones and stay the same over restarts.
     """
 
-    def __init__(self, directory: Path | str, *, sandboxed: bool = False, execution_timeout: float = 300.0):
+    def __init__(
+        self,
+        directory: Path | str,
+        *,
+        sandboxed: bool = False,
+        execution_timeout: float = 300.0,
+        dtype: str = "float32",
+    ):
         self.directory = Path(directory).resolve()
         self.sandboxed = sandboxed
         self.execution_timeout = execution_timeout
+        self.dtype = dtype
         self._ports = processes.free_ports(_PORT_NAMES)
         self._daemons: dict[str, subprocess.Popen] = {}
         self._guard: subprocess.Popen | None = None
@@ -212,7 +220,7 @@ class Server:
             "NDIF_API_PORT": str(ports["api"]),
             "NDIF_CONTROLLER_IMPORT_PATH": "ndif_on_cpu.Controller",
             "NDIF_DEFAULT_MODEL_ACTOR_CLASS": f"ndif_on_cpu.{actor}",
-            "NDIF_DEFAULT_DTYPE": "float32",
+            "NDIF_DEFAULT_DTYPE": self.dtype,
             "NDIF_DEFAULT_PADDING_BIAS": "0",
             "NDIF_DEFAULT_EXECUTION_TIMEOUT_SECONDS": str(self.execution_timeout),
             "NDIF_MINIMUM_DEPLOYMENT_TIME_SECONDS": "0",
