@@ -99,7 +99,7 @@ class FullConv(_Call):
     label = CONV_OP
 
     def __init__(self, calls: Calls):
-        super().__init__(calls)
+        _Call.__init__(self, calls)  # by name: code that travels as source loses what super() looks up
         (u, weight, bias, *_), _ = self.op.inputs
         self._take(u.transpose(1, 2), weight, bias, calls.n_positions)
 
@@ -152,7 +152,7 @@ class FullScan(_Call):
     label = SCAN_OP
 
     def __init__(self, calls: Calls):
-        super().__init__(calls)
+        _Call.__init__(self, calls)  # by name: code that travels as source loses what super() looks up
         (x, dt, A, B, C), options = self.op.inputs
         self.with_state = bool(options.get("return_last_state"))
         rows = [value.transpose(1, 2) for value in (x, dt, B, C, options["z"])]

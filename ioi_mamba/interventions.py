@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .jobs import call, config_of
+from .jobs import call, config_of, device_of
 from .mixer import MixerPass, fitted
 from .opened import Mixer
 from .portable import portable
@@ -206,7 +206,7 @@ def forward(
     reduce: turns what would be returned into what is, inside the trace (so that only the result travels).
     Raises InputError for unknown names, bad shapes, NaN in an edit, layers out of range.
     """
-    tokens = check_tokens(model, tokens)
+    tokens = check_tokens(model, tokens).to(device_of(model))
     edits, observe, reads = dict(edits or {}), dict(observe or {}), list(reads)
     where = _addresses(model, [*edits, *observe, *reads], tokens.shape[1])
     n_layers, first, stream_in = config_of(model).num_hidden_layers, 0, None

@@ -87,7 +87,7 @@ def relative_probability(logits: Tensor, answer: Tensor, candidates: Tensor) -> 
 
     Shapes as in `accuracy`; each candidate once, the answer among them.
     """
-    is_answer = candidates == answer[:, None]
+    is_answer = candidates == answer[:, None].to(candidates.device)
     if not is_answer.any(-1).all():
         raise InputError("An answer is not among its candidates; give candidates that include every answer.")
     return (_candidate_logits(logits, candidates).softmax(-1) * is_answer.to(logits.device)).sum(-1)

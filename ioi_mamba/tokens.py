@@ -1,4 +1,4 @@
-"""Prompts in whatever form they come, as token ids on the model's device."""
+"""Prompts in whatever form they come, as token ids."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .jobs import config_of, device_of
+from .jobs import config_of
 
 HOW = "give whole numbers of shape [batch, pos], a text, texts, what the tokenizer makes of them, or Pairs"
 
@@ -70,7 +70,7 @@ def _equally_long(rows: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def check_tokens(model, tokens: Any) -> Tensor:
-    """`tokens` as Long[batch, pos] on the model's device. Raises InputError if they do not fit the vocabulary."""
+    """`tokens` as Long[batch, pos], where they are. Raises InputError if they do not fit the vocabulary."""
     try:
         tokens = torch.as_tensor(tokens)
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -88,4 +88,4 @@ def check_tokens(model, tokens: Any) -> Tensor:
         raise InputError(
             f"tokens must be 0 to {vocab - 1} for this vocabulary; found {int(tokens.min())} to {int(tokens.max())}."
         )
-    return tokens.to(device_of(model))
+    return tokens
