@@ -24,7 +24,7 @@ report: $(VENV)/.run
 	$(BIN)/ioi-mamba run layer-ablation layer-removal --model mini --out reports/mini
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 # Against real NDIF servers that the tests start on loopback; see docs/ndif-test-server.md for what that needs.
 test-remote: setup

@@ -29,7 +29,7 @@ from .evaluator import Evaluator
 from .files import written_whole
 from .graph import Circuit, Item, Universe, conv_parts, universe_of
 from .sweep import Progress
-from .tasks.base import Pairs
+from .tasks.base import Pairs, check_pairs
 
 
 @dataclass
@@ -202,7 +202,7 @@ def acdc(
     range (`ranges`) and took no part. Raises InputError for a foreign checkpoint, where no pair has a range, and at
     positions for pairs of several layouts.
     """
-    n_positions = pairs.clean.shape[1] if positions else None
+    n_positions = check_pairs(pairs).clean.shape[1] if positions else None
     universe = start.universe if start else universe_of(model, parts=parts, n_positions=n_positions)
     rollback = threshold if rollback is None else rollback
     evaluator = Evaluator(model, pairs, universe, resume=resume)

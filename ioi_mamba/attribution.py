@@ -38,6 +38,7 @@ from .evaluator import Evaluator, check_one_layout
 from .graph import Item, Universe, conv_parts, universe_of
 from .jobs import call
 from .memory import rows_per_pass
+from .probe import weights_of
 from .ranges import usable
 from .sweep import Progress, pair_named
 from .tasks.base import Pairs
@@ -53,7 +54,7 @@ _remembered: ContextVar[dict[tuple, _Attributions] | None] = ContextVar("remembe
 def remembered() -> Iterator[None]:
     """Within the block, `attributions` of the same model, pairs and options are computed once.
 
-    For experiments in a row, which ask for the same ones; the weights must not change inside the block.
+    For experiments in a row, which ask for the same ones.
     """
     token = _remembered.set({})
     try:
@@ -118,7 +119,7 @@ def attributions(model, pairs: Pairs, options: Options, progress: Progress | Non
     known = _remembered.get()
     if known is None:
         return _attributions(model, pairs, options, progress)
-    key = (id(model), pairs.hash(), options)
+    key = (weights_of(model), pairs.hash(), options)
     if key not in known:
         known[key] = _attributions(model, pairs, options, progress)
     return known[key]

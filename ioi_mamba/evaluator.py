@@ -19,7 +19,7 @@ from .memory import rows_per_pass
 from .patching import corrupted_run, needs_parts, patched_run
 from .ranges import has_range, no_range
 from .sweep import Progress
-from .tasks.base import Pairs
+from .tasks.base import Pairs, check_pairs
 
 SCORES = (
     "normalized_logit_diff",
@@ -56,7 +56,7 @@ class Evaluator:
         keep_mib: int = 1024,
         resume: bool = True,
     ):
-        universe.check_fits(model, pairs.clean.shape[1])
+        universe.check_fits(model, check_pairs(pairs).clean.shape[1])
         if universe.n_positions is not None:
             check_one_layout(pairs)
         self.model, self.pairs, self.universe, self.resume = model, pairs, universe, resume

@@ -30,15 +30,22 @@ SHARES = ("accuracy", "full_vocabulary_accuracy")
 
 
 def evaluate(
-    model, pairs: Pairs, circuit: Circuit, *, necessity: bool = False, intervals: bool = False, seed: int = 0
+    model,
+    pairs: Pairs,
+    circuit: Circuit | pd.DataFrame,
+    *,
+    necessity: bool = False,
+    intervals: bool = False,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Mean scores of a circuit on pairs: those of SCORES, and `f` (MIB's faithfulness), `n`, `left_out`, `size`.
 
-    n: the pairs that have a range (`ranges`); left_out: those that have none. necessity: patch the circuit and keep the
+    circuit: a `Circuit`, or a table with a column `kept`, as `im.acdc` gives it. n: the pairs that have a range (`ranges`); left_out: those that have none. necessity: patch the circuit and keep the
     rest. intervals: add `{score}_low` and `{score}_high`, 95 % by cluster. seed: of the bootstrap that f has. Raises
     InputError for a circuit of another graph, where no pair has a range, and for a circuit at positions with pairs of
     several layouts.
     """
+    circuit = circuit if isinstance(circuit, Circuit) else Circuit.from_frame(circuit, model)
     patched = list(circuit.items) if necessity else circuit.patched()
     evaluator = Evaluator(model, pairs, circuit.universe)
     found = estimates(evaluator, [patched], seed)

@@ -195,6 +195,25 @@ class Circuit:
         """Everything kept: the model itself."""
         return cls(frozenset(universe.items()), universe)
 
+    @classmethod
+    def from_frame(cls, table: pd.DataFrame, model) -> Circuit:
+        """The items that a table of a model's items keeps, as `im.acdc` gives it.
+
+        table: columns source, target, kept and, where told apart, position and part; every item of the graph is in it.
+        Raises InputError for what is no such table, and for items that the model does not have.
+        """
+        if not isinstance(table, pd.DataFrame) or not {"source", "target", "kept"} <= set(table.columns):
+            what = (
+                f"A table with {', '.join(map(str, table.columns))}" if isinstance(table, pd.DataFrame) else repr(table)
+            )
+            raise InputError(f"{what[:200]} is no circuit: give a Circuit, or a table with source, target and kept.")
+        items = items_of(table)
+        positions = [item.position for item in items if item.position is not None]
+        parts = any(item.part is not None for item in items)
+        universe = universe_of(model, parts=parts, n_positions=max(positions) + 1 if positions else None)
+        kept = table["kept"].eq(True).tolist()
+        return cls(frozenset(item for item, keep in zip(items, kept, strict=True) if keep), universe)
+
     def __len__(self) -> int:
         return len(self.items)
 

@@ -25,7 +25,7 @@ from .interventions import Edit, Given, Observer, Start, forward
 from .jobs import call, config_of, device_of
 from .portable import portable
 from .scan import selective_scan
-from .tasks.base import Pairs
+from .tasks.base import Pairs, check_pairs
 
 _SSM_SITES = (
     "ssm_input",
@@ -301,6 +301,7 @@ def patch_edges(model, pairs: Pairs, edges: Iterable[Sequence], positions: Seque
     "0".., "output"; parts "conv-3".."conv0", "ssm", "skip" with source = target. positions: where edges without a
     position are patched; default everywhere. Raises InputError for what is no edge of the model.
     """
+    check_pairs(pairs)
     items = []
     for edge in edges:
         if not 2 <= len(edge) <= 4:

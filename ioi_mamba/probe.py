@@ -12,7 +12,7 @@ import torch
 
 from .errors import ServerError
 from .interventions import forward
-from .jobs import call
+from .jobs import call, runs_here
 
 KERNELS = ("mamba_ssm", "causal_conv1d")
 
@@ -51,6 +51,14 @@ def _probe(model, *, progress=None) -> dict[str, Any]:
             **{package: importlib.metadata.version(package) for package in ("torch", "nnsight", "transformers")},
         },
     }
+
+
+def weights_of(model) -> str:
+    """What tells a model's weights from others: their SHA-256 as they now are, or of a server's model which one it is.
+
+    Whatever is kept of a model is kept under this: an edit of its weights makes it another.
+    """
+    return weights_digest(model._module.state_dict()) if runs_here(model) else f"the model {id(model)} of a server"
 
 
 def weights_digest(tensors: dict[str, torch.Tensor]) -> str:

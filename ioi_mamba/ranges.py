@@ -20,7 +20,7 @@ from .jobs import call
 from .memory import rows_per_pass
 from .metrics import logit_diff
 from .sweep import last_logits
-from .tasks.base import Pairs
+from .tasks.base import Pairs, check_pairs
 
 SMALLEST = 1e-3
 """Logits. Two passes of one prompt in float32 differ by some 1e-5, so that scores are right to 1 %."""
@@ -56,7 +56,7 @@ def usable(model, pairs: Pairs) -> Usable:
 
 def usable_of(model, sets: Sequence[Pairs]) -> list[Usable]:
     """As `usable`, of several sets of pairs, all as one job."""
-    ends = call(model, _ends, [pairs.without_text() for pairs in sets])
+    ends = call(model, _ends, [check_pairs(pairs).without_text() for pairs in sets])
     found = []
     for pairs, logits in zip(sets, ends, strict=True):
         for name, side in logits.items():

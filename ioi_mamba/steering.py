@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from .bottleneck import find_layer, find_offset
 from .errors import InputError
 from .interventions import forward
-from .jobs import call, config_of, device_of, runs_here
+from .jobs import call, config_of, device_of
 from .memory import rows_per_pass
 from .mixer import MixerPass
 from .portable import portable
-from .probe import weights_digest
+from .probe import weights_of
 from .sweep import Progress, layer_count
 from .tasks import ioi
 from .tasks.base import ABSENT, Pairs
@@ -294,7 +294,7 @@ def _of_weights(model) -> dict[Any, Any]:
 
     The weights on a server cannot be changed from here.
     """
-    weights = weights_digest(model._module.state_dict()) if runs_here(model) else ""
+    weights = weights_of(model)
     kept = _kept.get(model._module)
     if kept is None or kept[0] != weights:
         kept = _kept[model._module] = (weights, {})

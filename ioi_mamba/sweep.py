@@ -27,7 +27,7 @@ from .memory import rows_per_pass
 from .metrics import answer_logits, logit_diff
 from .portable import portable
 from .sites import CONV_OP, parse
-from .tasks.base import Pairs
+from .tasks.base import Pairs, check_pairs
 
 Progress = Callable[[int, int], None]
 STATE_AND_CONV = "h_and_conv"  # a layer's whole memory: its state and the conv inputs the next tokens still see
@@ -151,7 +151,7 @@ def resample_sweep(
 
 def _checked(model, pairs: Pairs, site: str, layers, positions) -> tuple[list[int], list[int]]:
     """The layers and positions of a sweep. Raises InputError for what is not there."""
-    n_pos = pairs.clean.shape[1]
+    n_pos = check_pairs(pairs).clean.shape[1]
     layers = list(range(layer_count(model)) if layers is None else layers)
     positions = list(range(n_pos) if positions is None else positions)
     for name in block_sites("h" if site == STATE_AND_CONV else site, layers):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import ioi_mamba as im
 from ioi_mamba.errors import InputError
-from ioi_mamba.graph import Circuit, Item, Universe, conv_parts, items_of, kind_of, masks_of
+from ioi_mamba.graph import Circuit, Item, Universe, conv_parts, items_of, kind_of, masks_of, universe_of
+from ioi_mamba.sweep import resample_sweep
 
 UNIVERSE = Universe(3, 3, parts=True, n_positions=2)
 LAYERS = Universe(3)
@@ -357,3 +358,31 @@ def test_the_json_of_mib_has_every_edge_and_says_which_are_kept():
 
 def test_circuits_are_part_of_the_public_interface():
     assert im.Circuit is Circuit
+
+
+def test_a_circuit_is_made_of_a_table_that_says_what_is_kept(mini):
+    pairs = im.ioi.generate(mini.tokenizer, 2, 27, templates=im.ioi.ALIGNED_TEMPLATES)
+    table = im.acdc(mini, pairs, threshold=0.05)
+    circuit = Circuit.from_frame(table, mini)
+    assert circuit.universe == universe_of(mini, parts=True)
+    assert len(circuit) == int(table["kept"].sum()) > 0
+    assert im.evaluate(mini, pairs, table) == im.evaluate(mini, pairs, circuit)
+    for other in (table.drop(columns="kept"), circuit.items, "edges"):
+        with pytest.raises(InputError, match="is no circuit"):
+            im.evaluate(mini, pairs, other)
+
+
+def test_what_is_no_pairs_is_told_how_to_make_them(mini):
+    tokens = torch.tensor([[0, 5, 7]])
+    verbs = (
+        lambda: im.attribute(mini, tokens),
+        lambda: im.attribute(mini, [[0, 5, 7]], method="exact"),
+        lambda: im.acdc(mini, "Then, Ana"),
+        lambda: im.acdc(mini, tokens, positions=True),
+        lambda: im.evaluate(mini, tokens, Circuit.full(universe_of(mini))),
+        lambda: im.patch_edges(mini, tokens, [("0", "output")]),
+        lambda: resample_sweep(mini, tokens, "y"),
+    )
+    for verb in verbs:
+        with pytest.raises(InputError, match="is no Pairs: make them with"):
+            verb()

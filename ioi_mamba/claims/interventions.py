@@ -354,6 +354,10 @@ def _steering(table: pd.DataFrame, layer: Layer, method: str, near: bool) -> Val
     sources = table["source_slot"] <= 3 if near else table["source_slot"] > 3
     own = table[(table["method"] == method) & (table["slot"] <= 3) & sources & (table["n"] > 0)]
     own = own[own["layer"] == layer]
+    if "block_n" in own and len(own):
+        # A prompt that stands in several cells counts once there.
+        value, n, low, high = own[["block_success", "block_n", "block_low", "block_high"]].iloc[0]
+        return Value(float(value), float(low), float(high), n)
     n = int(own["n"].sum())
     return share(round(float((own["success"] * own["n"]).sum())), n)._replace(n=n)
 

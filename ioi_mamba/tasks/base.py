@@ -363,6 +363,16 @@ class Pairs:
         )
 
 
+def check_pairs(pairs: Any) -> Pairs:
+    """`pairs` if they are `Pairs`; InputError for anything else, such as tokens."""
+    if not isinstance(pairs, Pairs):
+        raise InputError(
+            f"A {type(pairs).__name__} is no Pairs: make them with im.Pairs.from_tokens, im.Pairs.from_jsonl or a task, "
+            "such as im.ioi.generate."
+        )
+    return pairs
+
+
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
