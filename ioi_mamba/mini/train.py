@@ -1,127 +1,44 @@
-"""Train `mini`, measure it on prompts it has not seen, and write the checkpoint and its model card.
+"""Train `mini`, measure it on what it has not seen, and write the checkpoint and its model card.
 
-    python -m ioi_mamba.mini.train --out DIR [--steps N] [--seed S] [--threads N] [--resume]
+    python -m ioi_mamba.mini.train --out DIR [--steps N] [--seed S] [--workers N] [--resume]
 
-Everything random comes from the seed, so one machine with one number of threads makes the same checkpoint
-twice. The state of the run is kept in DIR; `--resume` goes on from it, to the very weights that an
-uninterrupted run reaches. A model that misses its thresholds is reported and not written.
+Everything random comes from the seed, so one machine makes the same checkpoint twice, with any number of workers: each
+computes the gradients of some parts of a batch on one thread, and the sum over parts is always in the same order. The
+state of the run is kept in DIR; `--resume` goes on from it, to the very weights that an uninterrupted run reaches. A
+model that misses its thresholds is reported and not written.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, multiprocessing
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import MambaForCausalLM, PreTrainedTokenizerFast
 
 from ioi_mamba.errors import InputError
 from ioi_mamba.files import written_whole
-from ioi_mamba.mini.corpus import (
-    ANSWER,
-    HELD_OUT_SEED,
-    TRAIN_SEED,
-    document,
-    evaluation_sets,
-    held_out_texts,
-    vocabulary,
-)
+from ioi_mamba.mini import measure
+from ioi_mamba.mini.card import card
+from ioi_mamba.mini.corpus import HELD_OUT_SEED, document, evaluation_sets, held_out_texts, split_answers, vocabulary
+from ioi_mamba.mini.model import Recipe, Trained, logits, new_model
 from ioi_mamba.mini.tokenizer import build_tokenizer
-from ioi_mamba.scan import selective_scan
-from ioi_mamba.tasks.base import Pairs
-
-AMONG_NAMES, OF_ALL_TOKENS = 0.99, 0.97
-"""Held-out accuracies below which a model is not written."""
-
 
 PART = 16
-"""Documents that go through the model at once."""
-
-
-def logits(model: MambaForCausalLM, tokens: Tensor) -> Tensor:
-    """What `model(tokens).logits` gives, [batch, pos, vocab], from the same parameters, with a fast gradient.
-
-    tokens: [batch, pos].
-    """
-    residual = model.backbone.embeddings(tokens)
-    layers: Any = model.backbone.layers
-    for layer in layers:
-        mixer = layer.mixer
-        x, gate = mixer.in_proj(layer.norm(residual)).chunk(2, dim=-1)
-        taps = mixer.conv1d.weight[:, 0].T  # [tap, E]
-        earlier = F.pad(x, (0, 0, len(taps) - 1, 0))
-        conv = sum(tap * earlier[:, k : k + x.shape[1]] for k, tap in enumerate(taps))
-        x = F.silu(mixer.conv1d.bias + conv)
-        sizes = (mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size)
-        low_rank, B, C = mixer.x_proj(x).split(sizes, dim=-1)
-        delta = F.softplus(mixer.dt_proj(low_rank))
-        y, _ = selective_scan(x, delta, -mixer.A_log.exp(), B, C)
-        residual = residual + mixer.out_proj((y + x * mixer.D) * F.silu(gate))
-    return model.lm_head(model.backbone.norm_f(residual))
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What decides the weights, all of it: two runs with equal recipes on one machine end equal."""
-
-    steps: int = 1700
-    seed: int = 0
-    batch: int = 64
-    layers: int = 8
-    hidden: int = 128
-    state: int = 8
-    ramp: int = 1100  # steps until the mixture of documents is complete; it begins with the paper's templates
-    learning_rate: float = 3e-3
-    warmup: int = 100  # steps
-    final_rate: float = 0.02  # of learning_rate, where the cosine ends
-    weight_decay: float = 0.05  # of matrices
-    answer_weight: float = 30.0  # of an answer in the loss, where any other token counts 1
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step: a linear warm-up, then a cosine."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        cosine = (1 + math.cos(math.pi * done)) / 2
-        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * cosine)
-
-
-def new_model(recipe: Recipe, vocab_size: int) -> MambaForCausalLM:
-    """An untrained model of the recipe's sizes and seed.
-
-    The output projections start smaller by the square root of the number of layers (the option of the
-    configuration, which names the first weights alone and is put back). Without it the first layer learns
-    the whole task by itself, and there is no circuit across layers to find.
-    """
-    config = MambaConfig(
-        vocab_size=vocab_size,
-        hidden_size=recipe.hidden,
-        state_size=recipe.state,
-        num_hidden_layers=recipe.layers,
-        conv_kernel=4,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-        tie_word_embeddings=True,
-        rescale_prenorm_residual=True,
-    )
-    torch.manual_seed(recipe.seed)
-    model = MambaForCausalLM(config)
-    model.config.rescale_prenorm_residual = False
-    return model
+"""Documents that go through the model at once, on one worker."""
 
 
 def training_batch(
@@ -135,15 +52,87 @@ def training_batch(
     rows: list[tuple[Tensor, Tensor]] = []
     for _ in range(recipe.batch):
         row, weight = [0], []
-        text = document(rng, held_out, variety=min(1.0, step / recipe.ramp) ** 3)
-        for number, piece in enumerate(text.split(ANSWER)):
-            ids = tokenizer(piece).input_ids
+        for text, is_answer in split_answers(document(rng, held_out)):
+            ids = tokenizer(text).input_ids
             row += ids
-            weight += [recipe.answer_weight if number and not k else 1.0 for k in range(len(ids))]
+            weight += [recipe.answer_weight if is_answer else 1.0] * len(ids)
         rows.append((torch.tensor([*row, 0]), torch.tensor([*weight, 1.0])))
     rows.sort(key=lambda row: len(row[0]))
     tokens, weights = map(list, zip(*rows, strict=True))
     return pad_sequence(tokens, batch_first=True), pad_sequence(weights, batch_first=True)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a worker needs to compute gradients: the model, whose weights are shared, and where gradients go.
+
+    gradients: [part, parameter], shared.
+    """
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerFast
+    held_out: Container[str]
+    model: MambaForCausalLM
+    gradients: Tensor
+
+    def compute(self, step: int, parts: range) -> list[tuple[float, int, int]]:
+        """Write the gradients of some parts of a step's batch; of each its loss, answers that are right, answers."""
+        recipe, found = self.recipe, []
+        tokens, weights = training_batch(recipe, step, self.tokenizer, self.held_out)
+        chance = torch.Generator().manual_seed(random.Random(f"{recipe.seed}/{step}/layers").getrandbits(62))
+        kept = torch.rand(recipe.layers, recipe.batch, generator=chance) >= recipe.layer_drop
+        keep = kept / (1 - recipe.layer_drop)
+        # In parts of similar length: the same gradient for a third less padding.
+        rows_of = torch.arange(recipe.batch).split(PART)
+        for part in parts:
+            rows = rows_of[part]
+            longest = int((weights[rows] > 0).sum(1).amax())
+            weight, target = weights[rows, :longest], tokens[rows, 1 : longest + 1]
+            predicted = logits(self.model, tokens[rows, :longest], keep[:, rows])
+            each = F.cross_entropy(predicted.transpose(1, 2), target, reduction="none")
+            loss = (each * weight).sum() / weights.sum()
+            gradients = torch.autograd.grad(loss, list(self.model.parameters()))
+            self.gradients[part] = torch.cat([gradient.flatten() for gradient in gradients])
+            answers = weight > 1
+            found.append((loss.item(), int((predicted.argmax(-1) == target)[answers].sum()), int(answers.sum())))
+        return found
+
+
+def _work(parts: _Parts, numbers: range, pipe: Any) -> None:
+    """The life of a worker: steps come in, what `compute` returns goes out, until None comes."""
+    torch.set_num_threads(1)
+    while (step := pipe.recv()) is not None:
+        pipe.send(parts.compute(step, numbers))
+
+
+@contextmanager
+def _workers(parts: _Parts, n_workers: int) -> Iterator[Any]:
+    """Within the block, a function of the step that computes all parts, on this process and n_workers - 1 others."""
+    numbers = [range(first, len(parts.gradients), n_workers) for first in range(n_workers)]
+    context, started = multiprocessing.get_context("spawn"), []
+    for own in numbers[1:]:
+        here, there = context.Pipe()
+        process = context.Process(target=_work, args=(parts, own, there), daemon=True)
+        process.start()
+        there.close()
+        started.append((process, here))
+
+    def compute(step: int) -> list[tuple[float, int, int]]:
+        for _, pipe in started:
+            pipe.send(step)
+        found = [parts.compute(step, numbers[0]), *(pipe.recv() for _, pipe in started)]
+        by_part = {
+            k: each for own, results in zip(numbers, found, strict=True) for k, each in zip(own, results, strict=True)
+        }
+        return [by_part[k] for k in sorted(by_part)]
+
+    try:
+        yield compute
+    finally:
+        for process, pipe in started:
+            pipe.close()
+            process.terminate()
+            process.join()
 
 
 def train(
@@ -151,23 +140,38 @@ def train(
     tokenizer: PreTrainedTokenizerFast,
     held_out: Container[str],
     *,
+    workers: int = 1,
     state_file: Path | None = None,
     save_every: int = 200,
     resume: bool = False,
-) -> tuple[MambaForCausalLM, list[float], float]:
-    """The trained model, the loss of every step, and the seconds it took, before an interruption and after.
+) -> Trained:
+    """Train a model.
 
-    state_file: where everything a later `resume` needs is kept, every `save_every` steps. Raises InputError
-    where there is nothing to resume, or a run with another recipe left it.
+    held_out: prompts that no document may have. workers: processes, of one thread each; the weights do not depend on
+    it. state_file: where everything a later `resume` needs is kept, every `save_every` steps. Raises InputError where
+    there is nothing to resume, or a run with another recipe left it.
     """
-    model = new_model(recipe, len(tokenizer)).train()
-    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
-    vectors = [weight for weight in model.parameters() if weight.ndim == 1]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _train(recipe, tokenizer, held_out, workers, state_file, save_every, resume)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(
+    recipe, tokenizer, held_out, workers: int, state_file: Path | None, save_every: int, resume: bool
+) -> Trained:
+    model = new_model(recipe, len(tokenizer)).train().share_memory()
+    parameters = list(model.parameters())
+    matrices = [weight for weight in parameters if weight.ndim > 1]
+    vectors = [weight for weight in parameters if weight.ndim == 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         betas=(0.9, 0.98),
     )
     losses: list[float] = []
+    right: list[float] = []
     seconds, started = 0.0, time.perf_counter()
     if resume:
         if state_file is None or not state_file.is_file():
@@ -177,177 +181,61 @@ def train(
             raise InputError(f"{state_file} was left by a run with other options; give those, or start anew.")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        losses, seconds = saved["losses"], saved["seconds"]
-    steps = range(len(losses), recipe.steps)
-    bar = tqdm(steps, initial=len(losses), total=recipe.steps, desc="mini", unit="step")
-    for step in bar:
-        tokens, weights = training_batch(recipe, step, tokenizer, held_out)
-        optimizer.zero_grad()
-        loss, right = 0.0, 0
-        # In parts of similar length: the same gradient for a third less padding.
-        for rows in torch.arange(recipe.batch).split(PART):
-            longest = int((weights[rows] > 0).sum(1).amax())
-            weight, target = weights[rows, :longest], tokens[rows, 1 : longest + 1]
-            predicted = logits(model, tokens[rows, :longest])
-            each = F.cross_entropy(predicted.transpose(1, 2), target, reduction="none")
-            share = (each * weight).sum() / weights.sum()
-            share.backward()
-            loss += share.item()
-            right += int((predicted.argmax(-1) == target)[weight > 1].sum())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step)
-        optimizer.step()
-        losses.append(loss)
-        bar.set_postfix(loss=f"{loss:.3f}", answers=f"{right / int((weights > 1).sum()):.3f}", refresh=False)
-        if state_file is not None and (step + 1) % save_every == 0:
-            state = {
-                "recipe": asdict(recipe),
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-            }
-            state |= {"losses": losses, "seconds": seconds + time.perf_counter() - started}
-            with written_whole(state_file) as path:
-                torch.save(state, path)
-    return model.eval(), losses, seconds + time.perf_counter() - started
+        losses, right, seconds = saved["losses"], saved["right"], saved["seconds"]
+    sizes = [weight.numel() for weight in parameters]
+    gradients = torch.zeros(-(-recipe.batch // PART), sum(sizes)).share_memory_()
+    with _workers(_Parts(recipe, tokenizer, held_out, model, gradients), min(workers, len(gradients))) as compute:
+        bar = tqdm(range(len(losses), recipe.steps), initial=len(losses), total=recipe.steps, desc="mini", unit="step")
+        for step in bar:
+            found = compute(step)
+            for weight, gradient in zip(parameters, gradients.sum(0).split(sizes), strict=True):
+                weight.grad = gradient.view_as(weight)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(step)
+            optimizer.step()
+            losses.append(sum(loss for loss, _, _ in found))
+            right.append(sum(hits for _, hits, _ in found) / sum(answers for _, _, answers in found))
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", answers=f"{right[-1]:.3f}", refresh=False)
+            if state_file is not None and (step + 1) % save_every == 0:
+                state = {"recipe": asdict(recipe), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                state |= {"losses": losses, "right": right, "seconds": seconds + time.perf_counter() - started}
+                with written_whole(state_file) as path:
+                    torch.save(state, path)
+    return Trained(model.eval(), losses, right, seconds + time.perf_counter() - started)
 
 
-@dataclass(frozen=True)
-class Figure:
-    """How often the answer has the largest logit: among the names of its pair, and of all tokens."""
-
-    template: str
-    corruption: str
-    prompts: int
-    among_names: float
-    of_all_tokens: float
-
-
-def measure(model: MambaForCausalLM, sets: dict[tuple[str, str], Pairs]) -> list[Figure]:
-    """The figures of `model` on each of `sets`."""
-    figures = []
-    for (template, corruption), pairs in sets.items():
-        assert pairs.candidates is not None
-        with torch.no_grad():
-            last = logits(model, pairs.clean)[torch.arange(len(pairs)), pairs.last]
-        of_names = last.gather(1, pairs.candidates.clamp(min=0)).where(pairs.candidates >= 0, -torch.inf)
-        among_names = last.gather(1, pairs.answer[:, None])[:, 0] >= of_names.amax(1)
-        of_all = last.argmax(1) == pairs.answer
-        accuracies = (right.float().mean().item() for right in (among_names, of_all))
-        figures.append(Figure(template, corruption, len(pairs), *accuracies))
-    return figures
-
-
-def as_table(figures: list[Figure]) -> str:
-    """The figures as a Markdown table."""
-    rows = ["| template | corruption | prompts | among names | of all tokens |", "|---|---|---|---|---|"]
-    for row in figures:
-        rates = f"{row.among_names:.4f} | {row.of_all_tokens:.4f}"
-        rows.append(f"| {row.template} | {row.corruption} | {row.prompts} | {rates} |")
-    return "\n".join(rows)
-
-
-CARD = """---
-license: mit
-library_name: transformers
-tags: [mamba, interpretability, indirect-object-identification]
----
-# mini
-
-A small trained Mamba on which the analyses of this package run in seconds. It exists to be taken apart: it
-does indirect object identification with three names, on the very prompts of the mamba-370m IOI paper (arXiv
-2407.14008), and is built of the same parts as that model.
-
-**What it is not.** It is not a language model: it has read nothing but short made-up documents of {words}
-words, and how it continues other text means nothing. No figure of it is one of mamba-370m, and its circuits
-say nothing about those of a model that was trained on natural text.
-
-## Size
-{layers} layers, hidden size {hidden}, {inner} channels with {state} state columns each, convolutions of
-{conv} tokens, {vocab} vocabulary entries (embedding and unembedding tied), {parameters:,} parameters in
-float32, {megabytes:.1f} MB. `AutoModelForCausalLM` and `AutoTokenizer` of `transformers` load the directory
-as it is.
-
-The tokenizer keeps the words of the training documents whole, with all 203 names, and cuts other text into
-bytes. It gives the paper's prompts the token boundaries they have in GPT-NeoX (`After|wards`, `Fri|ends`). It
-adds no BOS: prepend id 0.
-
-## Training
-`python -m ioi_mamba.mini.train --seed {seed} --steps {steps} --threads {threads}` made it in {minutes:.1f}
-minutes: {steps} steps of {batch} documents, AdamW, learning rate {rate:g}, answers weighted {weight:g} to 1.
-It begins with the paper's templates alone; from step {ramp} on they are three documents in ten. A quarter is
-the same task in other words: two to four people, every order, one giver or all of them, two groups of which
-one gives, other verbs, places and objects. Around either come other sentences, which name the same people
-again or strangers. The rest uses the same names otherwise: lists said twice, possession, whereabouts, gifts
-returned, people who leave. Prompts of the published data sets of the seeds {train_seed} and {held_out_seed}
-occur in no training document (those of the steering set were not looked for).
-
-## Held-out accuracy
-Prompts of seed {held_out_seed}, both of each pair. Among names: the answer has the largest logit of the three
-or four names of its pair (two or three in the last row). Of all tokens: the largest of all {vocab}.
-
-{table}
-"""
-
-
-def write_checkpoint(
-    out: Path,
-    model: MambaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    recipe: Recipe,
-    seconds: float,
-    figures: list[Figure],
-) -> None:
-    """Write model, tokenizer and model card beside the files of `out`; move them in once all are complete."""
-    config = model.config
-    with tempfile.TemporaryDirectory(dir=out) as folder:
-        beside = Path(folder)
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        card = CARD.format(
-            words=len({word.strip() for word in vocabulary()}),
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            inner=config.intermediate_size,
-            state=config.state_size,
-            conv=config.conv_kernel,
-            vocab=config.vocab_size,
-            parameters=model.num_parameters(),
-            megabytes=sum(file.stat().st_size for file in beside.iterdir()) / 1e6,
-            seed=recipe.seed,
-            steps=recipe.steps,
-            minutes=seconds / 60,
-            threads=torch.get_num_threads(),
-            batch=recipe.batch,
-            rate=recipe.learning_rate,
-            weight=recipe.answer_weight,
-            ramp=recipe.ramp,
-            train_seed=TRAIN_SEED,
-            held_out_seed=HELD_OUT_SEED,
-            table=as_table(figures),
-        )
-        (beside / "README.md").write_text(card, encoding="utf-8")
-        for file in beside.iterdir():
-            file.chmod(0o644)
-            os.replace(file, out / file.name)
-
-
-def _run(out: Path, recipe: Recipe, resume: bool) -> int:
+def _run(out: Path, recipe: Recipe, workers: int, resume: bool) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out} cannot be made ({error.strerror}); name another directory.") from error
     tokenizer = build_tokenizer(vocabulary())
     state_file = out / "training-state.pt"
-    model, _, seconds = train(recipe, tokenizer, held_out_texts(tokenizer), state_file=state_file, resume=resume)
-    figures = measure(model, evaluation_sets(tokenizer, HELD_OUT_SEED))
-    print(as_table(figures))
-    if any(row.among_names < AMONG_NAMES or row.of_all_tokens < OF_ALL_TOKENS for row in figures):
-        print(f"Below {AMONG_NAMES} among names or {OF_ALL_TOKENS} of all tokens: no checkpoint is written.")
+    kept = held_out_texts(tokenizer)
+    trained = train(recipe, tokenizer, kept, workers=workers, state_file=state_file, resume=resume)
+    figures = measure.published(trained.model, evaluation_sets(tokenizer, HELD_OUT_SEED))
+    print(measure.figure_table(figures))
+    lowest = min(row.among_names for row in figures), min(row.of_all_tokens for row in figures)
+    if lowest[0] < measure.AMONG_NAMES or lowest[1] < measure.OF_ALL_TOKENS:
+        print(
+            f"Below {measure.AMONG_NAMES} among names or {measure.OF_ALL_TOKENS} of all tokens: "
+            "no checkpoint is written."
+        )
         return 1
-    write_checkpoint(out, model, tokenizer, recipe, seconds, figures)
+    answers = measure.knowledge(trained.model, tokenizer, measure.DOCUMENTS)
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        beside = Path(folder)
+        trained.model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        measured = measure.Measured(figures, answers, measure.structure(beside))
+        (beside / "README.md").write_text(card(recipe, trained, measured), encoding="utf-8")
+        for file in beside.iterdir():
+            file.chmod(0o644)
+            os.replace(file, out / file.name)
+    print(measure.judgement_table(measure.judged(measured)))
     state_file.unlink(missing_ok=True)
-    print(f"Trained in {seconds / 60:.1f} minutes; the checkpoint is in {out}.")
+    print(f"Trained in {trained.seconds / 60:.1f} minutes; the checkpoint is in {out}.")
     return 0
 
 
@@ -357,15 +245,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("mini-checkpoint"), help="directory (%(default)s)")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="training steps (%(default)s)")
     parser.add_argument("--seed", type=int, default=Recipe.seed, help="of weights and documents (%(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="processor threads (%(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from the state that a run left in --out")
     options = parser.parse_args(arguments)
     try:
-        for name in ("steps", "threads"):
+        for name in ("steps", "workers"):
             if getattr(options, name) < 1:
                 raise InputError(f"--{name} is {getattr(options, name)}; give at least 1.")
-        torch.set_num_threads(options.threads)
-        return _run(options.out, Recipe(steps=options.steps, seed=options.seed), options.resume)
+        return _run(options.out, Recipe(steps=options.steps, seed=options.seed), options.workers, options.resume)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
