@@ -91,7 +91,7 @@ def open_model(
     name: str = "mini",
     *,
     device: str | None = None,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     backend: str = "local",
     host: str | None = None,
     any_architecture: bool = False,
@@ -100,7 +100,7 @@ def open_model(
 
     name: "mini", a hub id such as "state-spaces/mamba-370m-hf", or a directory, in the layout of transformers or of
     mamba_ssm (`checkpoints.py`); without a tokenizer, prompts are token ids. device: "cpu", "cuda", ...; default a GPU
-    if there is one. dtype: float32, float64, bfloat16 or float16; the scan itself never runs below float32.
+    if there is one. dtype: float32, float64, bfloat16 or float16, by name or as torch has it; the scan itself never runs below float32.
     any_architecture: accept causal language models that are no Mamba too (for `layer-removal`, which needs none).
     backend: "local"; "ndif", the model stays on an NDIF server (`host`, default nnsight's setting; dtype and device
     are the server's, and a directory must be there under the same path); "local-serialized", everything a server
@@ -115,6 +115,7 @@ def open_model(
         raise InputError(f"backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}.")
     if host is not None and backend != "ndif":
         raise InputError(f"--host {host} is for backend 'ndif', not {backend!r}: leave it out.")
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in _DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown: use one of {', '.join(_DTYPES)}.")
     path = str(MINI) if name == "mini" else name

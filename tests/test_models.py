@@ -150,3 +150,10 @@ def test_an_option_that_is_not_there_is_refused_by_its_value(options, says):
     with pytest.raises(InputError, match=says) as error:
         im.open_model(str(golden.DIRECTORY), **options)
     assert "\n" not in str(error.value)
+
+
+def test_a_dtype_is_taken_as_torch_has_it(tiny_mamba_dir):
+    model = im.open_model(str(tiny_mamba_dir), device="cpu", dtype=torch.bfloat16)
+    assert model._module.dtype == torch.bfloat16
+    with pytest.raises(InputError, match="dtype 'int8' is unknown"):
+        im.open_model(str(tiny_mamba_dir), dtype=torch.int8)

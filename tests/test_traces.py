@@ -168,6 +168,31 @@ def test_an_edit_in_a_step_of_a_cached_generation_goes_on_in_the_steps_after_it(
     assert (got[edit_at] - plain[edit_at]).abs().max() > 1e-3
 
 
+def test_an_edit_in_one_invoke_of_a_cached_generation_reaches_its_rows_alone():
+    model, tokens = golden.model(), TOKENS[:, :6]
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+
+    def both(edited):
+        with model.generate(**options) as tracer:
+            with tracer.invoke(tokens[:1]):
+                one = nnsight.save([])
+                for step in tracer.iter[0:3]:
+                    with im.mixer(model, 1) as m:
+                        if edited and step == 1:
+                            m.h[:, -1] = 0.3
+                    one.append(model.lm_head.output[:, -1])
+            with tracer.invoke(tokens[1:3]):
+                other = nnsight.save([])
+                for _ in tracer.iter[0:3]:
+                    other.append(model.lm_head.output[:, -1])
+        return torch.stack(one), torch.stack(other)
+
+    (one, other), (plain_one, plain_other) = both(True), both(False)
+    assert same(other, plain_other)
+    assert same(one[:1], plain_one[:1])
+    assert all((one[step] - plain_one[step]).abs().max() > 1e-3 for step in (1, 2))
+
+
 def test_reading_in_a_cached_generation_changes_nothing():
     def read_all(m, p):
         for name in sites.SITES:
