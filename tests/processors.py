@@ -24,8 +24,9 @@ PROCESSORS = {
     },
 }
 # What computes and compares numbers; the other files are about text, files, pages and servers.
-FILES = ["acdc", "attribution", "checkpoints", "circuit_analyses", "cli", "cross_talk", "determinism", "effects"]
-FILES += ["faithfulness", "graph", "greater_than", "interventions", "layer_removal", "memory", "metrics", "mini"]
+FILES = ["acdc", "attribution", "checkpoints", "circuit_analyses", "cli", "cross_talk", "determinism", "dtypes"]
+FILES += ["effects", "faithfulness", "graph", "greater_than", "intervals", "interventions", "layer_removal", "memory"]
+FILES += ["metrics", "mini", "ranges", "tokenizers", "traces"]
 FILES += ["missing_names", "mixer", "models", "name_steering", "names_summary", "numerics", "pairs", "patching"]
 FILES += ["scan", "sites", "state_similarity", "study", "sweep", "wrongness"]
 
@@ -39,13 +40,23 @@ def on(name, command, **options):
 
 def main():
     """Exit code 0 if all tests pass on each imitated processor, those of tests/test_processors.py included."""
-    command = [sys.executable, "-m", "pytest", *(f"tests/test_{name}.py" for name in FILES), "-m"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n",
+        "auto",
+        "--maxprocesses",
+        "8",
+        *(f"tests/test_{name}.py" for name in FILES),
+        "-m",
+    ]
     worst = 0
     for name in PROCESSORS:
         print(f"On {name}:", flush=True)
         worst = max(worst, on(name, [*command, "not gpu and not remote and not network and not slow"]).returncode)
     print("Each against the others:", flush=True)
-    return max(worst, on("", [*command[:3], "tests/test_processors.py", "-m", "slow or not slow"]).returncode)
+    return max(worst, on("", [*command[:7], "tests/test_processors.py", "-m", "slow or not slow"]).returncode)
 
 
 if __name__ == "__main__":
