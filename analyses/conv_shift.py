@@ -58,7 +58,8 @@ def run(
 
 
 def _peaks(table: pd.DataFrame) -> pd.DataFrame:
-    return table.loc[table.groupby("corruption", sort=False)["effect"].apply(lambda e: e.abs().idxmax())]
+    measured = table.dropna(subset="effect")  # a corruption of which no pair has a range has no peak
+    return measured.loc[measured.groupby("corruption", sort=False)["effect"].apply(lambda e: e.abs().idxmax())]
 
 
 def chart(table: pd.DataFrame):

@@ -132,7 +132,12 @@ class Masks(NamedTuple):
 
 
 def masks_of(sets: list[Iterable[Item]], universe: Universe, n_positions: int) -> Masks:
-    """The masks that patch each of the sets of items. Raises InputError for an item the universe does not have."""
+    """The masks that patch each of the sets of items.
+
+    Raises InputError for an item the universe does not have, and where there is no set (one of no items is a set).
+    """
+    if not sets:
+        raise InputError("There is no set of items to patch: give at least one; [] is the set that patches nothing.")
     n, K = universe.n_layers, universe.conv_width
     masks = Masks(
         torch.zeros(len(sets), n + 1, n + 1, n_positions),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
@@ -136,11 +137,15 @@ def save_charts(directory: str | Path, form: str) -> list[Path]:
             continue
         spec = json.loads(section.spec)
         spec["config"] = spec.get("config", {}) | {"background": "white"}
-        image = (
-            vl_convert.vegalite_to_svg(spec, _VEGALITE).encode()
-            if form == "svg"
-            else vl_convert.vegalite_to_png(spec, _VEGALITE, scale=2)
-        )
+        try:
+            image = (
+                vl_convert.vegalite_to_svg(spec, _VEGALITE).encode()
+                if form == "svg"
+                else vl_convert.vegalite_to_png(spec, _VEGALITE, scale=2)
+            )
+        except ValueError as error:  # as on the page: one chart must not cost the others
+            warnings.warn(f"The chart of {section.module.NAME} cannot be written: {_reason(error)}", stacklevel=2)
+            continue
         model = re.sub(r"[^\w.-]", "-", _short_name(section.manifest["model"]["id"]))
         target = folder / f"{section.module.NAME}-of-{model}.{form}"
         with written_whole(target) as path:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import ioi_mamba as im
 from ioi_mamba.errors import InputError
+from ioi_mamba.evaluator import Evaluator
 from ioi_mamba.graph import Circuit, Item, Universe, conv_parts, items_of, kind_of, masks_of, universe_of
 from ioi_mamba.sweep import resample_sweep
 
@@ -386,3 +387,11 @@ def test_what_is_no_pairs_is_told_how_to_make_them(mini):
     for verb in verbs:
         with pytest.raises(InputError, match="is no Pairs: make them with"):
             verb()
+
+
+def test_no_set_at_all_is_refused_by_what_is_missing(mini):
+    pairs = im.ioi.generate(mini.tokenizer, 1, 27)
+    evaluator = Evaluator(mini, pairs, universe_of(mini))
+    for verb in (evaluator.scores, evaluator.normalized, evaluator.exact_effects):
+        with pytest.raises(InputError, match="no set of items to patch"):
+            verb([])

@@ -416,3 +416,20 @@ def test_of_a_model_that_guesses_no_chart_of_what_it_answers_is_on_the_page(tmp_
     assert report.save_charts(tmp_path, "svg") == [tmp_path / "charts/state-similarity-of-model.svg"]
     put(tmp_path, "layer-removal", LAYER_REMOVAL, clean=BELOW | {"accuracy": 0.75})
     assert 'id="layer-removal-chart"' in report.write_report(tmp_path).read_text()
+
+
+def test_a_chart_that_cannot_be_written_costs_no_other(tmp_path, monkeypatch):
+    put(tmp_path, "layer-ablation", HEATMAP.assign(low=0.0, high=0.0, left_out=0))
+    put(tmp_path, "output-ablation", HEATMAP.assign(low=0.0, high=0.0, left_out=0))
+    convert = report.vl_convert.vegalite_to_svg
+
+    def broken(spec, version, calls=[]):  # noqa: B006  the first chart fails
+        calls.append(spec)
+        if len(calls) == 1:
+            raise ValueError("no chart")
+        return convert(spec, version)
+
+    monkeypatch.setattr(report.vl_convert, "vegalite_to_svg", broken)
+    with pytest.warns(UserWarning, match="chart of layer-ablation cannot be written"):
+        written = report.save_charts(tmp_path, "svg")
+    assert [path.name.split("-of-")[0] for path in written] == ["output-ablation"]
