@@ -7,7 +7,7 @@ function of `claims`; there is one path for all models.
 
 Three verdicts are made of a number and its 95 % interval: it holds, it does not hold, or it is undecided, because the
 interval straddles the tolerance or too few prompts were used. A claim on exact published numbers is judged on the
-published prompts alone. How often a perfect rerun would pass is simulated (docs/verdicts.md).
+published prompts alone. How often a perfect rerun would pass is simulated (docs/statistics.md).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A perfect rerun has the paper's model and other prompts of the same kind. The pu
 that each simulation draws twice: a truth that could have given the published number, and a rerun of that truth. Counts
 k of n give a truth from Beta(k + 1/2, n - k + 1/2) and a rerun from a binomial; means give a normal distribution twice.
 Means over prompts have standard errors 1.25 times those of independent prompts, because the two directions of a pair
-are not independent. What the wrong model does is said beside its rate. The table is written into docs/verdicts.md.
+are not independent. What the wrong model does is said beside its rate. The table is written into docs/statistics.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pandas as pd
 from ioi_mamba import claims, paper
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs/verdicts.md"
+PAGE = ROOT / "docs/statistics.md"
 BEGIN, END = "<!-- begin: written by tests/pass_rates.py -->", "<!-- end -->"
 DRAWS = 400
 DESIGN = 1.25

@@ -679,7 +679,7 @@ def test_layers_are_the_strongest_only_as_far_as_intervals_say(published):
 
 @pytest.mark.parametrize("claim", sorted(pass_rates.SIMULATIONS))
 def test_a_perfect_rerun_passes_and_a_wrong_model_does_not(claim):
-    """On few draws; docs/verdicts.md has the rates of more. A rate of .95 gives fewer than 34 of 40 once in 300."""
+    """On few draws; docs/statistics.md has the rates of more. A rate of .95 gives fewer than 34 of 40 once in 300."""
     rates = pass_rates.rates(claim, draws=40, seed=1)
     assert rates["passes"] >= 34 / 40
     assert rates["wrong fails"] >= 0.75
