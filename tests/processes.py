@@ -67,6 +67,8 @@ class Command:
 
 
 def _run(writer, arguments, dies, largest_file, set_up):
+    # Whoever started the tests may have had them ignore it, as a shell does with what it runs in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (1, 2):
         os.dup2(writer.fileno(), stream)
     writer.close()

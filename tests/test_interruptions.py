@@ -144,14 +144,11 @@ def until(found, seconds=60):
 
 
 def test_ctrl_c_is_130_and_the_run_can_be_taken_up(arguments, undisturbed, tmp_path, tried):
-    for number in range(10):
-        out = tmp_path / f"out {number}"
-        command = processes.Command(*arguments, "--out", out)
-        until(lambda out=out: (out / "layer-ablation.json").exists())
-        command.signal(signal.SIGINT)
-        if command.end() != 0:  # on a busy machine a run can be over before it is seen to have begun
-            break
-    assert command.process.exitcode == 130
+    out = tmp_path / "out"
+    command = processes.Command(*arguments, "--out", out)
+    until(lambda: (out / "layer-ablation.json").exists())
+    command.signal(signal.SIGINT)
+    assert command.end() == 130
     assert "interrupted; finished tables are kept" in command.printed.splitlines()[-1]
     assert not [path for path in out.iterdir() if path.name not in FILES]
     resumed(arguments, out, undisturbed[0], finished(out, undisturbed[0]))
