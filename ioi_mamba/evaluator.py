@@ -186,7 +186,7 @@ def _sizes(
 
 def check_one_layout(pairs: Pairs) -> None:
     """Raise InputError unless the same word stands at the same position in all pairs, as items at positions need."""
-    n_layouts = len(pairs.layouts())
+    n_layouts = len(check_pairs(pairs).layouts())
     if n_layouts > 1:
         raise InputError(
             f"These prompts have {n_layouts} layouts (lengths, or places of their words), so that one position is not "

@@ -378,6 +378,7 @@ def test_what_is_no_pairs_is_told_how_to_make_them(mini):
     verbs = (
         lambda: im.attribute(mini, tokens),
         lambda: im.attribute(mini, [[0, 5, 7]], method="exact"),
+        lambda: im.attribute(mini, tokens, positions=True),
         lambda: im.acdc(mini, "Then, Ana"),
         lambda: im.acdc(mini, tokens, positions=True),
         lambda: im.evaluate(mini, tokens, Circuit.full(universe_of(mini))),
