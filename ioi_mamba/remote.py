@@ -320,8 +320,13 @@ def _connection_errors() -> type[Exception]:
 def _may_pass(error: Exception) -> bool:
     text = str(error).lower()
     if isinstance(error, RemoteError) and not text.startswith("failed to send"):
-        return any(sign in text for sign in _TRANSIENT)
+        return any(_says(text, sign) for sign in _TRANSIENT)
     return "invalid host" not in text and "below the minimum" not in text
+
+
+def _says(text: str, sign: str) -> bool:
+    """Whether the sign stands in the text; a status code as a number of its own, not inside a port or a hash."""
+    return re.search(rf"(?<![\w.]){sign}(?!\w)", text) is not None if sign.isdigit() else sign in text
 
 
 def _from_the_job(error: Exception) -> InputError | None:
@@ -363,7 +368,7 @@ def in_plain_words(error: Exception, host: str | None) -> str:
         ("401", "The server refuses the API key: set it with nnsight.CONFIG.set_default_api_key or NDIF_API_KEY."),
         ("403", "The server refuses the API key: set it with nnsight.CONFIG.set_default_api_key or NDIF_API_KEY."),
     ):
-        if sign in text:
+        if _says(text, sign):
             return sentence.format(host=where, last=last)
     if not isinstance(error, RemoteError) or text.startswith("Failed to send"):
         return f"No answer from the server at {where} ({last}): check --host and that it runs, then run the same again with --resume."
