@@ -14,7 +14,9 @@ def test_a_port_that_holds_the_digits_of_a_status_code_is_no_status_code(port):
     assert not remote._may_pass(RemoteError(f"the model at {host} is broken"))
 
 
-@pytest.mark.parametrize("text", ["HTTP 401: Unauthorized", "status (403)", "error:401", "Handshake status 403 Forbidden"])
+@pytest.mark.parametrize(
+    "text", ["HTTP 401: Unauthorized", "status (403)", "error:401", "Handshake status 403 Forbidden"]
+)
 def test_a_refused_key_is_told_by_its_status_code(text):
     assert remote.in_plain_words(RemoteError(text), None).startswith("The server refuses the API key")
 
