@@ -41,6 +41,7 @@ docs: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # constraints.txt anew, from the newest releases that pyproject.toml allows; the tests say whether they serve.

@@ -30,9 +30,6 @@ ORDER = (
 )
 """Every experiment of the paper, in the paper's order."""
 
-SUMMARIES = ("names-summary",)
-"""Over the tables of several experiments: `summarize(tables)` in place of `run`, else like an experiment."""
-
 
 def _module_name(name: str) -> str:
     return f"{__name__}.{name.replace('-', '_')}"
@@ -52,8 +49,3 @@ def load(name: str) -> ModuleType:
             f"Unknown analysis {name!r}: did you mean {nearest!r}? There are {', '.join(names)}, or 'all'."
         )
     return import_module(_module_name(name))
-
-
-def summaries() -> list[ModuleType]:
-    """The modules of SUMMARIES."""
-    return [import_module(_module_name(name)) for name in SUMMARIES]

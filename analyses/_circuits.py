@@ -1,7 +1,7 @@
 """What the circuit experiments share: their pairs, attributions with intervals, and the rows that score circuits.
 
 Their tables have two kinds of row, told apart by `what`: "item" (an edge or part, at one position or at all) and
-"circuit", a number `value` with a 95 % interval (`low`, `high`; by cluster, `ioi_mamba.intervals`) for the `measure` of
+"circuit", a number `value` with a 95 % interval (`low`, `high`; by cluster, `ioi_mamba.passes.intervals`) for the `measure` of
 a `circuit` of `size` items on `n` prompts of a `sample`, "train" or "held out". Circuits: "kept" (the rest patched:
 sufficiency), "all but kept" (kept patched: necessity), "first k" of the ranking, "random" (as many items of each kind),
 MIB_GRID (the benchmark's sizes: CPR in the order of signed scores, CMD in that of their size, "first k" being our own
@@ -16,14 +16,14 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from ioi_mamba import faithfulness
-from ioi_mamba.attribution import Options, attributions, ranked
-from ioi_mamba.evaluator import Evaluator, chosen_sizes
-from ioi_mamba.faithfulness import estimates, random_circuits
-from ioi_mamba.graph import Circuit, items_of
-from ioi_mamba.intervals import Estimate, Resampled, mean_interval
-from ioi_mamba.ranges import left_out_sentence, usable_of
-from ioi_mamba.sweep import Progress
+from ioi_mamba.circuits import faithfulness
+from ioi_mamba.circuits.attribution import Options, attributions, ranked
+from ioi_mamba.circuits.faithfulness import estimates, random_circuits
+from ioi_mamba.circuits.graph import Circuit, items_of
+from ioi_mamba.circuits.scoring import Evaluator, chosen_sizes
+from ioi_mamba.passes.intervals import Estimate, Resampled, mean_interval
+from ioi_mamba.passes.ranges import left_out_sentence, usable_of
+from ioi_mamba.passes.sweep import Progress
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 

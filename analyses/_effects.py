@@ -9,14 +9,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ioi_mamba import metrics
-from ioi_mamba.charts import position_heatmap
-from ioi_mamba.draws import drawn_apart
-from ioi_mamba.intervals import mean_interval
-from ioi_mamba.ranges import Usable, left_out_sentence
-from ioi_mamba.sweep import Progress, swept_logit_diffs
+from ioi_mamba.charts.drawing import position_heatmap
+from ioi_mamba.passes import metrics
+from ioi_mamba.passes.intervals import mean_interval
+from ioi_mamba.passes.ranges import Usable, left_out_sentence
+from ioi_mamba.passes.sweep import Progress, swept_logit_diffs
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
+from ioi_mamba.tasks.draws import drawn_apart
 
 COLUMNS = ("corruption", "layer", "position", "label", "effect", "n")
 FURTHER = ("left_out", "low", "high")
@@ -25,7 +25,7 @@ FURTHER = ("left_out", "low", "high")
 def default_pairs(
     tokenizer, n_pairs: int | None, seed: int, *, size: int = 40, templates=ioi.ALIGNED_TEMPLATES
 ) -> Pairs:
-    """`n_pairs` (default `size`) symmetric pairs for each of the five corruptions, drawn apart (`ioi_mamba.draws`)."""
+    """`n_pairs` (default `size`) symmetric pairs for each of the five corruptions, drawn apart (`ioi_mamba.tasks.draws`)."""
     return drawn_apart(tokenizer, n_pairs or size, seed, [(templates, [c]) for c in ioi.CORRUPTIONS])
 
 
@@ -40,7 +40,7 @@ def effect_table(
 ) -> pd.DataFrame:
     """Mean effect (1 - normalized logit diff, no abs) of resampling `site` at every layer and position.
 
-    usable: the pairs that have a range (`ioi_mamba.ranges`). Columns: corruption, layer, position, label, effect, n (the
+    usable: the pairs that have a range (`ioi_mamba.passes.ranges`). Columns: corruption, layer, position, label, effect, n (the
     prompts of the mean), left_out (those without a range, of all corruptions), low, high (95 % of the mean, by
     cluster). Pairs of unequal layout are averaged by semantic position, see `shared_positions`.
     """

@@ -16,16 +16,16 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from analyses import _circuits
-from ioi_mamba import circuit_charts
-from ioi_mamba.acdc import acdc
-from ioi_mamba.attribution import ranked
-from ioi_mamba.charts import matrix_heatmap
-from ioi_mamba.evaluator import Evaluator
-from ioi_mamba.faithfulness import estimates, random_circuits
-from ioi_mamba.graph import Circuit, Universe, items_of, universe_of
-from ioi_mamba.intervals import difference
-from ioi_mamba.sweep import Progress
+from ioi_mamba.analyses import _circuits
+from ioi_mamba.charts import circuit_charts
+from ioi_mamba.charts.drawing import matrix_heatmap
+from ioi_mamba.circuits.attribution import ranked
+from ioi_mamba.circuits.faithfulness import estimates, random_circuits
+from ioi_mamba.circuits.graph import Circuit, Universe, items_of, universe_of
+from ioi_mamba.circuits.scoring import Evaluator
+from ioi_mamba.circuits.search import acdc
+from ioi_mamba.passes.intervals import difference
+from ioi_mamba.passes.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
 
 NAME = "circuit-search"

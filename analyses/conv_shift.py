@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import pandas as pd
 
-from analyses import _effects
-from ioi_mamba.bottleneck import find_layer
-from ioi_mamba.charts import position_heatmap
-from ioi_mamba.jobs import config_of
-from ioi_mamba.ranges import left_out_sentence, usable
-from ioi_mamba.sweep import Progress
+from ioi_mamba.analyses import _effects
+from ioi_mamba.charts.drawing import position_heatmap
+from ioi_mamba.model.jobs import config_of
+from ioi_mamba.passes.ranges import left_out_sentence, usable
+from ioi_mamba.passes.sweep import Progress
+from ioi_mamba.steering.bottleneck import find_layer
 from ioi_mamba.tasks.base import Pairs
 
 NAME = "conv-shift"

@@ -18,16 +18,16 @@ import altair as alt
 import pandas as pd
 from torch import Tensor
 
-from ioi_mamba import charts, theme
-from ioi_mamba.cross_talk import NO_LAYER, searches
-from ioi_mamba.draws import drawn_apart
+from ioi_mamba.charts import drawing, theme
 from ioi_mamba.errors import InputError
-from ioi_mamba.intervals import share_ends
-from ioi_mamba.jobs import call
-from ioi_mamba.ranges import left_out_sentence, usable
-from ioi_mamba.sweep import layer_count
+from ioi_mamba.model.jobs import call
+from ioi_mamba.passes.cross_talk import NO_LAYER, searches
+from ioi_mamba.passes.intervals import share_ends
+from ioi_mamba.passes.ranges import left_out_sentence, usable
+from ioi_mamba.passes.sweep import layer_count
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
+from ioi_mamba.tasks.draws import drawn_apart
 
 NAME = "cross-talk"
 TITLE = "Removing token cross-talk"
@@ -69,7 +69,7 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
     """Each of the 20 combinations of template and corruption, with the swapped copies.
 
     n_pairs: pairs of one combination, which give twice as many prompts. None: the paper's 200. Combinations are drawn
-    apart (`ioi_mamba.draws`), the first from `seed` itself: the published notebook's circuit has the prompts of seed 27.
+    apart (`ioi_mamba.tasks.draws`), the first from `seed` itself: the published notebook's circuit has the prompts of seed 27.
     """
     n_pairs = DEFAULT_PAIRS if n_pairs is None else n_pairs
     kinds = [([template], [corruption]) for template in ioi.TEMPLATES for corruption in ioi.CORRUPTIONS]
@@ -89,7 +89,7 @@ def run(
     Pairs are grouped by their labels "template" and "corruption"; without labels there is one group. `layer` is
     the layer given back (empty at step 0), on top of those `chosen` at earlier steps; `accuracy` and
     `probability` are means over the n prompts, in 0..1; low, high: the 95 % interval of the accuracy. `in_circuit`: the layer is one of the group's circuit;
-    `reached`: the circuit's accuracy is above `threshold`. Prompts without a range (`ioi_mamba.ranges`), which are right
+    `reached`: the circuit's accuracy is above `threshold`. Prompts without a range (`ioi_mamba.passes.ranges`), which are right
     with every layer resampled, are `left_out`. rows: prompts in one pass, by default what fits.
     Raises InputError for a threshold outside 0..1, for `rows` below 1, and where no prompt has a range.
     """
@@ -125,7 +125,7 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
     proportion["circuits"] = [f"{round(p * n_circuits)} of {n_circuits}" for p in proportion["proportion"]]
     shown = list(proportion["layer"])[:: max(1, -(-len(proportion) // 24))]
     bars = (
-        alt.Chart(charts.check_size(proportion), title="Circuits with each layer")
+        alt.Chart(drawing.check_size(proportion), title="Circuits with each layer")
         .mark_bar(cornerRadiusEnd=2, color=theme.BLUE)
         .encode(
             x=alt.X("layer:O", axis=alt.Axis(labelAngle=0, values=shown, ticks=False)),
@@ -141,7 +141,7 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
     steps["layer"] = steps["layer"].astype(int).astype(str)
     order = list(dict.fromkeys(steps["circuit"]))
     n_steps = int(steps["step"].max())
-    base = alt.Chart(charts.check_size(steps), title="The order in which layers are given back").encode(
+    base = alt.Chart(drawing.check_size(steps), title="The order in which layers are given back").encode(
         x=alt.X("step:O", title="step", axis=alt.Axis(labelAngle=0, ticks=False, domain=False)),
         y=alt.Y("circuit:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=LABELS)),
         tooltip=[

@@ -1,7 +1,7 @@
 """Which edges between layers matter? EAP-IG over all positions, and the smallest circuit that still does the task.
 
 Paper appendix D.1. Every edge (and every conv slice, ssm and skip inside a layer) is scored by integrated gradients
-(`ioi_mamba.attribution`); edges are ranked, most negative first, and the smallest number that keeps the accuracy
+(`ioi_mamba.circuits.attribution`); edges are ranked, most negative first, and the smallest number that keeps the accuracy
 among names above the target on the training pairs is found by binary search. The circuit is then evaluated on
 held-out pairs. Every item is also patched alone, on fewer prompts: its exact effect, which attribution estimates.
 Parts are scored but not selected: the circuit is one of edges, as in the paper.
@@ -21,14 +21,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analyses import _circuits
-from analyses._effects import shared_positions
-from ioi_mamba import circuit_charts
-from ioi_mamba.attribution import Options, ranked
-from ioi_mamba.evaluator import Evaluator
-from ioi_mamba.faithfulness import rank_correlation
-from ioi_mamba.graph import items_of, universe_of
-from ioi_mamba.sweep import Progress
+from ioi_mamba.analyses import _circuits
+from ioi_mamba.analyses._effects import shared_positions
+from ioi_mamba.charts import circuit_charts
+from ioi_mamba.circuits.attribution import Options, ranked
+from ioi_mamba.circuits.faithfulness import rank_correlation
+from ioi_mamba.circuits.graph import items_of, universe_of
+from ioi_mamba.circuits.scoring import Evaluator
+from ioi_mamba.passes.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
 
 NAME = "edge-attribution"
@@ -72,7 +72,7 @@ def run(
 
     Rows of items: edges by rank, then parts (no rank, never kept), each over all positions (position null) with
     `exact`, its effect alone on n_exact prompts, and `estimate`, its attribution on the same ones; then edges at every
-    position, with a score only. Rows of circuits as in `analyses._circuits`, and the Spearman correlation of |estimate|
+    position, with a score only. Rows of circuits as in `ioi_mamba.analyses._circuits`, and the Spearman correlation of |estimate|
     and |exact|. part_prompts: about how many of the pairs parts are scored on (`n` of their rows); exact_prompts: of
     these, how many exact effects are measured on. method: as `attribute` takes it; "exact" needs no gradients and gives
     no scores by position.

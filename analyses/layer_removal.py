@@ -16,11 +16,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ioi_mamba import charts, metrics
-from ioi_mamba.claims.values import SPARE, reaches
+from ioi_mamba.charts import drawing
 from ioi_mamba.errors import InputError
-from ioi_mamba.intervals import share_ends
-from ioi_mamba.jobs import call, device_of
+from ioi_mamba.model.jobs import call, device_of
+from ioi_mamba.passes import metrics
+from ioi_mamba.passes.intervals import share_ends
+from ioi_mamba.passes.metrics import reaches
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 
@@ -50,6 +51,8 @@ BLOCK_LISTS = ("backbone.layers", "transformer.h", "model.layers", "gpt_neox.lay
 
 # The published figure's sample is unknown, the published notebook's is 10 pairs; 40 give half its error.
 DEFAULT_PAIRS = 40
+SPARE = 0.03
+"""The accuracy that layers may cost and still count as spare."""
 
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
@@ -147,7 +150,7 @@ def _removal(
 def chart(table: pd.DataFrame) -> alt.VConcatChart:
     """Probability without each layer against that of the whole model, above the greedy curve."""
     none = table.query("mode == 'none'").iloc[0]
-    singles = charts.bars_with_baseline(
+    singles = drawing.bars_with_baseline(
         table.query("mode == 'single'"),
         x="layer",
         y="probability",
@@ -163,7 +166,7 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
         ["step", "layer", "n"], ["accuracy", "valid_accuracy"], var_name="prompts", value_name="value"
     ).dropna(subset="value")
     curves["prompts"] = curves["prompts"].replace({"accuracy": "train", "valid_accuracy": "held-out"})
-    greedy = charts.line_with_points(
+    greedy = drawing.line_with_points(
         curves,
         x="step",
         y="value",

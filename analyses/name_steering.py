@@ -27,22 +27,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ioi_mamba import charts
-from ioi_mamba.bottleneck import find_layer, find_offset
+from ioi_mamba.charts import drawing
 from ioi_mamba.errors import InputError
-from ioi_mamba.intervals import share_interval
-from ioi_mamba.interventions import forward
-from ioi_mamba.jobs import call, device_of
-from ioi_mamba.memory import rows_per_pass
-from ioi_mamba.steering import (
-    METHODS,
-    Averages,
-    averages,
-    name_slots,
-    read_up_to,
-    writing,
-)
-from ioi_mamba.sweep import Roll
+from ioi_mamba.model.jobs import call, device_of
+from ioi_mamba.model.memory import rows_per_pass
+from ioi_mamba.passes.forward import forward
+from ioi_mamba.passes.intervals import share_interval
+from ioi_mamba.passes.sweep import Roll
+from ioi_mamba.steering.bottleneck import find_layer, find_offset
+from ioi_mamba.steering.steer import METHODS, Averages, averages, name_slots, read_up_to, writing
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import ABSENT, Pairs
 
@@ -206,7 +199,7 @@ def _share(outcomes: Tensor, clusters: Tensor) -> Share:
 
 def chart(table: pd.DataFrame) -> alt.FacetChart | alt.LayerChart:
     """One matrix a method, slot written over by slot of the average, on one scale from 0 to 1."""
-    return charts.matrix_heatmap(
+    return drawing.matrix_heatmap(
         table,
         x="source_slot",
         y="slot",

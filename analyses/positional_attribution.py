@@ -14,16 +14,16 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from analyses import _circuits, _missing_names
-from ioi_mamba import circuit_charts, position_charts
-from ioi_mamba.attribution import Options, ranked
+from ioi_mamba.analyses import _circuits, _missing_names
+from ioi_mamba.charts import circuit_charts, position_charts
+from ioi_mamba.circuits.attribution import Options, ranked
+from ioi_mamba.circuits.faithfulness import estimates
+from ioi_mamba.circuits.graph import Circuit, universe_of
+from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.errors import InputError
-from ioi_mamba.evaluator import Evaluator
-from ioi_mamba.faithfulness import estimates
-from ioi_mamba.graph import Circuit, universe_of
-from ioi_mamba.intervals import difference
-from ioi_mamba.jobs import config_of
-from ioi_mamba.sweep import Progress
+from ioi_mamba.model.jobs import config_of
+from ioi_mamba.passes.intervals import difference
+from ioi_mamba.passes.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
 
 NAME = "positional-attribution"
@@ -63,7 +63,7 @@ def run(
 ) -> pd.DataFrame:
     """Scores of all (edge, position) items; `kept` marks the smallest circuit with train accuracy > target.
 
-    Rows of circuits as in `analyses._circuits`, and LAST_ONLY and LOST, the bottleneck being `layer`. Raises
+    Rows of circuits as in `ioi_mamba.analyses._circuits`, and LAST_ONLY and LOST, the bottleneck being `layer`. Raises
     InputError for a layer the model does not have, and where no held-out prompt has the commonest layout of the pairs.
     """
     n_layers = config_of(model).num_hidden_layers

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import pandas as pd
 
-from analyses import _effects
-from ioi_mamba.ranges import usable
-from ioi_mamba.sweep import Progress
+from ioi_mamba.analyses import _effects
+from ioi_mamba.passes.ranges import usable
+from ioi_mamba.passes.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
 
 NAME = "state-ablation"

@@ -18,11 +18,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ioi_mamba import charts
-from ioi_mamba.bottleneck import find_layer
+from ioi_mamba.charts import drawing
 from ioi_mamba.errors import InputError
-from ioi_mamba.interventions import forward
-from ioi_mamba.jobs import call
+from ioi_mamba.model.jobs import call
+from ioi_mamba.passes.forward import forward
+from ioi_mamba.steering.bottleneck import find_layer
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import ABSENT, Pairs
 from ioi_mamba.tasks.prompts import find_roles, is_name, read
@@ -118,9 +118,9 @@ def chart(table: pd.DataFrame) -> alt.ConcatChart:
     for prompt, measure in panels:
         part = table[(table["prompt"] == prompt) & (table["measure"] == measure)]
         cells += len(part)
-        if cells > charts.MAX_ROWS and drawn:
+        if cells > drawing.MAX_ROWS and drawn:
             break
-        drawn.append(_panel(charts.strongest(part, "similarity", by="row"), prompt, measure))
+        drawn.append(_panel(drawing.strongest(part, "similarity", by="row"), prompt, measure))
     return alt.concat(*drawn, columns=2).resolve_scale(x="independent", y="independent")
 
 
@@ -138,7 +138,7 @@ def _panel(part: pd.DataFrame, prompt: str, measure: str) -> alt.FacetChart | al
         STATES: ("state after token", "state after token"),
     }[measure]
     heading = alt.Title(f"{measure[0].upper()}{measure[1:]}", subtitle=_wrapped(prompt))
-    return charts.matrix_heatmap(
+    return drawing.matrix_heatmap(
         part,
         x="_column",
         y="_row",

@@ -10,7 +10,7 @@ import argparse
 import time
 
 import ioi_mamba as im
-from analyses import _circuits
+from ioi_mamba.analyses import _circuits
 
 from . import timing
 

@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import AutoModelForCausalLM
 
-from ioi_mamba.attribution import Options, attributions
+from ioi_mamba.circuits.attribution import Options, attributions
 from ioi_mamba.errors import InputError
 
 from . import shapes, timing

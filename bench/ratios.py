@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 import ioi_mamba as im
-from analyses import _circuits, cross_talk
-from ioi_mamba.attribution import Options, attributions
-from ioi_mamba.sites import SITES
-from ioi_mamba.sweep import resample_sweep
+from ioi_mamba.analyses import _circuits, cross_talk
+from ioi_mamba.circuits.attribution import Options, attributions
+from ioi_mamba.model.sites import SITES
+from ioi_mamba.passes.sweep import resample_sweep
 
 from . import shapes, timing
 

@@ -1,7 +1,7 @@
 """How cost grows with layers, positions, pairs and edges, and what a mamba-2.8b would take: `python -m bench.scaling`.
 
 Slopes are those of log cost against log size (1 = proportional), from seconds at sizes that double. The calculation
-for mamba-2.8b counts multiplications and the bytes of `ioi_mamba.memory`; nothing of it was run.
+for mamba-2.8b counts multiplications and the bytes of `ioi_mamba.model.memory`; nothing of it was run.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import ioi_mamba as im
-from ioi_mamba.attribution import Options, attributions
-from ioi_mamba.evaluator import Evaluator
-from ioi_mamba.graph import universe_of
-from ioi_mamba.memory import PASSES, row_mib, rows_per_pass
-from ioi_mamba.sweep import resample_sweep
+from ioi_mamba.circuits.attribution import Options, attributions
+from ioi_mamba.circuits.graph import universe_of
+from ioi_mamba.circuits.scoring import Evaluator
+from ioi_mamba.model.memory import PASSES, row_mib, rows_per_pass
+from ioi_mamba.passes.sweep import resample_sweep
 
 from . import shapes, timing
 

@@ -14,9 +14,9 @@ import torch
 from tqdm import tqdm
 
 import ioi_mamba as im
-from ioi_mamba.bottleneck import find_layer, find_offset
-from ioi_mamba.metrics import wilson_interval
-from ioi_mamba.steering import averages
+from ioi_mamba.passes.metrics import wilson_interval
+from ioi_mamba.steering.bottleneck import find_layer, find_offset
+from ioi_mamba.steering.steer import averages
 from ioi_mamba.tasks import ioi
 
 

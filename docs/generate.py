@@ -10,9 +10,9 @@ from pathlib import Path
 
 import jupytext
 
-import analyses
-from ioi_mamba import glossary, tasks
-from ioi_mamba.sites import MODEL_SITES, SITES
+from ioi_mamba import analyses, tasks
+from ioi_mamba.model import glossary
+from ioi_mamba.model.sites import MODEL_SITES, SITES
 
 TUTORIAL = Path(__file__).parent / "tutorial.py"
 MARK = re.compile(r"^<!-- from the code: (\w+) -->$", re.MULTILINE)
@@ -101,7 +101,7 @@ def _experiment(module) -> str:
 
 
 def _options(module) -> list[str]:
-    from ioi_mamba.options import options_of
+    from ioi_mamba.study.options import options_of
 
     return list(options_of(module))
 

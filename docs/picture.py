@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import ioi_mamba as im
-from analyses import layer_ablation
+from ioi_mamba.analyses import layer_ablation
 
 CORRUPTIONS = (im.ioi.CORRUPTIONS[0], im.ioi.CORRUPTIONS[3])
 

@@ -23,11 +23,11 @@ import pandas as pd
 import torch
 
 import ioi_mamba as im
-from analyses import edge_attribution, layer_ablation
-from ioi_mamba import metrics
-from ioi_mamba.attribution import ranked
-from ioi_mamba.faithfulness import top
-from ioi_mamba.graph import universe_of
+from ioi_mamba.analyses import edge_attribution, layer_ablation
+from ioi_mamba.circuits.attribution import ranked
+from ioi_mamba.circuits.faithfulness import top
+from ioi_mamba.circuits.graph import universe_of
+from ioi_mamba.passes import metrics
 
 torch.set_num_threads(1)
 model = im.open_model("mini", device="cpu")

@@ -4,18 +4,18 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-from .acdc import acdc
-from .attribution import attribute
-from .errors import InputError
-from .faithfulness import evaluate
-from .graph import Circuit
-from .interventions import mixer, read, run
-from .models import open_model
-from .patching import patch_edges
-from .results import open_result, open_results
-from .steering import steer
-from .tasks import greater_than, ioi
-from .tasks.base import Pairs
+from ioi_mamba.circuits.attribution import attribute
+from ioi_mamba.circuits.faithfulness import evaluate
+from ioi_mamba.circuits.graph import Circuit
+from ioi_mamba.circuits.patching import patch_edges
+from ioi_mamba.circuits.search import acdc
+from ioi_mamba.errors import InputError
+from ioi_mamba.model.opening import open_model
+from ioi_mamba.passes.forward import mixer, read, run
+from ioi_mamba.results.stored import open_result, open_results
+from ioi_mamba.steering.steer import steer
+from ioi_mamba.tasks import greater_than, ioi
+from ioi_mamba.tasks.base import Pairs
 
 __all__ = [
     "Circuit",

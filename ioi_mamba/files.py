@@ -9,9 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import InputError
+import pandas as pd
+from pyarrow import parquet
+
+from ioi_mamba.errors import InputError
+
+MINI = Path(__file__).parent / "mini"
+"""Where config.json, model.safetensors and tokenizer.json of the embedded model are."""
 
 _PART = ".part"
+
+# Packed and dictionary-coded, a small file can hold more than memory does.
+MAX_BYTES = 1 << 30
+MAX_CELLS = 50_000_000
 
 
 @contextmanager
@@ -58,3 +68,12 @@ def remove_parts(directory: Path) -> None:
     """Remove what a killed process left of files it was writing. Only for who holds the directory (`lock.py`)."""
     for part in directory.glob(f".*{_PART}"):
         part.unlink(missing_ok=True)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A table of a parquet file; ValueError, before it is unpacked, where it holds more than a run ever writes."""
+    about = parquet.read_metadata(path)
+    size = sum(about.row_group(k).total_byte_size for k in range(about.num_row_groups))
+    if size > MAX_BYTES or about.num_rows * about.num_columns > MAX_CELLS:
+        raise ValueError(f"{about.num_rows} rows of {about.num_columns} columns, {size} bytes unpacked, are too many")
+    return pd.read_parquet(path)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from ioi_mamba import metrics
+from ioi_mamba.passes import metrics
 
 # Two ways differ by up to 1 unit on each processor that was tried or imitated (tests/processors.py).
 UNITS = 8

@@ -13,7 +13,7 @@ from ndif_server.fixtures import ndif_server, sandboxed_ndif_server  # noqa: F40
 from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig
 
 import ioi_mamba as im
-from ioi_mamba.models import _token_ids_tokenizer
+from ioi_mamba.model.opening import _token_ids_tokenizer
 
 torch.set_num_threads(1)  # models so small that a second thread only waits
 

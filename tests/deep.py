@@ -4,10 +4,10 @@ import random
 
 import pandas as pd
 
-from analyses import _circuits
-from analyses.positional_attribution import LAST_ONLY, LOST
-from analyses.state_similarity import MEASURES
-from ioi_mamba.graph import Universe
+from ioi_mamba.analyses import _circuits
+from ioi_mamba.analyses.positional_attribution import LAST_ONLY, LOST
+from ioi_mamba.analyses.state_similarity import MEASURES
+from ioi_mamba.circuits.graph import Universe
 from ioi_mamba.tasks.ioi import CORRUPTIONS, TEMPLATES
 
 NAMES = {3: "n1", 5: "n2", 7: "n3", 13: "n4", 15: "n5"}

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 import ioi_mamba as im
-from ioi_mamba.attribution import Options, attributions
-from ioi_mamba.evaluator import Evaluator
-from ioi_mamba.faithfulness import areas
-from ioi_mamba.graph import Item, universe_of
-from ioi_mamba.intervals import (
+from ioi_mamba.circuits.attribution import Options, attributions
+from ioi_mamba.circuits.faithfulness import areas
+from ioi_mamba.circuits.graph import Item, universe_of
+from ioi_mamba.circuits.scoring import Evaluator
+from ioi_mamba.passes.intervals import (
     Resampled,
     mean_interval,
     resampled_means,
     share_difference_interval,
     share_interval,
 )
-from ioi_mamba.metrics import effect
-from ioi_mamba.sweep import swept_logit_diffs
+from ioi_mamba.passes.metrics import effect
+from ioi_mamba.passes.sweep import swept_logit_diffs
 
 PAGE = Path(__file__).parent.parent / "docs" / "statistics.md"
 BEGIN, END = "<!-- coverage: written by python -m tests.interval_coverage -->", "<!-- end of coverage -->"

@@ -5,11 +5,11 @@ import json
 
 import pandas as pd
 
-from analyses import _circuits
-from analyses.positional_attribution import LAST_ONLY, LOST
-from ioi_mamba import doctor, paper
+from ioi_mamba import paper, versions
+from ioi_mamba.analyses import _circuits
+from ioi_mamba.analyses.positional_attribution import LAST_ONLY, LOST
+from ioi_mamba.circuits.graph import Universe
 from ioi_mamba.claims.interventions import NOTEBOOK_PROMPT
-from ioi_mamba.graph import Universe
 from ioi_mamba.tasks.ioi import CORRUPTIONS
 
 NAMES = {3: "n1", 5: "n2", 7: "n3", 13: "n4", 15: "n5"}
@@ -199,7 +199,7 @@ def manifest(name, **entries):
         "device": "cpu",
         "dtype": "float32",
         "kernels": [],
-        "versions": doctor.versions(),
+        "versions": versions.versions(),
         "n_pairs": N_PAIRS.get(name, 400),
         "prompts_sha256": {
             prompts.part: prompts.sha256

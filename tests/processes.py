@@ -10,15 +10,17 @@ from multiprocessing import forkserver
 
 import torch
 
-import analyses
-from ioi_mamba import cli, files, report, study
+from ioi_mamba import analyses, files
+from ioi_mamba.cli import main
+from ioi_mamba.report import pages
+from ioi_mamba.study import runs
 
 for _name in analyses.ORDER:
     analyses.load(_name)
 import nnsight  # noqa: E402, F401
 import transformers.models.mamba.modeling_mamba  # noqa: E402, F401
 
-report._bundle()  # kept, so that no forked process makes the chart library's script anew
+pages._bundle()  # kept, so that no forked process makes the chart library's script anew
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
@@ -79,7 +81,7 @@ def _run(writer, arguments, dies, largest_file, set_up):
         set_up()
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    code = cli.main(arguments)
+    code = main.main(arguments)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -113,5 +115,5 @@ def clock_runs_backwards():
             looks.append(1)
             return datetime.now(tz) - timedelta(days=len(looks))
 
-    study.datetime = Backwards
+    runs.datetime = Backwards
     time.time = lambda: genuine() - 86400 * len(looks)

@@ -7,7 +7,7 @@ the dtype of its weights, float64 for comparisons, and gradients flow through al
 import torch
 import torch.nn.functional as F
 
-from ioi_mamba.metrics import logit_diff, normalized_logit_diff
+from ioi_mamba.passes.metrics import logit_diff, normalized_logit_diff
 
 
 def weights_of(model, dtype=torch.float64):

@@ -7,9 +7,9 @@ import pytest
 from conditioning import effect_rounding
 
 import ioi_mamba as im
-from ioi_mamba.acdc import frontiers
+from ioi_mamba.circuits.graph import Circuit, Item, Universe, items_of, universe_of
+from ioi_mamba.circuits.search import frontiers
 from ioi_mamba.errors import InputError
-from ioi_mamba.graph import Circuit, Item, Universe, items_of, universe_of
 
 SEARCHES = {
     "nonpositional": {"recursive": False},

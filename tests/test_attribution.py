@@ -9,10 +9,10 @@ import torch
 from golden import NODES, relative_error
 
 import ioi_mamba as im
-from ioi_mamba.attribution import VARIANTS, Options, attributions, ranked, remembered
+from ioi_mamba.circuits.attribution import VARIANTS, Options, attributions, ranked, remembered
 from ioi_mamba.errors import InputError
-from ioi_mamba.interventions import forward
-from ioi_mamba.metrics import logit_diff, normalized_logit_diff
+from ioi_mamba.passes.forward import forward
+from ioi_mamba.passes.metrics import logit_diff, normalized_logit_diff
 from ioi_mamba.tasks.base import Pairs
 
 TAGS = {"paper": "layers", "detached": "layers_detach", "clean-difference": "layers_cleandiff"}

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import vl_convert
 
-from ioi_mamba import charts, theme
+from ioi_mamba.charts import drawing, theme
 from ioi_mamba.errors import InputError
 
 
@@ -23,7 +23,7 @@ def heatmap_table(labels=("BOS", "n1", ",")):
 
 def test_all_panels_share_one_scale_centred_at_zero():
     table = heatmap_table()
-    spec = charts.position_heatmap(table).to_dict()
+    spec = drawing.position_heatmap(table).to_dict()
     assert spec["facet"]["field"] == "corruption"
     assert "color" not in spec.get("resolve", {}).get("scale", {})
     low, high = spec["spec"]["encoding"]["color"]["scale"]["domain"]
@@ -32,41 +32,41 @@ def test_all_panels_share_one_scale_centred_at_zero():
 
 
 def test_panels_keep_the_order_of_the_table_and_fit_two_to_a_narrow_page():
-    spec = charts.position_heatmap(heatmap_table()).to_dict()
+    spec = drawing.position_heatmap(heatmap_table()).to_dict()
     assert spec["facet"]["sort"] == ["A -> B", "B -> C", "C -> A"]
     assert spec["columns"] * (spec["spec"]["width"] + 90) <= 760
 
 
 def test_tooltips_have_the_value_and_the_number_of_prompts():
-    spec = charts.position_heatmap(heatmap_table()).to_dict()
+    spec = drawing.position_heatmap(heatmap_table()).to_dict()
     assert {"effect", "n", "layer"} <= {tip["field"] for tip in spec["spec"]["encoding"]["tooltip"]}
 
 
 def test_positions_stand_in_their_order_under_their_labels():
-    spec = charts.position_heatmap(heatmap_table()).to_dict()
+    spec = drawing.position_heatmap(heatmap_table()).to_dict()
     assert spec["spec"]["encoding"]["x"]["sort"] == ["BOS", "n1", ","]
 
 
 def test_the_same_token_at_two_positions_stays_two_columns():
-    spec = charts.position_heatmap(heatmap_table(labels=("BOS", ",", "n1", ","))).to_dict()
+    spec = drawing.position_heatmap(heatmap_table(labels=("BOS", ",", "n1", ","))).to_dict()
     assert spec["spec"]["encoding"]["x"]["sort"] == ["BOS @0", ", @1", "n1 @2", ", @3"]
 
 
 def test_infinities_do_not_stretch_the_scale():
-    scale = charts.diverging_scale(pd.Series([0.5, float("inf"), float("nan"), -0.25])).to_dict()
+    scale = drawing.diverging_scale(pd.Series([0.5, float("inf"), float("nan"), -0.25])).to_dict()
     assert scale["domain"] == [-0.5, 0.5]
 
 
 def test_a_table_of_zeros_still_has_a_scale():
-    assert charts.diverging_scale(pd.Series([0.0, 0.0])).to_dict()["domain"] == [-1.0, 1.0]
+    assert drawing.diverging_scale(pd.Series([0.0, 0.0])).to_dict()["domain"] == [-1.0, 1.0]
 
 
 @pytest.mark.parametrize(
     "build",
     [
-        lambda table: charts.matrix_heatmap(table, x="position", y="layer", color="effect"),
-        lambda table: charts.line_with_points(table, x="position", y="effect"),
-        lambda table: charts.bars_with_baseline(table, x="layer", y="effect", baseline=0, baseline_label="b"),
+        lambda table: drawing.matrix_heatmap(table, x="position", y="layer", color="effect"),
+        lambda table: drawing.line_with_points(table, x="position", y="effect"),
+        lambda table: drawing.bars_with_baseline(table, x="layer", y="effect", baseline=0, baseline_label="b"),
     ],
 )
 def test_no_chart_has_more_rows_than_a_page_carries(build):
@@ -93,7 +93,7 @@ def panels_of(n_layers, n_positions, corruptions="ABCDE"):
 
 def test_panels_that_are_too_many_for_one_data_set_have_one_each_and_lose_nothing():
     table = panels_of(64, 20)
-    chart = charts.position_heatmap(table, title="Effects")
+    chart = drawing.position_heatmap(table, title="Effects")
     assert [len(rows) for rows in data_sets(chart)] == [64 * 20] * 5
     spec = chart.to_dict()
     assert [panel["title"] for panel in spec["concat"]] == list("ABCDE")
@@ -110,7 +110,7 @@ def test_panels_that_are_too_many_for_one_data_set_have_one_each_and_lose_nothin
 @pytest.mark.parametrize(("n_positions", "kept"), [(100, 30), (5000, 1)])
 def test_of_panels_with_too_many_cells_the_strongest_layers_are_drawn_and_the_title_says_so(n_positions, kept):
     table = panels_of(64, n_positions, "AB" if n_positions == 5000 else "ABCDE")
-    chart = charts.position_heatmap(table, title="Effects")
+    chart = drawing.position_heatmap(table, title="Effects")
     for rows in data_sets(chart):
         assert {row["layer"] for row in rows} == set(range(64 - kept, 64))
     assert chart.to_dict()["title"]["subtitle"] == [f"the strongest {kept} of 64 layers are drawn"]
@@ -118,27 +118,27 @@ def test_of_panels_with_too_many_cells_the_strongest_layers_are_drawn_and_the_ti
 
 def test_values_of_a_page_are_rounded_below_what_is_seen():
     table = heatmap_table().assign(effect=1 / 3)
-    assert {row["effect"] for row in data_sets(charts.position_heatmap(table))[0]} == {0.33333}
+    assert {row["effect"] for row in data_sets(drawing.position_heatmap(table))[0]} == {0.33333}
 
 
 def test_a_missing_column_is_named():
     with pytest.raises(InputError, match="no column 'effect'"):
-        charts.position_heatmap(heatmap_table().drop(columns="effect"))
+        drawing.position_heatmap(heatmap_table().drop(columns="effect"))
 
 
 def test_a_matrix_has_its_values_in_its_cells_if_asked():
     table = pd.DataFrame({"a": [1, 1, 2, 2], "b": [1, 2, 1, 2], "s": [0.1, 0.2, 0.3, 0.4], "m": "r"})
-    plain = charts.matrix_heatmap(table, x="a", y="b", color="s").to_dict()
+    plain = drawing.matrix_heatmap(table, x="a", y="b", color="s").to_dict()
     assert [layer["mark"]["type"] for layer in plain["layer"]] == ["rect"]
-    written = charts.matrix_heatmap(table, x="a", y="b", color="s", text=True).to_dict()
+    written = drawing.matrix_heatmap(table, x="a", y="b", color="s", text=True).to_dict()
     assert written["layer"][1]["encoding"]["text"]["field"] == "s"
-    signed = charts.matrix_heatmap(table, x="a", y="b", color="s", domain=(-1, 1), facet="m").to_dict()
+    signed = drawing.matrix_heatmap(table, x="a", y="b", color="s", domain=(-1, 1), facet="m").to_dict()
     assert signed["spec"]["layer"][0]["encoding"]["color"]["scale"]["domain"] == [-1, 1]
 
 
 def test_the_baseline_is_drawn_and_named():
     table = pd.DataFrame({"layer": [0, 1], "probability": [0.2, 0.9]})
-    spec = charts.bars_with_baseline(
+    spec = drawing.bars_with_baseline(
         table, x="layer", y="probability", baseline=0.875, baseline_label="whole model"
     ).to_dict()
     assert spec["layer"][1]["mark"]["type"] == "rule"
@@ -156,13 +156,13 @@ def test_the_theme_takes_the_colours_of_the_page():
 @pytest.mark.parametrize("kind", ["svg", "png"])
 def test_a_chart_can_be_saved_as_a_picture(kind, tmp_path):
     path = tmp_path / f"chart.{kind}"
-    charts.position_heatmap(heatmap_table()).save(path)
+    drawing.position_heatmap(heatmap_table()).save(path)
     assert path.stat().st_size > 1000
 
 
 def test_a_square_without_a_value_has_no_text():
     table = pd.DataFrame({"x": ["a", "b"], "y": ["c", "c"], "v": [0.5, None]})
-    svg = vl_convert.vegalite_to_svg(charts.matrix_heatmap(table, x="x", y="y", color="v", text=True).to_dict())
+    svg = vl_convert.vegalite_to_svg(drawing.matrix_heatmap(table, x="x", y="y", color="v", text=True).to_dict())
     written = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
     assert "0.50" in written
     assert "null" not in written

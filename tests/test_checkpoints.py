@@ -20,11 +20,11 @@ from conditioning import assert_same_effects, logit_rounding, widest
 from transformers import AutoModelForCausalLM, FalconMambaConfig, Mamba2Config
 
 import ioi_mamba as im
-from analyses import layer_ablation
-from ioi_mamba import checkpoints
+from ioi_mamba.analyses import layer_ablation
 from ioi_mamba.errors import InputError
-from ioi_mamba.probe import probe
-from ioi_mamba.study import describe_model
+from ioi_mamba.model import checkpoints
+from ioi_mamba.passes.probe import probe
+from ioi_mamba.study.runs import describe_model
 
 D, LAYERS, ROWS = 32, 3, 632  # width; layers; 630 tokens (some of no tokenizer), padded to a multiple of 8
 LAYOUTS = ["hf", "original"]

@@ -9,15 +9,15 @@ import torch
 from scipy import stats
 
 import ioi_mamba as im
-from analyses import _circuits, load
-from analyses.circuit_search import RANKINGS, SEARCH, first_pruned, less_search
-from analyses.positional_attribution import LAST_ONLY, LOST, busiest_layer, without_early_output
-from ioi_mamba.attribution import ranked
+from ioi_mamba.analyses import _circuits, load
+from ioi_mamba.analyses.circuit_search import RANKINGS, SEARCH, first_pruned, less_search
+from ioi_mamba.analyses.positional_attribution import LAST_ONLY, LOST, busiest_layer, without_early_output
+from ioi_mamba.circuits.attribution import ranked
+from ioi_mamba.circuits.faithfulness import MIB_FRACTIONS, areas, size_curve, split_jaccards
+from ioi_mamba.circuits.graph import Circuit, Item, Universe, items_of, universe_of
+from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.errors import InputError
-from ioi_mamba.evaluator import Evaluator
-from ioi_mamba.faithfulness import MIB_FRACTIONS, areas, size_curve, split_jaccards
-from ioi_mamba.graph import Circuit, Item, Universe, items_of, universe_of
-from ioi_mamba.report import chart_spec
+from ioi_mamba.report.pages import chart_spec
 from ioi_mamba.tasks.base import Pairs
 
 NAMES = ("edge-attribution", "positional-attribution", "circuit-search")

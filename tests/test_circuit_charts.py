@@ -8,12 +8,12 @@ import altair as alt
 import pandas as pd
 import pytest
 
-from analyses import _missing_names
-from ioi_mamba import circuit_axes
-from ioi_mamba import circuit_charts as cc
-from ioi_mamba import position_charts as pc
-from ioi_mamba.graph import Universe
-from ioi_mamba.report import chart_spec
+from ioi_mamba.analyses import _missing_names
+from ioi_mamba.charts import circuit_axes
+from ioi_mamba.charts import circuit_charts as cc
+from ioi_mamba.charts import position_charts as pc
+from ioi_mamba.circuits.graph import Universe
+from ioi_mamba.report.pages import chart_spec
 
 LABELS = ["BOS", "x", "n1", ",", "n2", ",", "out"]
 

@@ -15,11 +15,13 @@ from conditioning import assert_same_effects, widest
 from conftest import write_pairs
 from packaging.requirements import Requirement
 
-import analyses
-from analyses import layer_removal
-from ioi_mamba import cli, doctor, options
-from ioi_mamba.cli import main
-from ioi_mamba.sites import SITES
+from ioi_mamba import analyses, versions
+from ioi_mamba.analyses import layer_removal
+from ioi_mamba.cli import doctor
+from ioi_mamba.cli.main import _columns, _default_out, main
+from ioi_mamba.model import sites
+from ioi_mamba.model.sites import SITES
+from ioi_mamba.study import options
 from ioi_mamba.tasks.base import Pairs
 
 
@@ -179,7 +181,7 @@ def test_bad_input_in_a_process_of_its_own_writes_one_line(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "ioi_mamba", "run", "layer-removal", "--model", "no/such-model"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(doctor.__file__).parents[2])},
         capture_output=True,
         text=True,
     )
@@ -190,8 +192,8 @@ def test_bad_input_in_a_process_of_its_own_writes_one_line(tmp_path):
 
 
 def test_the_default_directory_names_model_and_time():
-    assert str(cli._default_out("state-spaces/mamba-370m-hf", "ioi")).startswith("reports/mamba-370m-hf-2")
-    assert str(cli._default_out("..", "ioi")).startswith("reports/model-2")
+    assert str(_default_out("state-spaces/mamba-370m-hf", "ioi")).startswith("reports/mamba-370m-hf-2")
+    assert str(_default_out("..", "ioi")).startswith("reports/model-2")
 
 
 @pytest.mark.parametrize(
@@ -232,8 +234,8 @@ def test_sites_lists_every_hook(capsys):
     ],
 )
 def test_the_doctor_asks_what_the_metadata_asks_of_every_run(line, good, monkeypatch):
-    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: [line])
-    found = [doctor._check_version(wanted) for wanted in doctor.requirements()]
+    monkeypatch.setattr(versions.importlib.metadata, "requires", lambda _: [line])
+    found = [doctor._check_version(wanted) for wanted in versions.requirements()]
     assert [check.good for check in found] == ([] if good is None else [good])
     for check in found:
         assert check.good or "supported: " in check.says
@@ -243,19 +245,19 @@ def test_the_doctor_takes_the_ranges_of_the_project_and_has_none_of_its_own():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     supported = {wanted.name: wanted.specifier for wanted in map(Requirement, project["dependencies"])}
     # A checkout that was installed before pyproject.toml changed still has the metadata of then.
-    for wanted in doctor.requirements():
+    for wanted in versions.requirements():
         assert wanted.name in supported
-    assert {"torch", "nnsight", "transformers"} <= {wanted.name for wanted in doctor.requirements()}
-    for source in (Path(doctor.__file__), Path(doctor.__file__).with_name("sites.py")):
+    assert {"torch", "nnsight", "transformers"} <= {wanted.name for wanted in versions.requirements()}
+    for source in (Path(doctor.__file__), Path(versions.__file__), Path(sites.__file__)):
         assert not re.search(r"\b5\.\d\d\b", source.read_text()), source
 
 
 def test_sources_that_are_not_installed_ask_for_nothing(monkeypatch):
     def missing(package):
-        raise doctor.importlib.metadata.PackageNotFoundError(package)
+        raise versions.importlib.metadata.PackageNotFoundError(package)
 
-    monkeypatch.setattr(doctor.importlib.metadata, "requires", missing)
-    assert doctor.requirements() == []
+    monkeypatch.setattr(versions.importlib.metadata, "requires", missing)
+    assert versions.requirements() == []
 
 
 def test_the_doctor_finds_mini_well(capsys):
@@ -298,7 +300,7 @@ def test_a_reader_that_has_seen_enough_ends_the_command_in_silence(command, tmp_
         [sys.executable, "-m", "ioi_mamba", *command],
         stdout=writing,
         stderr=subprocess.PIPE,
-        env=environment | {"PYTHONPATH": str(Path(cli.__file__).parents[1])},
+        env=environment | {"PYTHONPATH": str(Path(doctor.__file__).parents[2])},
     )
     os.close(writing)
     assert process.returncode == 0
@@ -307,15 +309,15 @@ def test_a_reader_that_has_seen_enough_ends_the_command_in_silence(command, tmp_
 
 def test_a_table_fits_the_terminal_and_is_whole_in_a_file(monkeypatch):
     rows = [("name", "what it means"), ("delta", " ".join(["the step of the recurrence"] * 6))]
-    assert cli._columns(rows) == f"name   what it means\ndelta  {rows[1][1]}"
+    assert _columns(rows) == f"name   what it means\ndelta  {rows[1][1]}"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "60")
-    lines = cli._columns(rows).splitlines()
+    lines = _columns(rows).splitlines()
     assert len(lines) > 3
     assert max(map(len, lines)) <= 60
     assert " ".join(line[7:] for line in lines[1:]) == rows[1][1]
     monkeypatch.setenv("COLUMNS", "10")  # words are never broken
-    assert set(cli._columns(rows).split()) == set(" ".join(map(" ".join, rows)).split())
+    assert set(_columns(rows).split()) == set(" ".join(map(" ".join, rows)).split())
 
 
 def test_the_doctor_opens_the_model_it_is_asked_about(tiny_mamba_dir, tmp_path, capsys):

@@ -10,11 +10,13 @@ import pass_rates
 import pytest
 import torch
 
-import analyses
-from analyses.positional_attribution import LAST_ONLY, LOST
-from ioi_mamba import claims, compare, paper, report, study
-from ioi_mamba.cli import main
+from ioi_mamba import analyses, claims, paper
+from ioi_mamba.analyses.positional_attribution import LAST_ONLY, LOST
+from ioi_mamba.claims import compare
+from ioi_mamba.cli.main import main
 from ioi_mamba.errors import InputError
+from ioi_mamba.report import pages
+from ioi_mamba.study import runs
 
 UNMEASURED = {"gpt2_small_removal", "steer_counts"}
 TOO_FEW = {"model_accuracy", "cos_lines"}
@@ -357,7 +359,7 @@ def test_mini_is_asked_relative_claims_and_never_passed_off(mini, tmp_path, caps
 def test_the_report_has_the_claims_first_and_what_carries_the_names_second(published, tmp_path):
     directory = tmp_path / "out"
     paper_run.write(directory, published)
-    page = report.write_report(directory).read_text()
+    page = pages.write_report(directory).read_text()
     order = [page.index(f'<section id="{name}"') for name in ("claims", "names-summary", *analyses.available())]
     assert order == sorted(order)
     section = page[order[0] : order[1]]
@@ -369,7 +371,7 @@ def test_the_report_has_the_claims_first_and_what_carries_the_names_second(publi
     assert 'data-chart="names-summary-chart"' in page
     few = tmp_path / "few"
     paper_run.write(few, {"layer-removal": published["layer-removal"]})
-    assert 'id="names-summary"' not in report.write_report(few).read_text()
+    assert 'id="names-summary"' not in pages.write_report(few).read_text()
 
 
 def _empty(directory, tables):
@@ -613,7 +615,7 @@ def test_the_published_prompts_are_told_by_their_texts_and_not_by_seed_and_numbe
 def test_a_run_on_a_file_of_prompts_does_not_pass_as_the_published_one(mini, tmp_path):
     """20 prompts, and a seed of 27 that nothing was drawn from."""
     own = analyses.load("layer-removal").default_pairs(mini.tokenizer, 10, 5)
-    study.run_study(mini, ["layer-removal"], tmp_path, pairs=own, held_out=own, seed=27, options={"steps": 1})
+    runs.run_study(mini, ["layer-removal"], tmp_path, pairs=own, held_out=own, seed=27, options={"steps": 1})
     made = json.loads((tmp_path / "layer-removal.json").read_text())
     assert (made["seed"], made["n_pairs"]) == (27, 20)
     removal = paper_run.layer_removal()

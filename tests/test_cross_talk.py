@@ -7,9 +7,9 @@ from conditioning import logit_rounding
 from conftest import VOCAB
 
 import ioi_mamba as im
-from analyses import cross_talk
-from ioi_mamba import metrics
+from ioi_mamba.analyses import cross_talk
 from ioi_mamba.errors import InputError
+from ioi_mamba.passes import metrics
 from ioi_mamba.tasks.base import Pairs
 
 

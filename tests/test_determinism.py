@@ -12,8 +12,8 @@ import torch
 from conditioning import assert_same_effects, logit_rounding, widest
 
 import ioi_mamba as im
-from analyses import edge_attribution, layer_ablation, layer_removal, name_steering
-from ioi_mamba.study import run_study
+from ioi_mamba.analyses import edge_attribution, layer_ablation, layer_removal, name_steering
+from ioi_mamba.study.runs import run_study
 from ioi_mamba.tasks.base import Pairs
 
 DOCUMENTED = {"USE_HUB_KERNELS", "TORCHINDUCTOR_CACHE_DIR"}  # ours, as `models.open_model` says; and torch's own
@@ -98,7 +98,8 @@ def test_importing_changes_no_variable_generator_or_default(tried):
         " torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(), os.getcwd(),"
         " signal.getsignal(signal.SIGINT))\n"
         "before = now()\n"
-        "import ioi_mamba, analyses, ioi_mamba.cli, ioi_mamba.study, ioi_mamba.report\n"
+        "import ioi_mamba.cli.main, ioi_mamba.study.runs, ioi_mamba.report.pages\n"
+        "from ioi_mamba import analyses\n"
         "[analyses.load(name) for name in analyses.available()]\n"
         "assert now() == before\n"
     )

@@ -12,10 +12,10 @@ import paper_run
 import pytest
 import torch
 
-import analyses
 import ioi_mamba
 import ioi_mamba.paper
-from ioi_mamba.sites import MODEL_SITES, SITES
+from ioi_mamba import analyses
+from ioi_mamba.model.sites import MODEL_SITES, SITES
 from ioi_mamba.tasks.prompts import NAME_LIST_KEYS, TEXT_KEYS
 
 ROOT = Path(__file__).parent.parent
@@ -116,7 +116,7 @@ def test_every_command_and_experiment_is_in_the_readme():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in analyses.available():
         assert f"| {name} |" in text
-    from ioi_mamba.cli import _parser
+    from ioi_mamba.cli.main import _parser
 
     for action in _parser()._subparsers._group_actions[0].choices:
         assert re.search(rf"\b{action}\b", text), action

@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MambaConfig
 
-import analyses
 import ioi_mamba as im
-from ioi_mamba.graph import Item, masks_of, universe_of
-from ioi_mamba.patching import corrupted_run, patched_run
-from ioi_mamba.study import run_study
-from ioi_mamba.sweep import resample_sweep
+from ioi_mamba import analyses
+from ioi_mamba.circuits.graph import Item, masks_of, universe_of
+from ioi_mamba.circuits.patching import corrupted_run, patched_run
+from ioi_mamba.passes.sweep import resample_sweep
+from ioi_mamba.study.runs import run_study
 
 PAGE = Path(__file__).parents[1] / "docs/dtypes.md"
 BEGIN, END = "<!-- begin: written by tests/test_dtypes.py -->", "<!-- end -->"

@@ -7,9 +7,9 @@ import torch
 from scipy import stats
 
 import ioi_mamba as im
-from analyses import load
-from ioi_mamba import metrics
-from ioi_mamba.sweep import swept_logit_diffs
+from ioi_mamba.analyses import load
+from ioi_mamba.passes import metrics
+from ioi_mamba.passes.sweep import swept_logit_diffs
 from ioi_mamba.tasks import ioi
 
 SITES = {"layer-ablation": "layer_input", "state-ablation": "h", "output-ablation": "out_proj"}

@@ -9,12 +9,12 @@ import torch
 from conditioning import effect_rounding
 
 import ioi_mamba as im
-from ioi_mamba import evaluator as evaluators
-from ioi_mamba import faithfulness as fa
-from ioi_mamba import metrics
-from ioi_mamba.attribution import Options, attribute, attributions, ranked
+from ioi_mamba.circuits import faithfulness as fa
+from ioi_mamba.circuits import scoring as evaluators
+from ioi_mamba.circuits.attribution import Options, attribute, attributions, ranked
+from ioi_mamba.circuits.graph import Circuit, Item, kind_of, universe_of
 from ioi_mamba.errors import InputError
-from ioi_mamba.graph import Circuit, Item, kind_of, universe_of
+from ioi_mamba.passes import metrics
 
 
 @pytest.fixture(scope="module")

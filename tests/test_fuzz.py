@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ioi_mamba as im
-from ioi_mamba import metrics, results
-from ioi_mamba.cli import main
+from ioi_mamba.cli.main import main
 from ioi_mamba.errors import InputError
-from ioi_mamba.sites import MODEL_SITES, SITES, parse
+from ioi_mamba.model.sites import MODEL_SITES, SITES, parse
+from ioi_mamba.passes import metrics
+from ioi_mamba.results import stored
 from ioi_mamba.tasks.base import Pairs
 
 
@@ -287,7 +288,7 @@ def test_a_manifest_and_a_table_are_read_or_refused(n, tmp_path, tried):
         (tmp_path / "x.json").write_text(json.dumps(manifest))
         (tmp_path / "x.parquet").write_bytes(table)
         try:
-            assert results.read_result(tmp_path, "x") is None or len(table)
+            assert stored.read_result(tmp_path, "x") is None or len(table)
         except InputError as error:
             one_sentence(error)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import ioi_mamba as im
-from ioi_mamba import sites
-from ioi_mamba.sweep import resample_sweep
+from ioi_mamba.model import sites
+from ioi_mamba.passes.sweep import resample_sweep
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 

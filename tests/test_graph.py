@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ioi_mamba as im
+from ioi_mamba.circuits.graph import Circuit, Item, Universe, conv_parts, items_of, kind_of, masks_of, universe_of
+from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.errors import InputError
-from ioi_mamba.evaluator import Evaluator
-from ioi_mamba.graph import Circuit, Item, Universe, conv_parts, items_of, kind_of, masks_of, universe_of
-from ioi_mamba.sweep import resample_sweep
+from ioi_mamba.passes.sweep import resample_sweep
 
 UNIVERSE = Universe(3, 3, parts=True, n_positions=2)
 LAYERS = Universe(3)

@@ -10,13 +10,16 @@ from conftest import save_mamba
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import analyses
 import ioi_mamba as im
-from analyses import conv_shift
-from ioi_mamba import baseline, compare, report, study, tasks
-from ioi_mamba.cli import main
+from ioi_mamba import analyses, tasks
+from ioi_mamba.analyses import conv_shift
+from ioi_mamba.claims import compare
+from ioi_mamba.cli.main import main
 from ioi_mamba.errors import InputError
-from ioi_mamba.results import read_manifest
+from ioi_mamba.report import pages
+from ioi_mamba.results import baseline
+from ioi_mamba.results.stored import read_manifest
+from ioi_mamba.study import runs
 from ioi_mamba.tasks import greater_than as task
 
 
@@ -153,9 +156,7 @@ def test_measures_agree_with_stock_logits(knows_years):
 def test_every_experiment_that_needs_no_names_runs_on_it(knows_years, tmp_path):
     names = [name for name in analyses.available() if not getattr(analyses.load(name), "NEEDS_NAMES", False)]
     options = {"target": 0.0}
-    page = study.run_study(
-        knows_years, names, tmp_path, task="greater-than", n_pairs=6, options=options, progress=False
-    )
+    page = runs.run_study(knows_years, names, tmp_path, task="greater-than", n_pairs=6, options=options, progress=False)
     text = page.read_text()
     assert set(names) == set(analyses.available()) - {"name-steering"}
     for name in names:
@@ -166,7 +167,7 @@ def test_every_experiment_that_needs_no_names_runs_on_it(knows_years, tmp_path):
         # A random model guesses: its page has the numbers, and charts only of what its answers do not decide.
         assert (f'data-chart="{name}-chart"' in text) == (name == "state-similarity")
         assert f"rows of <code>{name}.parquet</code>" in text
-        assert report.chart_spec(analyses.load(name).chart(pd.read_parquet(tmp_path / f"{name}.parquet")))
+        assert pages.chart_spec(analyses.load(name).chart(pd.read_parquet(tmp_path / f"{name}.parquet")))
     assert "could not be drawn" not in text.split("<main")[1].split("</main>")[0]
     assert task.TITLE in text
     assert 'id="claims"' not in text
@@ -176,12 +177,12 @@ def test_every_experiment_that_needs_no_names_runs_on_it(knows_years, tmp_path):
 
 def test_names_and_other_tasks_tables_are_refused(knows_years, tmp_path):
     with pytest.raises(InputError, match="about names"):
-        study.run_study(knows_years, ["name-steering"], tmp_path, task="greater-than", n_pairs=4, progress=False)
+        runs.run_study(knows_years, ["name-steering"], tmp_path, task="greater-than", n_pairs=4, progress=False)
     assert not list(tmp_path.iterdir())
-    study.run_study(knows_years, ["layer-removal"], tmp_path, task="greater-than", n_pairs=4, progress=False)
+    runs.run_study(knows_years, ["layer-removal"], tmp_path, task="greater-than", n_pairs=4, progress=False)
     ioi_pairs = task.generate(knows_years.tokenizer, 4, 1)
     with pytest.raises(InputError, match="of the task greater-than"):
-        study.run_study(knows_years, ["layer-removal"], tmp_path, pairs=ioi_pairs, progress=False)
+        runs.run_study(knows_years, ["layer-removal"], tmp_path, pairs=ioi_pairs, progress=False)
 
 
 def test_the_bottleneck_is_looked_for_on_the_pairs_given(knows_years):
@@ -219,7 +220,7 @@ def test_a_model_that_cannot_do_the_task_gets_a_loud_note(mini, tmp_path):
     assert baseline.is_below(manifest)
     page = (tmp_path / "index.html").read_text()
     assert page.count("mini cannot do this task") == 2  # at the top and in the section
-    study.run_study(mini, ["layer-removal"], tmp_path / "ioi", n_pairs=4, progress=False)
+    runs.run_study(mini, ["layer-removal"], tmp_path / "ioi", n_pairs=4, progress=False)
     assert "cannot do this task" not in (tmp_path / "ioi" / "index.html").read_text()
 
 
@@ -241,7 +242,7 @@ def test_compare_without_a_directory_takes_the_newest_run(mini, tmp_path, monkey
     assert main(["compare"]) == 2
     assert "no run under reports/" in capsys.readouterr().err
     for name in ("old", "new"):
-        study.run_study(mini, ["layer-removal"], tmp_path / "reports" / name, n_pairs=2, progress=False)
+        runs.run_study(mini, ["layer-removal"], tmp_path / "reports" / name, n_pairs=2, progress=False)
     assert main(["compare"]) == 0
     assert capsys.readouterr().out.startswith("reports/new\n")
     assert (tmp_path / "reports" / "new" / "compare.parquet").is_file()
@@ -263,5 +264,5 @@ def test_on_a_server_in_a_sandbox_it_gives_what_it_gives_here(sandboxed_ndif_ser
     pairs = task.generate(mini.tokenizer, 6, 27)
     assert baseline.clean_accuracies(there, [pairs]) == baseline.clean_accuracies(mini, [pairs])
     assert task.measures(there, pairs) == pytest.approx(task.measures(mini, pairs), abs=1e-7)
-    study.run_study(there, ["layer-removal"], tmp_path, task="greater-than", n_pairs=6, progress=False)
+    runs.run_study(there, ["layer-removal"], tmp_path, task="greater-than", n_pairs=6, progress=False)
     assert read_manifest(tmp_path / "layer-removal.json")["requests"]["count"] == 1

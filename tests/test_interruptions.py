@@ -15,11 +15,12 @@ import pytest
 from conftest import save_mamba
 from transformers import AutoTokenizer
 
-import analyses
-from ioi_mamba import cli, lock
+from ioi_mamba import analyses
+from ioi_mamba.cli import main
 from ioi_mamba.errors import InputError
-from ioi_mamba.models import MINI
-from ioi_mamba.results import read_manifest
+from ioi_mamba.model.opening import MINI
+from ioi_mamba.results import lock
+from ioi_mamba.results.stored import read_manifest
 
 NAMES = ("layer-ablation", "layer-removal", "conv-shift")
 FEW = {"target": 0, "threshold": 0.9, "compare_prompts": 0, "exact_prompts": 2, "part_prompts": 2, "steps": 2}
@@ -164,7 +165,7 @@ def test_a_second_run_into_the_same_directory_is_refused_by_its_owner_and_age(
     first.signal(signal.SIGSTOP)
     try:
         held = {path.name: path.read_bytes() for path in out.iterdir()}
-        assert cli.main([*arguments, "--out", str(out)]) == 2
+        assert main.main([*arguments, "--out", str(out)]) == 2
         said = capsys.readouterr().err.strip().splitlines()[-1]
         assert f"in use by process {first.process.pid} on {lock.platform.node()}, for" in said
         assert {path.name: path.read_bytes() for path in out.iterdir()} == held

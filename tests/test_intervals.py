@@ -8,9 +8,9 @@ import torch
 from scipy import stats
 
 import ioi_mamba as im
-from ioi_mamba import intervals
-from ioi_mamba.intervals import Mean, Resampled
-from ioi_mamba.metrics import wilson_interval
+from ioi_mamba.passes import intervals
+from ioi_mamba.passes.intervals import Mean, Resampled
+from ioi_mamba.passes.metrics import wilson_interval
 from ioi_mamba.tasks.base import Pairs
 
 ALONE = torch.arange(58)
@@ -156,6 +156,6 @@ def test_corruptions_are_drawn_apart_the_first_from_the_seed_itself(mini):
 
 
 def effects_pairs(mini):
-    from analyses import load
+    from ioi_mamba.analyses import load
 
     return load("layer-ablation").default_pairs(mini.tokenizer, 4, 27).by("corruption")

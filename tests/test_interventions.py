@@ -8,10 +8,10 @@ from conditioning import logit_rounding
 from golden import at_last, relative_error
 
 import ioi_mamba as im
-from ioi_mamba import scan, sites
 from ioi_mamba.errors import InputError
-from ioi_mamba.interventions import Start, forward
-from ioi_mamba.sweep import Roll
+from ioi_mamba.model import scan, sites
+from ioi_mamba.passes.forward import Start, forward
+from ioi_mamba.passes.sweep import Roll
 
 MODELS = ["golden", "odd", "mini"]
 BY_NAME = {intervention["name"]: intervention for intervention in golden.LISTS["interventions"]}

@@ -9,7 +9,7 @@ from conftest import VOCAB
 from transformers import BambaConfig, BambaForCausalLM
 
 import ioi_mamba as im
-from analyses import layer_removal
+from ioi_mamba.analyses import layer_removal
 from ioi_mamba.errors import InputError
 from ioi_mamba.tasks.base import Pairs
 

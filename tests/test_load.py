@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ioi_mamba as im
-from analyses import layer_ablation, layer_removal
+from ioi_mamba.analyses import layer_ablation, layer_removal
 from ioi_mamba.tasks.base import Pairs
 
 PAGE = os.sysconf("SC_PAGE_SIZE")

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import ioi_mamba as im
-from ioi_mamba import memory, study
+from ioi_mamba.circuits.graph import universe_of
+from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.errors import InputError
-from ioi_mamba.evaluator import Evaluator
-from ioi_mamba.graph import universe_of
-from ioi_mamba.memory import PASSES, check_fits, needed_mib, row_mib, rows_per_pass
-from ioi_mamba.sweep import resample_sweep
+from ioi_mamba.model import memory
+from ioi_mamba.model.memory import PASSES, check_fits, needed_mib, row_mib, rows_per_pass
+from ioi_mamba.passes.sweep import resample_sweep
+from ioi_mamba.study import runs
 
 
 @pytest.mark.parametrize("kind", PASSES)
@@ -62,7 +63,7 @@ def test_what_is_free_is_less_than_what_the_machine_has():
 def test_a_study_refuses_before_it_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "available_mib", lambda _: 0.001)
     with pytest.raises(InputError, match="layer-ablation with 4 pairs"):
-        study.run_study(golden.model(), ["layer-ablation"], tmp_path, pairs=golden.random_pairs("golden"))
+        runs.run_study(golden.model(), ["layer-ablation"], tmp_path, pairs=golden.random_pairs("golden"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ioi_mamba import metrics
 from ioi_mamba.errors import InputError
+from ioi_mamba.passes import metrics
 
 ANSWER = torch.tensor([0, 2])
 WRONG = torch.tensor([1, 3])

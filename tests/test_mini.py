@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ioi_mamba.errors import InputError
-from ioi_mamba.mini import DIRECTORY, corpus, train
+from ioi_mamba.files import MINI
+from ioi_mamba.mini import corpus, train
 from ioi_mamba.mini.corpus import ANSWER, document, vocabulary
 from ioi_mamba.mini.tokenizer import build_tokenizer
 from ioi_mamba.tasks import ioi
@@ -39,12 +40,12 @@ TINY = Tiny()
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(DIRECTORY)
+    return AutoTokenizer.from_pretrained(MINI)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return AutoModelForCausalLM.from_pretrained(DIRECTORY).eval()
+    return AutoModelForCausalLM.from_pretrained(MINI).eval()
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_a_word_of_any_length_is_cut_into_pieces_and_not_unknown(tokenizer, lett
 
 
 def test_the_checkpoint_fits_in_10_mb_and_has_the_promised_sizes(model):
-    files = [path for path in DIRECTORY.iterdir() if path.is_file()]
+    files = [path for path in MINI.iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 10_000_000
     assert model.config.model_type == "mamba"
     assert model.config.num_hidden_layers >= 8
@@ -133,7 +134,7 @@ def test_every_template_with_every_corruption_is_as_accurate_as_the_card_says(mo
     figures = train.measure(model, corpus.evaluation_sets(tokenizer, corpus.HELD_OUT_SEED))
     assert len(figures) == 2 + 4 * 5 + 1
     assert all(map(accurate, figures))
-    assert train.as_table(figures) in (DIRECTORY / "README.md").read_text(encoding="utf-8")
+    assert train.as_table(figures) in (MINI / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_embedded_model_is_measured_as_transformers_runs_it(model, tokenizer):

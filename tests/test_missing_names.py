@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from analyses import _missing_names as mn
+from ioi_mamba.analyses import _missing_names as mn
 
 LABELS = ["BOS", "n1", "n2", "out"]
 LAYERS = range(5)

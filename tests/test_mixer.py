@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import ioi_mamba as im
-from ioi_mamba import sites
 from ioi_mamba.errors import InputError
+from ioi_mamba.model import sites
 
 PLAIN = [site for site in sites.SITES if site not in ("h", "conv_slice")]
 TOKENS = golden.golden_pairs().clean

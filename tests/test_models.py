@@ -10,7 +10,7 @@ import torch
 
 import ioi_mamba as im
 from ioi_mamba.errors import InputError
-from ioi_mamba.interventions import forward
+from ioi_mamba.passes.forward import forward
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import ioi_mamba as im
-from analyses import layer_ablation, name_steering
-from ioi_mamba import bottleneck, steering
+from ioi_mamba.analyses import layer_ablation, name_steering
 from ioi_mamba.errors import InputError
-from ioi_mamba.intervals import share_interval
-from ioi_mamba.sweep import resample_sweep
+from ioi_mamba.passes.intervals import share_interval
+from ioi_mamba.passes.sweep import resample_sweep
+from ioi_mamba.steering import bottleneck, steer
 from ioi_mamba.tasks.base import Pairs
 
 SLOTS = ("n1", "n2", "n3", "n4", "n5")
@@ -47,7 +47,7 @@ def pairs(mini):
 
 @pytest.fixture(scope="module")
 def averages(mini, pairs, place):
-    return steering.averages(mini, pairs, place.layer, offset=place.offset)
+    return steer.averages(mini, pairs, place.layer, offset=place.offset)
 
 
 def by_hand(model, pairs, place, leave_out=()):
@@ -95,7 +95,7 @@ def test_averages_are_those_of_prompts_read_one_at_a_time(mini, pairs, place, av
 @pytest.mark.parametrize("offset", [0, 1, 3])
 def test_averages_may_be_taken_anywhere_after_the_name(mini, pairs, place, offset):
     part, place = pairs[:15], place._replace(offset=offset)
-    made = steering.averages(mini, part, place.layer, offset=offset)
+    made = steer.averages(mini, part, place.layer, offset=offset)
     for (name, slot), found in by_hand(mini, part, place).items():
         mean = made.look_up(torch.tensor([name]), slot)[0]
         torch.testing.assert_close(mean, torch.stack(found).mean(0), atol=1e-5, rtol=1e-4)
@@ -103,7 +103,7 @@ def test_averages_may_be_taken_anywhere_after_the_name(mini, pairs, place, offse
 
 def test_a_name_too_near_the_end_has_no_average(mini, pairs):
     part = pairs[:15]
-    made = steering.averages(mini, part, 0, offset=5)
+    made = steer.averages(mini, part, 0, offset=5)
     assert (made.count[:, 4] == 0).all()
     assert int(made.count[:, 3].sum()) == 2 * len(part)
 
@@ -112,14 +112,14 @@ def test_prompts_left_out_are_in_no_average(mini, pairs, place):
     part = pairs[:20]
     out = part.clean[:3]
     kept = by_hand(mini, part, place, leave_out=out.tolist())
-    made = steering.averages(mini, part, place.layer, offset=place.offset, leave_out=out)
+    made = steer.averages(mini, part, place.layer, offset=place.offset, leave_out=out)
     assert int(made.count.sum()) == sum(map(len, kept.values())) < 2 * len(part) * 5
     for (name, slot), found in kept.items():
         torch.testing.assert_close(
             made.look_up(torch.tensor([name]), slot)[0], torch.stack(found).mean(0), atol=1e-5, rtol=1e-4
         )
     with pytest.raises(InputError, match="left out"):
-        steering.averages(mini, part, place.layer, leave_out=torch.cat([part.clean, part.corrupted]))
+        steer.averages(mini, part, place.layer, leave_out=torch.cat([part.clean, part.corrupted]))
 
 
 def test_the_test_prompts_are_the_published_ones(mini):
@@ -262,7 +262,7 @@ def test_with_enough_prompts_a_name_the_averages_are_the_published_ones(mini, pl
 
 
 def test_steer_continues_as_the_prompt_edited_by_hand(mini, pairs, place, averages, vectors):
-    for method in steering.METHODS:
+    for method in steer.METHODS:
         row, slot = 3, "n3"
         at, tokens = int(pairs.roles[slot][row]), pairs.clean[row, : int(pairs.last[row]) + 1]
         old = int(tokens[at])
@@ -277,13 +277,13 @@ def test_steer_continues_as_the_prompt_edited_by_hand(mini, pairs, place, averag
             grown = torch.cat([grown, logits.argmax()[None]])
         assert pairs.texts is not None
         text = pairs.texts[row][0]
-        found = steering.steer(mini, text, {slot: word}, method=method, averages=averages, max_new_tokens=3)
+        found = steer.steer(mini, text, {slot: word}, method=method, averages=averages, max_new_tokens=3)
         assert found == mini.tokenizer.decode(expected)
 
 
 def test_steer_without_names_is_the_model_itself(mini, averages):
     prompt = "Then, Sarah, Ivan and Leah went to the office. Sarah and Ivan gave a bone to"
-    assert steering.steer(mini, prompt, {}, averages=averages, max_new_tokens=1) == " Leah"
+    assert steer.steer(mini, prompt, {}, averages=averages, max_new_tokens=1) == " Leah"
 
 
 def test_several_names_are_rewritten_in_one_pass(mini, pairs, place, averages, vectors):
@@ -302,29 +302,29 @@ def test_several_names_are_rewritten_in_one_pass(mini, pairs, place, averages, v
     expected = int(im.run(mini, tokens[None], {place.hook: edit})[0, -1].argmax())
     words = {slot: mini.tokenizer.decode([name]).strip() for slot, name in new.items()}
     assert pairs.texts is not None
-    found = steering.steer(mini, pairs.texts[row][0], words, averages=averages, method="replace", max_new_tokens=1)
+    found = steer.steer(mini, pairs.texts[row][0], words, averages=averages, method="replace", max_new_tokens=1)
     assert found == mini.tokenizer.decode([expected])
 
 
 def test_the_averages_of_steer_are_made_once_for_a_model_and_a_place(mini, monkeypatch):
-    made, real = [], steering.averages
-    monkeypatch.setattr(steering, "_PAIRS_FOR_STEER", 40)
-    monkeypatch.setattr(steering, "averages", lambda *a, **k: made.append((a[2], k["offset"])) or real(*a, **k))
-    monkeypatch.setattr(steering, "find_layer", lambda model: 3)
+    made, real = [], steer.averages
+    monkeypatch.setattr(steer, "_PAIRS_FOR_STEER", 40)
+    monkeypatch.setattr(steer, "averages", lambda *a, **k: made.append((a[2], k["offset"])) or real(*a, **k))
+    monkeypatch.setattr(steer, "find_layer", lambda model: 3)
     prompt = "Then, Sarah, Ivan and Leah went to the office. Sarah and Ivan gave a bone to"
-    monkeypatch.setattr(steering, "find_offset", lambda model, layer: 2)
+    monkeypatch.setattr(steer, "find_offset", lambda model, layer: 2)
     for layer, offset in ((1, 0), (1, 0), (1, 1), (None, None), (None, None), (3, None)):
-        steering.steer(mini, prompt, {}, layer=layer, offset=offset, max_new_tokens=1)
+        steer.steer(mini, prompt, {}, layer=layer, offset=offset, max_new_tokens=1)
     assert made == [(1, 0), (1, 1), (3, 2)]
 
 
 def test_after_the_weights_changed_the_averages_and_the_layer_are_those_of_the_new_weights(monkeypatch):
-    monkeypatch.setattr(steering, "_PAIRS_FOR_STEER", 40)
+    monkeypatch.setattr(steer, "_PAIRS_FOR_STEER", 40)
     model = im.open_model("mini", device="cpu")
     looked = []
-    monkeypatch.setattr(steering, "find_layer", lambda model: looked.append(1) or 2)
-    first = steering._kept_averages(model, None, 1)
-    assert steering._kept_averages(model, None, 1) is first
+    monkeypatch.setattr(steer, "find_layer", lambda model: looked.append(1) or 2)
+    first = steer._kept_averages(model, None, 1)
+    assert steer._kept_averages(model, None, 1) is first
     convolution = model._module.backbone.layers[0].mixer.conv1d
     before = convolution.bias.data.clone()
     edits = (
@@ -335,13 +335,13 @@ def test_after_the_weights_changed_the_averages_and_the_layer_are_those_of_the_n
     for number, edit in enumerate(edits, 2):
         with torch.no_grad():
             edit()
-        found = steering._kept_averages(model, None, 1)
+        found = steer._kept_averages(model, None, 1)
         pairs = im.ioi.generate(model.tokenizer, 40, 27)
-        torch.testing.assert_close(found.mean, steering.averages(model, pairs, 2, offset=1).mean)
+        torch.testing.assert_close(found.mean, steer.averages(model, pairs, 2, offset=1).mean)
         assert (found.mean - first.mean).abs().max() > 1e-3
         assert len(looked) == number
     convolution.bias.data = before
-    torch.testing.assert_close(steering._kept_averages(model, None, 1).mean, first.mean)
+    torch.testing.assert_close(steer._kept_averages(model, None, 1).mean, first.mean)
 
 
 def test_the_bottleneck_is_the_one_of_layer_ablation(mini):
@@ -387,29 +387,29 @@ def test_names_that_cannot_be_steered_are_refused(mini, averages, names, message
     seen = [mini.tokenizer.decode([int(name)]).strip() for name in averages.names[:3]]
     prompt = f"Then, {seen[0]}, {seen[1]} and {seen[2]} went to the office. {seen[0]} and {seen[1]} gave a bone to"
     with pytest.raises(InputError, match=message):
-        steering.steer(mini, prompt, names, averages=averages)
+        steer.steer(mini, prompt, names, averages=averages)
 
 
 def test_other_bad_input_is_refused(mini, pairs, place, averages, tiny_mamba):
     prompt = "Then, Sarah, Ivan and Leah went to the office. Sarah and Ivan gave a bone to"
     with pytest.raises(InputError, match=f"averages are those of layer {place.layer} and offset {place.offset}"):
-        steering.steer(mini, prompt, {}, layer=place.layer + 1, averages=averages)
+        steer.steer(mini, prompt, {}, layer=place.layer + 1, averages=averages)
     with pytest.raises(InputError, match="empty"):
-        steering.steer(mini, "", {}, averages=averages)
+        steer.steer(mini, "", {}, averages=averages)
     for text, names in (([prompt], {}), (prompt, ["Mary"]), (pairs.clean, {})):
         with pytest.raises(InputError, match="one prompt at a time"):
-            steering.steer(mini, text, names, averages=averages)
+            steer.steer(mini, text, names, averages=averages)
     at, name = torch.tensor([3]), averages.names[:1]
     with pytest.raises(InputError, match="method"):
-        steering.steering_edit(averages, "swap", at, name, name, "n1")
+        steer.steering_edit(averages, "swap", at, name, name, "n1")
     with pytest.raises(InputError, match="layers 0 to 7"):
-        steering.averages(mini, pairs, 8)
+        steer.averages(mini, pairs, 8)
     with pytest.raises(InputError, match="offset is -1"):
-        steering.averages(mini, pairs, 0, offset=-1)
-    later = steering.averages(mini, pairs, 0, offset=1)
+        steer.averages(mini, pairs, 0, offset=-1)
+    later = steer.averages(mini, pairs, 0, offset=1)
     known = mini.tokenizer.decode([int(later.names[0])]).strip()
     with pytest.raises(InputError, match="add words"):
-        steering.steer(mini, f"Then, {known}", {"n1": "Mary"}, averages=later)
+        steer.steer(mini, f"Then, {known}", {"n1": "Mary"}, averages=later)
     with pytest.raises(InputError, match="per_cell"):
         name_steering.run(mini, pairs, layer=0, per_cell=0)
     tokens = torch.ones(2, 4, dtype=torch.int64)

@@ -5,9 +5,9 @@ import math
 import pandas as pd
 import pytest
 
-from analyses import names_summary as summary
 from ioi_mamba.claims import changed_slot
-from ioi_mamba.metrics import wilson_interval
+from ioi_mamba.claims import names_summary as summary
+from ioi_mamba.passes.metrics import wilson_interval
 
 CORRUPTIONS = {"CAB AB C -> DAB AB D": "n1", "ABC AB C -> ABD AB D": "n3", "ABC AB C -> ABC AC B": "n5"}
 LABELS = ("BOS", "n1", "n1+1", "n2", "n3", "n3+1", "n4", "n5", "n5+1", "out")

@@ -20,10 +20,10 @@ from ndif_server.processes import alive
 from nnsight import TransformersModel
 from nnsight.modeling import huggingface
 
-from ioi_mamba.mini import DIRECTORY
-from ioi_mamba.sites import SCAN_OP
+from ioi_mamba.files import MINI
+from ioi_mamba.model.sites import SCAN_OP
 
-MINI = str(DIRECTORY)
+MINI = str(MINI)
 PROMPT = "Then, Mark, Leah and Erik went to the store. Mark and Leah gave a necklace to"
 SLEEPER = "import sys, time; print('up', flush=True); time.sleep(600)"
 

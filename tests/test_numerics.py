@@ -6,7 +6,7 @@ import reference
 import torch
 
 import ioi_mamba as im
-from ioi_mamba import scan
+from ioi_mamba.model import scan
 
 # Of the largest value of the site, over three random layers; each is two to ten times what is seen. In float64 the
 # stock mixer still casts A to float32.

@@ -15,18 +15,21 @@ import zstandard
 from pyarrow import parquet
 from test_report import HEATMAP, LAYER_REMOVAL, own_part, put
 
-import analyses
 import ioi_mamba
-from ioi_mamba import graph, remote, report, results
-from ioi_mamba.cli import _default_out, main
+from ioi_mamba import analyses
+from ioi_mamba.circuits import graph
+from ioi_mamba.circuits.graph import Circuit, Universe
+from ioi_mamba.cli.main import _default_out, main
 from ioi_mamba.errors import InputError
-from ioi_mamba.graph import Circuit, Universe
+from ioi_mamba.remote import client
+from ioi_mamba.report import pages
+from ioi_mamba.results import stored
 from ioi_mamba.tasks import prompts
 from ioi_mamba.tasks.base import Pairs
 
 ROOTS = [Path(ioi_mamba.__file__).parent, Path(analyses.__file__).parent]
 SOURCES = [path for root in ROOTS for path in sorted(root.rglob("*.py"))]
-# remote.py: what a server sends in, in a protocol that torch's safe loader does not read, through an unpickler that
+# client.py: what a server sends in, in a protocol that torch's safe loader does not read, through an unpickler that
 # builds nothing but plain values; checkpoints.py names only an error.
 MAY_NAME_PICKLE = {"remote.py": {"Unpickler", "UnpicklingError"}, "checkpoints.py": {"UnpicklingError"}}
 CODE = {"eval", "exec", "compile", "__import__"}
@@ -75,7 +78,7 @@ def test_hostile_labels_and_prompts_stay_text(tmp_path, tried):
     table = table.drop_duplicates(["corruption", "layer", "position"])
     put(tmp_path, "layer-ablation", table.assign(low=0.0, high=0.0, left_out=0), model_id="</title><script>x</script>")
     put(tmp_path, "layer-removal", LAYER_REMOVAL, options={text: text for text in HOSTILE})
-    page = own_part(report.write_report(tmp_path).read_text())
+    page = own_part(pages.write_report(tmp_path).read_text())
     for text in ("<img", "<b>", "<script>x"):
         assert text not in page
     assert page.count("</script>") == page.count("<script")
@@ -101,7 +104,7 @@ def test_a_name_in_a_manifest_or_on_the_command_line_is_no_path(name, tmp_path, 
     manifest = json.loads((inside / "layer-removal.json").read_text())
     (inside / "layer-removal.json").write_text(json.dumps(manifest | {"analysis": name}))
     before = {path for path in tmp_path.rglob("*")}
-    report.write_report(inside)
+    pages.write_report(inside)
     assert {path for path in tmp_path.rglob("*")} - before == {inside / "index.html"}
     assert main(["run", name, "--out", str(inside)]) == 2
     assert {path for path in tmp_path.rglob("*")} - before == {inside / "index.html"}
@@ -110,28 +113,28 @@ def test_a_name_in_a_manifest_or_on_the_command_line_is_no_path(name, tmp_path, 
 
 def test_a_table_that_would_unpack_to_more_than_memory_is_refused_before(tmp_path, tried):
     path = tmp_path / "layer-removal.parquet"
-    n = results.MAX_CELLS + 1
+    n = stored.MAX_CELLS + 1
     column = pa.DictionaryArray.from_arrays(np.zeros(n, dtype=np.int8), ["a"])
     parquet.write_table(pa.table({"mode": column}), path)
     assert path.stat().st_size < 1e6
     put(tmp_path / "m", "layer-removal", LAYER_REMOVAL)
     (tmp_path / "layer-removal.json").write_bytes((tmp_path / "m/layer-removal.json").read_bytes())
     with pytest.raises(InputError, match="are too many"):
-        results.read_result(tmp_path, "layer-removal")
+        stored.read_result(tmp_path, "layer-removal")
     tried("a table larger than memory", 1)
 
 
 @pytest.mark.parametrize("states_its_size", [True, False])
 def test_a_result_that_would_unpack_to_more_than_allowed_is_refused_before(states_its_size, tried):
     compressor = zstandard.ZstdCompressor(write_content_size=states_its_size)
-    bomb = compressor.compress(bytes(200 * remote.MIB))
+    bomb = compressor.compress(bytes(200 * client.MIB))
     assert len(bomb) < 20_000
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError, match="more than 2 MiB unpacked"):
-        remote.unpacked(bomb, 2 * remote.MIB)
+        client.unpacked(bomb, 2 * client.MIB)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024
     whole = bytes(range(256)) * 8192
-    assert remote.unpacked(compressor.compress(whole), 2 * remote.MIB) == whole
+    assert client.unpacked(compressor.compress(whole), 2 * client.MIB) == whole
     tried("a result larger than memory", 1)
 
 

@@ -8,10 +8,10 @@ from conditioning import logit_rounding
 from golden import NODES, at_last, relative_error
 
 import ioi_mamba as im
+from ioi_mamba.circuits.graph import Item, masks_of, universe_of
+from ioi_mamba.circuits.patching import corrupted_run, dropped_layers, patched_logits, patched_run
 from ioi_mamba.errors import InputError
-from ioi_mamba.graph import Item, masks_of, universe_of
-from ioi_mamba.metrics import answer_logits, logit_diff, normalized_logit_diff
-from ioi_mamba.patching import corrupted_run, dropped_layers, patched_logits, patched_run
+from ioi_mamba.passes.metrics import answer_logits, logit_diff, normalized_logit_diff
 from ioi_mamba.tasks.base import Pairs
 
 EDGES = [(i, j) for j in range(1, 6) for i in range(j)]

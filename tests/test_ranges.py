@@ -4,13 +4,13 @@ import pytest
 import torch
 
 import ioi_mamba as im
-from analyses import conv_shift, cross_talk, load
-from ioi_mamba import bottleneck
-from ioi_mamba.attribution import ranked
+from ioi_mamba.analyses import conv_shift, cross_talk, load
+from ioi_mamba.circuits.attribution import ranked
+from ioi_mamba.circuits.graph import Circuit, universe_of
+from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.errors import InputError
-from ioi_mamba.evaluator import Evaluator
-from ioi_mamba.graph import Circuit, universe_of
-from ioi_mamba.ranges import has_range, usable, usable_of
+from ioi_mamba.passes.ranges import has_range, usable, usable_of
+from ioi_mamba.steering import bottleneck
 from ioi_mamba.tasks.base import Pairs
 
 NO_RANGE = "has a range|has no range"

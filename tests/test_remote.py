@@ -20,13 +20,14 @@ import pytest
 import torch
 from ndif_server.fixtures import started
 
-import analyses
 import ioi_mamba as im
-from ioi_mamba import cli, study
-from ioi_mamba.attribution import attribute
+from ioi_mamba import analyses
+from ioi_mamba.circuits.attribution import attribute
+from ioi_mamba.circuits.faithfulness import rank_correlation
+from ioi_mamba.cli import main
 from ioi_mamba.errors import InputError, ServerError
-from ioi_mamba.faithfulness import rank_correlation
-from ioi_mamba.probe import probe
+from ioi_mamba.passes.probe import probe
+from ioi_mamba.study import runs
 from ioi_mamba.tasks import ioi
 
 pytestmark = pytest.mark.remote
@@ -123,7 +124,7 @@ def test_without_gradients_each_item_is_patched_instead_and_ranks_much_the_same(
     assert not probe(sandboxed)["gradients"]
     with pytest.raises(ServerError, match=r"no gradients .* exact"):
         attribute(sandboxed, few_pairs)
-    study.run_study(sandboxed, ["edge-attribution"], tmp_path, pairs=few_pairs, progress=False)
+    runs.run_study(sandboxed, ["edge-attribution"], tmp_path, pairs=few_pairs, progress=False)
     table = pd.read_parquet(tmp_path / "edge-attribution.parquet")
     assert set(table.loc[table["what"] == "item", "method"]) == {"exact"}
     assert "No gradients here" in (tmp_path / "index.html").read_text()
@@ -181,7 +182,7 @@ def test_limits_are_checked_before_sending_and_before_reading(remote, few_pairs)
 def test_a_run_says_what_it_asked_of_the_server_and_keeps_no_secret(ndif_server, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", KEY)
     arguments = ["run", "layer-ablation", "--n-pairs", "2", "--backend", "ndif", "--host", ndif_server.url]
-    assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    assert main.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     manifest = json.loads((tmp_path / "out" / "layer-ablation.json").read_text())
     assert manifest["backend"] == "ndif"
     assert manifest["requests"]["count"] == 1
@@ -197,20 +198,20 @@ def test_a_run_says_what_it_asked_of_the_server_and_keeps_no_secret(ndif_server,
 def test_submitted_requests_are_collected_later(ndif_server, tmp_path, capsys):
     arguments = ["run", "layer-ablation", "output-ablation", "--n-pairs", "2", "--out", str(tmp_path)]
     arguments += ["--backend", "ndif", "--host", ndif_server.url]
-    assert cli.main([*arguments, "--submit"]) == 0
+    assert main.main([*arguments, "--submit"]) == 0
     assert capsys.readouterr().out.count("ablation: ") == 2
     assert not (tmp_path / "layer-ablation.parquet").exists()
     assert len(list((tmp_path / "jobs").glob("*.job"))) == 2
-    assert cli.main([*arguments, "--collect"]) == 0
+    assert main.main([*arguments, "--collect"]) == 0
     local = im.open_model("mini", device="cpu")
-    study.run_study(local, ["layer-ablation"], tmp_path / "local", n_pairs=2, progress=False)
+    runs.run_study(local, ["layer-ablation"], tmp_path / "local", n_pairs=2, progress=False)
     got, want = (pd.read_parquet(path / "layer-ablation.parquet") for path in (tmp_path, tmp_path / "local"))
     pd.testing.assert_frame_equal(got, want, check_exact=True)
     assert not (tmp_path / "jobs").exists()
 
 
 def test_the_doctor_says_what_the_server_allows(ndif_server, capsys):
-    assert cli.main(["doctor", "--backend", "ndif", "--host", ndif_server.url]) == 0
+    assert main.main(["doctor", "--backend", "ndif", "--host", ndif_server.url]) == 0
     said = capsys.readouterr().out
     for line in (
         "answers",
@@ -225,7 +226,7 @@ def test_the_doctor_says_what_the_server_allows(ndif_server, capsys):
 def sentence(arguments: list[str], capsys) -> str:
     """What the command line says when it ends with 3."""
     assert (
-        cli.main(["run", "output-ablation", "--n-pairs", "2", "--backend", "ndif", "--retries", "0", *arguments]) == 3
+        main.main(["run", "output-ablation", "--n-pairs", "2", "--backend", "ndif", "--retries", "0", *arguments]) == 3
     )
     said = capsys.readouterr().err.strip().splitlines()[-1]
     print(said)
@@ -288,17 +289,17 @@ def test_a_run_goes_on_after_the_server_comes_back_and_computes_nothing_twice(fr
 
     monkeypatch.setattr(type(model.jobs), "_once", counted)
     with pytest.raises(ServerError, match="No answer"):
-        study.run_study(model, ["conv-shift"], tmp_path, n_pairs=2, options={"layer": 6}, progress=False)
+        runs.run_study(model, ["conv-shift"], tmp_path, n_pairs=2, options={"layer": 6}, progress=False)
     kept = {path.stem for path in (tmp_path / "jobs").glob("*.pt")}
     assert len(kept) == 2
     fragile.restart("api")
     model.jobs.limit(retries=8)
     finished = len(sent)
     monkeypatch.setattr(type(model.jobs), "_once", lambda *a: sent.append(a[-1]) or once(*a))
-    study.run_study(model, ["conv-shift"], tmp_path, n_pairs=2, options={"layer": 6}, resume=True, progress=False)
+    runs.run_study(model, ["conv-shift"], tmp_path, n_pairs=2, options={"layer": 6}, resume=True, progress=False)
     assert not kept & {path.stem for path in sent[finished:] if path is not None}
     here = im.open_model("mini", device="cpu")
-    study.run_study(here, ["conv-shift"], tmp_path / "local", n_pairs=2, options={"layer": 6}, progress=False)
+    runs.run_study(here, ["conv-shift"], tmp_path / "local", n_pairs=2, options={"layer": 6}, progress=False)
     assert (tmp_path / "conv-shift.parquet").read_bytes() == (tmp_path / "local" / "conv-shift.parquet").read_bytes()
 
 

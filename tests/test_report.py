@@ -11,11 +11,12 @@ import pandas as pd
 import paper_run
 import pytest
 
-import analyses
-from analyses import layer_removal, state_similarity
-from analyses.state_similarity import MEASURES
-from ioi_mamba import charts, doctor, report
+from ioi_mamba import analyses, versions
+from ioi_mamba.analyses import layer_removal, state_similarity
+from ioi_mamba.analyses.state_similarity import MEASURES
+from ioi_mamba.charts import drawing
 from ioi_mamba.errors import InputError
+from ioi_mamba.report import pages
 
 HOSTILE = [
     "</script><script>document.title='broken'</script>",
@@ -65,7 +66,7 @@ def put(directory, name, table, model_id="some/model", **manifest):
         "device": "cpu",
         "dtype": "float32",
         "kernels": [],
-        "versions": doctor.versions(),
+        "versions": versions.versions(),
         "n_pairs": 8,
         "wall_seconds": 1.5,
         "peak_memory_mib": 300.0,
@@ -85,7 +86,7 @@ def heatmap_module(monkeypatch):
         QUESTION=f"Question {HOSTILE[3]}",
         LOOK_FOR=HOSTILE[4],
         METHOD="\n".join(HOSTILE[:3]),
-        chart=charts.position_heatmap,
+        chart=drawing.position_heatmap,
         findings=lambda table: list(HOSTILE),
     )
     load = analyses.load
@@ -103,7 +104,7 @@ def directory(tmp_path, heatmap_module):
 
 def own_part(page):
     """The page without the chart library, which stands in the last script but one."""
-    return page.replace(report._bundle(), "")
+    return page.replace(pages._bundle(), "")
 
 
 def section_of(page, name):
@@ -111,7 +112,7 @@ def section_of(page, name):
 
 
 def test_sections_stand_in_the_papers_order_with_all_their_parts(directory):
-    page = own_part(report.write_report(directory).read_text())
+    page = own_part(pages.write_report(directory).read_text())
     assert re.findall(r'<section id="([^"]+)"', page) == ["claims", "layer-removal", "state-ablation"]
     for part in (
         layer_removal.TITLE,
@@ -129,23 +130,23 @@ def test_sections_stand_in_the_papers_order_with_all_their_parts(directory):
 
 def test_mini_is_said_to_be_mini(tmp_path):
     put(tmp_path / "out", "layer-removal", LAYER_REMOVAL, model_id="mini")
-    page = report.write_report(tmp_path / "out").read_text()
+    page = pages.write_report(tmp_path / "out").read_text()
     assert "They are not figures of mamba-370m" in page
 
 
 def test_the_page_loads_nothing(directory):
-    page = own_part(report.write_report(directory).read_text())
+    page = own_part(pages.write_report(directory).read_text())
     loading = r"<(script|img|iframe|link|source|video|audio|object|embed)\b[^>]*\b(src|href|data)="
     assert not re.search(loading, page)
     assert "@import" not in page
     assert "url(" not in page
     addresses = set(re.findall(r"https?://[^\"'\\ <]+", page))
-    assert addresses == {f"https://vega.github.io/schema/vega-lite/{report.alt.SCHEMA_VERSION}.json"}
+    assert addresses == {f"https://vega.github.io/schema/vega-lite/{pages.alt.SCHEMA_VERSION}.json"}
     assert "default-src 'none'" in page
 
 
 def test_hostile_text_opens_and_closes_no_element(directory):
-    page = own_part(report.write_report(directory).read_text())
+    page = own_part(pages.write_report(directory).read_text())
     assert "<script>document" not in page
     assert "7*7" in page
     assert page.count("</script>") == page.count("<script")
@@ -156,15 +157,15 @@ def test_hostile_text_opens_and_closes_no_element(directory):
 
 
 def test_writing_the_report_again_gives_the_same_page(directory):
-    first = report.write_report(directory).read_bytes()
-    assert report.write_report(directory).read_bytes() == first
-    assert len(first) < report.MAX_BYTES
+    first = pages.write_report(directory).read_bytes()
+    assert pages.write_report(directory).read_bytes() == first
+    assert len(first) < pages.MAX_BYTES
 
 
 def test_the_chart_library_stands_in_the_page_once(directory):
-    page = report.write_report(directory).read_text()
-    assert page.count(report._bundle()) == 1
-    assert "</script" not in report._bundle().lower()
+    page = pages.write_report(directory).read_text()
+    assert page.count(pages._bundle()) == 1
+    assert "</script" not in pages._bundle().lower()
 
 
 def test_a_chart_that_cannot_be_drawn_costs_only_itself(directory, heatmap_module):
@@ -172,7 +173,7 @@ def test_a_chart_that_cannot_be_drawn_costs_only_itself(directory, heatmap_modul
         raise KeyError("</script>")
 
     heatmap_module.chart = broken
-    page = own_part(report.write_report(directory).read_text())
+    page = own_part(pages.write_report(directory).read_text())
     assert "The chart could not be drawn" in page
     assert page.count('class="chart"') == 1
     assert "Removing layer 0 costs most" in page
@@ -180,44 +181,44 @@ def test_a_chart_that_cannot_be_drawn_costs_only_itself(directory, heatmap_modul
 
 def test_an_unfinished_run_is_left_out(directory):
     (directory / "state-ablation.json").unlink()
-    page = report.write_report(directory).read_text()
+    page = pages.write_report(directory).read_text()
     assert 'id="layer-removal"' in page
     assert 'id="state-ablation"' not in page
 
 
 def test_a_table_that_is_no_parquet_costs_only_its_own_section(directory):
     (directory / "state-ablation.parquet").write_text("not a table")
-    page = own_part(report.write_report(directory).read_text())
+    page = own_part(pages.write_report(directory).read_text())
     assert "state-ablation.parquet cannot be read as parquet" in section_of(page, "state-ablation")
     assert page.count('class="chart"') == 1
     (directory / "layer-removal.parquet").unlink()
-    assert "cannot be read as parquet" in report.write_report(directory).read_text()
+    assert "cannot be read as parquet" in pages.write_report(directory).read_text()
     (directory / "state-ablation.parquet").unlink()
     with pytest.raises(InputError, match="holds no finished table"):
-        report.write_report(directory)
+        pages.write_report(directory)
 
 
 def test_the_largest_charts_of_a_page_too_large_are_left_out_and_it_says_so(directory, monkeypatch):
-    whole = len(report.write_report(directory).read_bytes())
-    monkeypatch.setattr(report, "MAX_BYTES", whole - 1000)
-    page = report.write_report(directory).read_text()
-    assert len(page.encode()) < report.MAX_BYTES
+    whole = len(pages.write_report(directory).read_bytes())
+    monkeypatch.setattr(pages, "MAX_BYTES", whole - 1000)
+    page = pages.write_report(directory).read_text()
+    assert len(page.encode()) < pages.MAX_BYTES
     assert own_part(page).count('class="chart"') == 1
     assert "The chart is left out: with it the page would have" in own_part(page)
-    monkeypatch.setattr(report, "MAX_BYTES", 1000)
-    assert own_part(report.write_report(directory).read_text()).count("The chart is left out") == 2
+    monkeypatch.setattr(pages, "MAX_BYTES", 1000)
+    assert own_part(pages.write_report(directory).read_text()).count("The chart is left out") == 2
 
 
 def test_a_chart_of_too_many_rows_is_refused():
     table = pd.DataFrame({"x": range(5001)})
-    chart = report.alt.Chart(table).mark_point().encode(x="x:Q")
-    with report.alt.data_transformers.disable_max_rows(), pytest.raises(InputError, match="aggregate"):
-        report.chart_spec(chart)
+    chart = pages.alt.Chart(table).mark_point().encode(x="x:Q")
+    with pages.alt.data_transformers.disable_max_rows(), pytest.raises(InputError, match="aggregate"):
+        pages.chart_spec(chart)
 
 
 @pytest.mark.parametrize(
     ("code", "shown"),
-    [(report.notebook_code("layer-removal"), "vconcat"), (report.summary_code("names-summary"), "spec")],
+    [(pages.notebook_code("layer-removal"), "vconcat"), (pages.summary_code("names-summary"), "spec")],
 )
 def test_the_notebook_code_draws_the_chart(tmp_path, monkeypatch, code, shown):
     paper_run.write(
@@ -233,7 +234,7 @@ def test_the_notebook_code_draws_the_chart(tmp_path, monkeypatch, code, shown):
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
 @pytest.mark.parametrize("width", [1400, 800])
 def test_a_browser_without_network_draws_every_chart(directory, tmp_path, width):
-    page = report.write_report(directory)
+    page = pages.write_report(directory)
     flags = (
         "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
         "disable-sync disable-component-update virtual-time-budget=20000 enable-logging=stderr "
@@ -259,7 +260,7 @@ def test_a_browser_without_network_draws_every_chart(directory, tmp_path, width)
 
 @pytest.mark.parametrize(("form", "begins"), [("svg", b"<svg"), ("png", b"\x89PNG")])
 def test_charts_are_written_as_pictures_on_white(directory, form, begins):
-    written = report.save_charts(directory, form)
+    written = pages.save_charts(directory, form)
     assert [path.name for path in written] == [f"layer-removal-of-x.{form}", f"state-ablation-of-model.{form}"]
     for path in written:
         assert path.read_bytes().startswith(begins)
@@ -269,7 +270,7 @@ def test_charts_are_written_as_pictures_on_white(directory, form, begins):
 
 def test_charts_in_another_form_are_refused(directory):
     with pytest.raises(InputError, match="svg, png"):
-        report.save_charts(directory, "gif")
+        pages.save_charts(directory, "gif")
     assert not (directory / "charts").exists()
 
 
@@ -282,16 +283,16 @@ def deep_tables():
 def test_the_chart_of_every_experiment_is_drawn_for_64_layers_and_40_positions(name, deep_tables):
     module, table = analyses.load(name), deep_tables[name]
     assert module.findings(table)
-    spec = report.chart_spec(module.chart(table))
+    spec = pages.chart_spec(module.chart(table))
     sizes = [len(rows) for rows in spec["datasets"].values()]
-    assert 0 < max(sizes) <= charts.MAX_ROWS
+    assert 0 < max(sizes) <= drawing.MAX_ROWS
     if name in ("layer-ablation", "state-ablation", "output-ablation"):
         assert sizes == [64 * 40] * 5
 
 
 def test_the_page_of_all_experiments_holds_64_layers_and_40_positions(deep_tables, tmp_path):
     paper_run.write(tmp_path, deep_tables)
-    page = own_part(report.write_report(tmp_path).read_text())
+    page = own_part(pages.write_report(tmp_path).read_text())
     assert page.count('class="chart"') >= len(deep_tables)
     assert "The chart could not be drawn. " not in page
 
@@ -344,7 +345,7 @@ def test_a_damaged_table_costs_its_own_section_alone(damage, few_layers, tmp_pat
     intact = "output-ablation"
     damaged = {name: table if name == intact else DAMAGES[damage](table) for name, table in few_layers.items()}
     paper_run.write(tmp_path, damaged)
-    page = own_part(report.write_report(tmp_path).read_text())
+    page = own_part(pages.write_report(tmp_path).read_text())
     assert f'id="{intact}-chart"' in page
     for name in damaged:
         section = section_of(page, name)
@@ -361,7 +362,7 @@ def test_one_damaged_table_leaves_the_other_sections_and_the_claims(name, damage
     some = dict.fromkeys(("layer-removal", "output-ablation", "layer-ablation", name))
     tables = {each: few_layers[each] for each in some} | {name: DAMAGES[damage](few_layers[name])}
     paper_run.write(tmp_path, tables)
-    page = own_part(report.write_report(tmp_path).read_text())
+    page = own_part(pages.write_report(tmp_path).read_text())
     for other in tables.keys() - {name}:
         assert f'id="{other}-chart"' in page
         assert "note trouble" not in section_of(page, other)
@@ -384,11 +385,11 @@ def test_one_damaged_table_leaves_the_other_sections_and_the_claims(name, damage
 )
 def test_a_damaged_manifest_costs_no_chart(damage, directory):
     put(directory, "layer-removal", LAYER_REMOVAL, **damage)
-    page = own_part(report.write_report(directory).read_text())
+    page = own_part(pages.write_report(directory).read_text())
     assert page.count('class="chart"') == 2
     bare = {"analysis": "layer-removal", "model": None, "table_sha256": None}
     (directory / "layer-removal.json").write_text(json.dumps(bare))
-    assert own_part(report.write_report(directory).read_text()).count('class="chart"') == 2
+    assert own_part(pages.write_report(directory).read_text()).count('class="chart"') == 2
 
 
 BELOW = {"accuracy": 0.5, "n": 8, "bound": 0.75}
@@ -402,7 +403,7 @@ def test_of_a_model_that_guesses_no_chart_of_what_it_answers_is_on_the_page(tmp_
     put(tmp_path, "layer-removal", LAYER_REMOVAL, clean=BELOW)
     put(tmp_path, "layer-ablation", HEATMAP.assign(low=0.0, high=0.0, left_out=0), clean=BELOW)
     put(tmp_path, "state-similarity", similarity, clean=BELOW)
-    page = own_part(report.write_report(tmp_path).read_text())
+    page = own_part(pages.write_report(tmp_path).read_text())
     assert re.findall(r'data-chart="([^"]+)"', page) == ["state-similarity-chart"]
     for name in ("layer-removal", "layer-ablation"):
         part = page.split(f'<section id="{name}"')[1].split("</section>")[0]
@@ -413,15 +414,15 @@ def test_of_a_model_that_guesses_no_chart_of_what_it_answers_is_on_the_page(tmp_
         assert "What was found" not in part
         assert "What to look for" not in part
     assert 'id="names-summary"' not in page
-    assert report.save_charts(tmp_path, "svg") == [tmp_path / "charts/state-similarity-of-model.svg"]
+    assert pages.save_charts(tmp_path, "svg") == [tmp_path / "charts/state-similarity-of-model.svg"]
     put(tmp_path, "layer-removal", LAYER_REMOVAL, clean=BELOW | {"accuracy": 0.75})
-    assert 'id="layer-removal-chart"' in report.write_report(tmp_path).read_text()
+    assert 'id="layer-removal-chart"' in pages.write_report(tmp_path).read_text()
 
 
 def test_a_chart_that_cannot_be_written_costs_no_other(tmp_path, monkeypatch):
     put(tmp_path, "layer-ablation", HEATMAP.assign(low=0.0, high=0.0, left_out=0))
     put(tmp_path, "output-ablation", HEATMAP.assign(low=0.0, high=0.0, left_out=0))
-    convert = report.vl_convert.vegalite_to_svg
+    convert = pages.vl_convert.vegalite_to_svg
 
     def broken(spec, version, calls=[]):  # noqa: B006  the first chart fails
         calls.append(spec)
@@ -429,7 +430,7 @@ def test_a_chart_that_cannot_be_written_costs_no_other(tmp_path, monkeypatch):
             raise ValueError("no chart")
         return convert(spec, version)
 
-    monkeypatch.setattr(report.vl_convert, "vegalite_to_svg", broken)
+    monkeypatch.setattr(pages.vl_convert, "vegalite_to_svg", broken)
     with pytest.warns(UserWarning, match="chart of layer-ablation cannot be written"):
-        written = report.save_charts(tmp_path, "svg")
+        written = pages.save_charts(tmp_path, "svg")
     assert [path.name.split("-of-")[0] for path in written] == ["output-ablation"]

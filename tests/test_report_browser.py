@@ -10,7 +10,8 @@ import pytest
 import torch
 import websocket
 
-from ioi_mamba import report, study
+from ioi_mamba.report import pages
+from ioi_mamba.study import runs
 from ioi_mamba.tasks.base import Pairs
 
 pytestmark = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
@@ -66,13 +67,13 @@ class Browser:
 def browser(mini, tmp_path_factory):
     """The report of a small run, one of whose prompts tries to break the page."""
     out = tmp_path_factory.mktemp("run")
-    study.run_study(mini, NAMES, out, n_pairs=2, progress=False)
+    runs.run_study(mini, NAMES, out, n_pairs=2, progress=False)
     path = out / "layer-ablation.json"
     manifest = json.loads(path.read_text())
     first = manifest["examples"][0]
     first["clean"][first["positions"].index("n1")] = HOSTILE
     path.write_text(json.dumps(manifest))
-    page = Browser(report.write_report(out).as_uri(), tmp_path_factory.mktemp("browser"))
+    page = Browser(pages.write_report(out).as_uri(), tmp_path_factory.mktemp("browser"))
     try:
         page.until(lambda: page.value("document.querySelectorAll('.chart[data-drawn=yes]').length") == len(NAMES) + 1)
         yield page
@@ -143,7 +144,7 @@ def test_of_a_random_model_no_chart_is_drawn_and_the_table_is_there(tiny_mamba, 
     tokens = torch.arange(1, 61).reshape(12, 5) % 30
     pairs = Pairs(clean=tokens, corrupted=tokens.flip(1), answer=torch.arange(12) + 10, wrong=torch.arange(12) + 23)
     names = ["layer-ablation", "layer-removal", "conv-shift"]
-    written = study.run_study(tiny_mamba, names, tmp_path / "run", pairs=pairs, progress=False)
+    written = runs.run_study(tiny_mamba, names, tmp_path / "run", pairs=pairs, progress=False)
     page = Browser(written.as_uri(), tmp_path / "browser")
     try:
         page.until(lambda: page.value("document.readyState") == "complete")

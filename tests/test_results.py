@@ -7,9 +7,9 @@ import paper_run
 import pytest
 
 import ioi_mamba as im
-from analyses import layer_removal
-from ioi_mamba import report
+from ioi_mamba.analyses import layer_removal
 from ioi_mamba.errors import InputError
+from ioi_mamba.report import pages
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_a_result_has_the_table_the_chart_and_the_findings_of_the_report(out):
     result = im.open_result(out, "layer-removal")
     table = pd.read_parquet(out / "layer-removal.parquet")
     pd.testing.assert_frame_equal(result.to_frame(), table)
-    assert report.chart_spec(result.chart()) == report.chart_spec(layer_removal.chart(table))
+    assert pages.chart_spec(result.chart()) == pages.chart_spec(layer_removal.chart(table))
     assert result.findings() == list(layer_removal.findings(table))
     assert result.manifest == json.loads((out / "layer-removal.json").read_text())
     assert repr(result) == "Result(name='layer-removal')"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
-from ioi_mamba import scan
+from ioi_mamba.model import scan
 
 NAMES = ("x", "delta", "A", "B", "C", "h_start")
 SIZES = st.fixed_dictionaries(

@@ -6,8 +6,8 @@ import reference
 import torch
 
 import ioi_mamba as im
-from ioi_mamba import sites
 from ioi_mamba.errors import InputError
+from ioi_mamba.model import sites
 
 HOOKS = {
     key.rsplit("/", 1)[1]: value

@@ -7,7 +7,7 @@ import reference
 import torch
 from conftest import VOCAB
 
-from analyses import state_similarity as ss
+from ioi_mamba.analyses import state_similarity as ss
 from ioi_mamba.errors import InputError
 from ioi_mamba.tasks.base import Pairs
 

@@ -8,11 +8,12 @@ import torch
 from conftest import VOCAB
 
 import ioi_mamba as im
-from analyses import layer_removal
-from ioi_mamba import files, study
+from ioi_mamba import files
+from ioi_mamba.analyses import layer_removal
 from ioi_mamba.errors import InputError
-from ioi_mamba.probe import probe
-from ioi_mamba.results import read_manifest
+from ioi_mamba.passes.probe import probe
+from ioi_mamba.results.stored import read_manifest
+from ioi_mamba.study import runs
 from ioi_mamba.tasks.base import Pairs
 
 
@@ -24,7 +25,7 @@ def pairs(first=1, n_pairs=3):
 
 def run(model, out, **changes):
     arguments = {"pairs": pairs(), "progress": False, "options": {"steps": 1}} | changes
-    return study.run_study(model, ["layer-removal"], out, **arguments)
+    return runs.run_study(model, ["layer-removal"], out, **arguments)
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_the_manifest_says_where_the_table_comes_from(tiny_mamba, tmp_path):
 
 
 def test_a_system_that_does_not_tell_the_peak_memory_leaves_it_open(tiny_mamba, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "resource", None)
+    monkeypatch.setattr(runs, "resource", None)
     page = run(tiny_mamba, tmp_path)
     assert read_manifest(tmp_path / "layer-removal.json")["peak_memory_mib"] is None
     assert "Peak memory" not in page.read_text()
@@ -132,7 +133,7 @@ def test_a_directory_of_another_model_is_refused(tiny_mamba, tiny_gpt2_dir, tmp_
 
 def test_no_experiment_at_all_is_refused_before_anything_is_written(tiny_mamba, tmp_path):
     with pytest.raises(InputError, match="names is empty: give at least one experiment"):
-        study.run_study(tiny_mamba, [], tmp_path / "out", pairs=pairs(), progress=False)
+        runs.run_study(tiny_mamba, [], tmp_path / "out", pairs=pairs(), progress=False)
     assert not (tmp_path / "out").exists()
 
 

@@ -8,10 +8,10 @@ from conditioning import logit_rounding
 from golden import at_last
 
 import ioi_mamba as im
-from ioi_mamba import sweep
 from ioi_mamba.errors import InputError
-from ioi_mamba.metrics import answer_logits
-from ioi_mamba.sweep import Roll, last_logits, resample_sweep
+from ioi_mamba.passes import sweep
+from ioi_mamba.passes.metrics import answer_logits
+from ioi_mamba.passes.sweep import Roll, last_logits, resample_sweep
 
 TABLES = {
     key.removeprefix("sweep/"): value

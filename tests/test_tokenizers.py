@@ -9,9 +9,9 @@ from tokenizers import normalizers
 from tokenizers_by_hand import KINDS, byte_level, metaspace, prepend_replace, word_piece
 
 import ioi_mamba as im
-from analyses import state_similarity
-from ioi_mamba import steering
+from ioi_mamba.analyses import state_similarity
 from ioi_mamba.errors import InputError
+from ioi_mamba.steering import steer
 from ioi_mamba.tasks import Pairs, ioi
 from ioi_mamba.tasks import greater_than as years
 from ioi_mamba.tasks.prompts import PromptPair, single_token_ids
@@ -146,12 +146,12 @@ def test_steering_and_similarity_find_names_with_any_tokenizer(which, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     model = im.open_model(str(tmp_path), device="cpu")
     pairs = ioi.generate(model.tokenizer, 30, 27, symmetric=False)
-    averages = steering.averages(model, pairs, 0)
+    averages = steer.averages(model, pairs, 0)
     assert pairs.texts is not None
     text = pairs.texts[0][0]
     # What follows the office's full stop or comma is the fourth name.
     new = pairs.texts[1][0].replace(",", ".").split(". ")[-1].split()[0]
-    tokens, roles = steering._read_prompt(model.tokenizer, text, averages)
+    tokens, roles = steer._read_prompt(model.tokenizer, text, averages)
     assert tokens.tolist() == pairs.clean[0, : pairs.last[0] + 1].tolist()
     assert all(index == int(pairs.roles[role][0]) for role, index in roles.items())
     assert {"n1", "n2", "n3", "n4", "n5"} <= roles.keys()

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import ioi_mamba as im
-from ioi_mamba import sites
 from ioi_mamba.errors import InputError
-from ioi_mamba.sweep import resample_sweep
+from ioi_mamba.model import sites
+from ioi_mamba.passes.sweep import resample_sweep
 
 TOKENS = golden.golden_pairs().clean
 WRITABLE = [site for site in sites.SITES if site not in ("h", "conv_slice", "conv_start", "h_start")]

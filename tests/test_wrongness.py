@@ -7,12 +7,19 @@ from conditioning import assert_same_effects, widest
 from conftest import VOCAB
 
 import ioi_mamba as im
-from analyses import cross_talk, layer_ablation, layer_removal, output_ablation, state_ablation, state_similarity
+from ioi_mamba.analyses import (
+    cross_talk,
+    layer_ablation,
+    layer_removal,
+    output_ablation,
+    state_ablation,
+    state_similarity,
+)
+from ioi_mamba.circuits.graph import Item, universe_of
+from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.errors import InputError
-from ioi_mamba.evaluator import Evaluator
-from ioi_mamba.graph import Item, universe_of
-from ioi_mamba.interventions import forward
-from ioi_mamba.sweep import Roll, resample_sweep, swept_logit_diffs
+from ioi_mamba.passes.forward import forward
+from ioi_mamba.passes.sweep import Roll, resample_sweep, swept_logit_diffs
 from ioi_mamba.tasks.base import Pairs
 
 TOKENS = golden.golden_pairs().clean

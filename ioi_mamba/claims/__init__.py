@@ -3,7 +3,7 @@
 The claims themselves (what is said, published value, tolerance) are data, `paper.table("claims")`; here stands one
 function a claim, the same for every model, and the one rule that makes a verdict of a number. `layer` is the layer in
 question: 39 on mamba-370m, elsewhere the bottleneck of the run. Nothing here runs a model. `compare` judges a whole
-run, `analyses.names_summary` takes the claims on how names are carried.
+run, `names_summary` takes the claims on how names are carried.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-import analyses
-
-from . import circuits, interventions
-from .interventions import changed_slot
-from .values import NONE, Layer, Measure, Value, around, prompts, share, spread, within
+from ioi_mamba import analyses
+from ioi_mamba.claims import circuits, interventions
+from ioi_mamba.claims.interventions import changed_slot
+from ioi_mamba.claims.values import NONE, Layer, Measure, Value, around, prompts, share, spread, within
 
 __all__ = [
     "CHOOSES",

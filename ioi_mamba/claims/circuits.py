@@ -1,6 +1,6 @@
 """The numbers of section 5 and appendix D: edges, parts and positions that a circuit keeps, and how it does.
 
-The tables have rows of items and rows of circuits, as `analyses._circuits` describes them.
+The tables have rows of items and rows of circuits, as `ioi_mamba.analyses._circuits` describes them.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from itertools import takewhile
 
 import pandas as pd
 
-import analyses
-from analyses._circuits import item_rows, of_circuit
-from ioi_mamba import paper
-
-from .values import NAN, NONE, Layer, Measure, Value, largest_difference, one, reaches
+from ioi_mamba import analyses, paper
+from ioi_mamba.analyses._circuits import item_rows, of_circuit
+from ioi_mamba.claims.values import NAN, NONE, Layer, Measure, Value, largest_difference, one
+from ioi_mamba.passes.metrics import reaches
 
 LARGE_DROP, SMALL_DROP = 0.045, 0.02
 LEAST_KEPT = 0.5

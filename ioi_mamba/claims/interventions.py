@@ -14,13 +14,11 @@ from typing import NamedTuple
 
 import pandas as pd
 
-import analyses
-from ioi_mamba import paper
-
-from .values import (
+from ioi_mamba import analyses, paper
+from ioi_mamba.analyses.layer_removal import SPARE
+from ioi_mamba.claims.values import (
     FLOOR,
     NONE,
-    SPARE,
     Layer,
     Measure,
     Value,
@@ -31,12 +29,12 @@ from .values import (
     one,
     proportion,
     ratio,
-    reaches,
     share,
     spread,
     standard_errors,
     worst,
 )
+from ioi_mamba.passes.metrics import reaches
 
 FIRST_CLAUSE = ("n1", "n2", "n3")
 NOTEBOOK_PROMPT = "Friends Donovan, Isabel and Leah went to the office. Donovan and Isabel gave a necklace to"

@@ -13,15 +13,12 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 
-from ioi_mamba.intervals import mean_interval
-from ioi_mamba.metrics import wilson_interval
+from ioi_mamba.passes.intervals import mean_interval
+from ioi_mamba.passes.metrics import reaches, wilson_interval
 
 NAN = float("nan")
-ROUNDING = 1e-9
 FLOOR = 0.1
 """The least contrast of effects, a tenth of the way from the clean to the corrupted run: below is noise."""
-SPARE = 0.03
-"""The accuracy that layers may cost and still count as spare."""
 
 
 class Value(NamedTuple):
@@ -42,11 +39,6 @@ Layer = int | Mapping[str, int]
 Measure = Callable[[pd.DataFrame, Layer], Value]
 """(table of the claim's experiment, layer in question) gives the number."""
 NONE = Value()
-
-
-def reaches(value: float, bound: float) -> bool:
-    """Whether value >= bound up to rounding, so that 1 - .97 is not more than .03. False for NaN."""
-    return value >= bound - ROUNDING
 
 
 def within(value: float, at_least: float, at_most: float) -> bool:

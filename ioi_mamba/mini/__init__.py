@@ -3,8 +3,3 @@
 This directory is itself the checkpoint, in the layout that `transformers` loads. `tokenizer.py` cuts text
 into tokens, `corpus.py` draws the training documents, `train.py` trains, measures and writes the model.
 """
-
-from pathlib import Path
-
-DIRECTORY = Path(__file__).parent
-"""Where config.json, model.safetensors and tokenizer.json are."""

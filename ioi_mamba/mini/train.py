@@ -40,7 +40,7 @@ from ioi_mamba.mini.corpus import (
     vocabulary,
 )
 from ioi_mamba.mini.tokenizer import build_tokenizer
-from ioi_mamba.scan import selective_scan
+from ioi_mamba.model.scan import selective_scan
 from ioi_mamba.tasks.base import Pairs
 
 AMONG_NAMES, OF_ALL_TOKENS = 0.99, 0.97

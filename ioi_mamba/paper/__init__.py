@@ -3,7 +3,7 @@
 The numbers are those of arXiv 2407.14008 and of the notebooks, logs and circuit files published with it; nothing here
 was measured by this package. `about` tells exact tables from those read off figures, and what is known to be wrong
 with each. `claims` lists what the paper says, one number a row, with the tolerance a correct rerun should keep;
-`ioi_mamba.compare` holds a run against it.
+`ioi_mamba.claims.compare` holds a run against it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A task's module offers TASK (its name), TITLE (the line over a report), VARIES (what differs between the prompts of a pair) and
 `generate(tokenizer, n_pairs, seed)`. A task other than `ioi` also has DEFAULT_PAIRS, how many every experiment draws,
-and may have `measures(model, pairs)`, numbers of the unpatched model that a run keeps. A module here that has TASK and
+and may have
+`measures(logits, pairs, tokenizer)`, values of each pair, of the unpatched model, whose means a run keeps. A module here that has TASK and
 `generate` is a task; nothing else has to be told of it.
 """
 

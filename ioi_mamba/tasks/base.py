@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.errors import InputError
-from ioi_mamba.portable import portable
+from ioi_mamba.model.portable import portable
 from ioi_mamba.tasks import prompts as text
 from ioi_mamba.tasks.prompts import PromptPair
 

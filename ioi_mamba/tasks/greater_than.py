@@ -25,8 +25,6 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.errors import InputError
-from ioi_mamba.interventions import forward
-from ioi_mamba.jobs import call
 from ioi_mamba.tasks.base import ABSENT, Pairs
 from ioi_mamba.tasks.prompts import Prompt, check_drawn, following_ids, read
 
@@ -46,7 +44,6 @@ NOUNS = tuple(
     partnership investigation experiment
     """.split()  # noqa: SIM905
 )
-ROWS = 64
 
 
 def year_tokens(tokenizer: Any) -> Tensor:
@@ -147,19 +144,12 @@ def probability_difference(logits: Tensor, pairs: Pairs, tokens: Tensor) -> Tens
     return torch.where(above, probabilities, -probabilities).sum(-1)
 
 
-def measures(model, pairs: Pairs) -> dict[str, float]:
-    """What a run keeps of the unpatched model besides its accuracy: the mean `probability_difference`."""
-    found = call(model, _differences, pairs.without_text(), year_tokens(model.tokenizer))
-    return {"probability difference": float(found.mean())}
+def measures(logits: Tensor, pairs: Pairs, tokenizer: Any) -> dict[str, Tensor]:
+    """What a run keeps of the unpatched model besides its accuracy: `probability_difference`, Float[pair].
 
-
-def _differences(model, pairs: Pairs, tokens: Tensor, *, progress=None) -> Tensor:
-    parts = []
-    for rows in torch.arange(len(pairs)).split(ROWS):
-        part = pairs[rows]
-        logits = forward(model, part.clean, logits_at=part.last)["hook_logits"][:, 0]
-        parts.append(probability_difference(logits.float().cpu(), part, tokens))
-    return torch.cat(parts)
+    logits: Float[pair, vocab] at the last position of the clean prompts.
+    """
+    return {"probability difference": probability_difference(logits, pairs, year_tokens(tokenizer))}
 
 
 def _nouns(tokenizer: Any) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ioi_mamba.errors import InputError
-from ioi_mamba.tokens import bos_id
+from ioi_mamba.model.tokens import bos_id
 
 MAX_LINE_BYTES, MAX_LINES = 100_000, 100_000  # packed, a small file can hold more than memory does
 TEXT_KEYS = ("uncorrupted", "corrupted", "answer_uncorrupted", "answer_corrupted", "corruption")

@@ -1,0 +1,1 @@
+"""Altair charts of tables, and the theme they are drawn in."""

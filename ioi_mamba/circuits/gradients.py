@@ -1,0 +1,172 @@
+"""The passes of edge attribution patching: gradients at points of the path from clean to corrupted, and their products.
+
+What the scores mean and which variant to use stands in `attribution.py`. All pairs have a range (`ranges`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ioi_mamba.circuits.graph import Masks, Universe, universe_of
+from ioi_mamba.circuits.patching import CorruptedRun, Patch, corrupted_read_out, corrupted_run, sink_hooks, slice_hook
+from ioi_mamba.model.jobs import config_of, device_of
+from ioi_mamba.model.portable import portable
+from ioi_mamba.passes.forward import forward
+from ioi_mamba.passes.metrics import logit_diff, normalized_logit_diff
+from ioi_mamba.passes.sweep import Progress
+from ioi_mamba.tasks.base import Pairs
+
+
+@portable
+@dataclass
+class _Point:
+    """One pass on the path: the tensors that gradients are taken at, and the differences they are multiplied with."""
+
+    gradient_at: dict[tuple, Tensor]  # ("sink", j), ("conv", layer), ("y", layer), ("skip", layer)
+    values: dict  # by hook name
+
+
+def _path_masks(universe: Universe, n_positions: int, alpha: float, conv: bool) -> Masks:
+    n, K = universe.n_layers, universe.conv_width
+    forward_edges = torch.triu(torch.ones(n + 1, n + 1))[None, :, :, None].expand(1, -1, -1, n_positions)
+    zeros = torch.zeros(1, n, n_positions)
+    return Masks(forward_edges * alpha, torch.full((1, n, K, n_positions), alpha * conv), zeros, zeros)
+
+
+def _differentiable_pass(model, pairs: Pairs, corrupted: CorruptedRun, alpha: float, variant: str, parts: bool, score):
+    """Run the clean prompts at one point of the path; `score(logits, patch, point)` is called inside the trace."""
+    n, K = config_of(model).num_hidden_layers, config_of(model).conv_kernel
+    universe = universe_of(model, parts=parts)
+    masks = _path_masks(universe, pairs.clean.shape[1], alpha, parts and variant == "paper")
+    patch = Patch(model, corrupted, masks, detach=variant == "detached")
+    point = _Point({}, {})
+
+    def leaf(key: tuple, then=None):
+        def edit(x: Tensor) -> Tensor:
+            x = then(x) if then else x
+            point.gradient_at[key] = x = x if x.requires_grad else x.requires_grad_()
+            return x
+
+        return edit
+
+    def keep(name: str, then=None):
+        def observer(value: Tensor) -> None:
+            point.values[name] = value
+            if then:
+                then(value)
+
+        return observer
+
+    edits, observe = patch.hooks()
+    edits["hook_embed"] = leaf(("embed",))
+    for j, name in enumerate(sink_hooks(n)):
+        edits[name] = leaf(("sink", j), edits.get(name))
+    if parts:
+        for i in range(n):
+            for site in ("conv", "y", "skip"):
+                name = f"blocks.{i}.hook_{site}"
+                edits[name] = leaf((site, i), edits.get(name))
+            slices = (slice_hook(i, k, K) for k in range(K))
+            for name in (f"blocks.{i}.hook_A", f"blocks.{i}.hook_C", *slices):
+                observe[name] = keep(name, observe.get(name))
+
+    with torch.enable_grad():
+        return forward(
+            model,
+            pairs.clean,
+            edits,
+            observe=observe,
+            logits_at=pairs.last,
+            own_scan=True,
+            reduce=lambda saved: score(saved["hook_logits"][:, 0], patch, point),
+        )
+
+
+def _chunk_scores(model, pairs: Pairs, alphas: list[float], steps: int, variant: str, parts: bool) -> dict[str, Tensor]:
+    """Scores of one chunk: edges [pair, source, target, pos]; conv [pair, layer, tap, pos]; ssm, skip [pair, layer, pos]."""
+    n, K = config_of(model).num_hidden_layers, config_of(model).conv_kernel
+    P, L = pairs.clean.shape
+    corrupted = corrupted_run(model, pairs, parts=parts)
+    answer, wrong = pairs.answer.to(device_of(model)), pairs.wrong.to(device_of(model))
+    from_corrupted = logit_diff(corrupted.logits, answer, wrong)
+    clean: dict = {}
+    # Products and sums are never rounded below float32, whatever the weights are in.
+    wide = torch.promote_types(corrupted.outputs[0].dtype, torch.float32)
+    zeros = {"device": device_of(model), "dtype": wide}
+    total = {"edges": torch.zeros(P, n + 1, n + 1, L, **zeros)}
+    if parts:
+        total |= {
+            "conv": torch.zeros(P, n, K, L, **zeros),
+            "ssm": torch.zeros(P, n, L, **zeros),
+            "skip": torch.zeros(P, n, L, **zeros),
+        }
+
+    def score(logits: Tensor, patch: Patch, point: _Point) -> dict[str, Tensor]:
+        difference = logit_diff(logits, answer, wrong)
+        if "logit_diff" not in clean:  # the first point is alpha = 0, the clean run
+            clean["logit_diff"] = difference.detach()
+            if variant == "clean-difference":
+                gradient_at = {name: value for name, value in point.gradient_at.items() if name[0] in ("y", "skip")}
+                clean["outputs"] = [output.detach() for output in patch.outputs]
+                clean["values"] = {name: value.detach() for name, value in (point.values | gradient_at).items()}
+        metric = normalized_logit_diff(difference, clean["logit_diff"], from_corrupted).sum()
+        keys = list(point.gradient_at)
+        gradients = torch.autograd.grad(metric, [point.gradient_at[key] for key in keys])
+        gradient = dict(zip(keys, gradients, strict=True))
+        with torch.no_grad():
+            outputs = clean.get("outputs", patch.outputs)
+            values = clean.get("values", point.values | point.gradient_at)
+            change = [c.to(wide) - o for c, o in zip(corrupted.outputs, outputs, strict=True)]
+            # [pair, pos, sink, source]; also for sources above a sink, which are no edges and not read.
+            at_sinks = torch.stack([gradient["sink", j].to(wide) for j in range(n + 1)], dim=2)
+            total["edges"] += (at_sinks @ torch.stack(change, dim=3)).permute(0, 3, 2, 1)
+            for i in range(n if parts else 0):
+                for k in range(K):
+                    name = slice_hook(i, k, K)
+                    slice_change = corrupted.sites[name].to(wide) - values[name]
+                    total["conv"][:, i, k] += (gradient["conv", i] * slice_change).sum(-1)
+                rows = torch.arange(P, device=device_of(model))
+                A, C = (values[f"blocks.{i}.hook_{site}"] for site in "AC")
+                y = corrupted_read_out(corrupted, i, A, C, rows) - values["y", i]
+                skip = corrupted.sites[f"blocks.{i}.hook_skip"].to(wide) - values["skip", i]
+                total["ssm"][:, i] += (gradient["y", i] * y).sum(-1)
+                total["skip"][:, i] += (gradient["skip", i] * skip).sum(-1)
+        return {}
+
+    for alpha in alphas:
+        _differentiable_pass(model, pairs, corrupted, alpha, variant, parts, score)
+    return {name: value / steps for name, value in total.items()}
+
+
+def scores(
+    model,
+    pairs: Pairs,
+    alphas: list[float],
+    steps: int,
+    variant: str,
+    parts: bool,
+    positions: bool,
+    per_pair: bool,
+    pairs_per_pass: int,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """As `_chunk_scores`, of all pairs; without `positions` summed, without `per_pair` averaged, to length 1."""
+    chunks = []
+    for first in range(0, len(pairs), pairs_per_pass):
+        # Gradients are to be had inside torch.inference_mode too, from tensors that were made outside it.
+        with torch.inference_mode(False):
+            part = pairs[first : first + pairs_per_pass]
+            part = replace(part, clean=part.clean.clone(), corrupted=part.corrupted.clone())
+            chunks.append(_chunk_scores(model, part, alphas, steps, variant, parts))
+        if progress:
+            progress(min(first + pairs_per_pass, len(pairs)), len(pairs))
+    found = {name: torch.cat([chunk[name] for chunk in chunks]).cpu() for name in chunks[0]}
+    for name, score in found.items():
+        pairs.check_finite("scores", score.movedim(0, -1))
+        score = score if positions else score.sum(-1, keepdim=True)
+        found[name] = score if per_pair else score.mean(0, keepdim=True)
+    return found

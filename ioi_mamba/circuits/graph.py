@@ -1,0 +1,395 @@
+"""A Mamba as a graph: nodes, the items that can be patched, and circuits (sets of items that are kept).
+
+Nodes are `embed`, one per layer (`0`, `1`, ...) and `output`. The residual stream makes every earlier node an input
+of every later one, so the layer edges are embed->layer, layer->later layer, layer->output and embed->output
+(paper, appendix D). Inside a layer there are *parts*: the conv slices `conv-3` .. `conv0`, `ssm` (the state the
+read-out sees) and `skip` (the gate); a part is written as an item whose source and target are the layer.
+
+An item may hold at all positions or at one. A `Circuit` is the set of items kept clean; every other item of its
+`Universe` is patched with the corrupted run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ioi_mamba.errors import InputError
+from ioi_mamba.files import read_table, written_whole
+from ioi_mamba.model.jobs import config_of
+from ioi_mamba.model.portable import portable
+
+_SUFFIXES = (".parquet", ".json")
+_LARGEST = {"n_layers": 1000, "conv_width": 64, "n_positions": 10_000}
+
+
+@portable
+class Item(NamedTuple):
+    """An edge between nodes, or a part of a layer; at one position, or (None) at all of them."""
+
+    source: str
+    target: str
+    position: int | None = None
+    part: str | None = None
+
+
+def conv_parts(conv_width: int) -> tuple[str, ...]:
+    """Names of the conv slices, oldest first: "conv-3", "conv-2", "conv-1", "conv0" for a width of 4."""
+    return tuple(f"conv{s}" for s in range(1 - conv_width, 1))
+
+
+@portable
+class Universe(NamedTuple):
+    """All items there are: the size of the model, whether layers have parts, whether positions are told apart."""
+
+    n_layers: int
+    conv_width: int = 4
+    parts: bool = False
+    n_positions: int | None = None
+
+    @property
+    def nodes(self) -> list[str]:
+        """embed, the layers, output."""
+        return ["embed", *map(str, range(self.n_layers)), "output"]
+
+    def items(self) -> list[Item]:
+        """Every item, edges first in order of target then source, then the parts by layer, then by position."""
+        nodes = self.nodes
+        kinds = [(nodes[i], nodes[j], None) for j in range(1, len(nodes)) for i in range(j)]
+        if self.parts:
+            for layer in map(str, range(self.n_layers)):
+                kinds += [(layer, layer, part) for part in (*conv_parts(self.conv_width), "ssm", "skip")]
+        positions = [None] if self.n_positions is None else range(self.n_positions)
+        return [Item(s, t, p, part) for s, t, part in kinds for p in positions]
+
+    def check(self, items: Iterable[Item]) -> None:
+        """Raise InputError, naming it, for the first of the items that is not one of this graph's; makes no list."""
+        nodes = {name: k for k, name in enumerate(self.nodes)}
+        parts = {*conv_parts(self.conv_width), "ssm", "skip"} if self.parts else set()
+        last = self.n_layers + 1
+        for item in items:
+            if not isinstance(item, Item):
+                raise InputError(
+                    f"{item!r} is no Item: give ioi_mamba.circuits.graph.Item(source, target, position, part)."
+                )
+            source, target, position, part = item
+            if self.n_positions is None:
+                placed = position is None
+            else:
+                placed = _is_whole(position) and 0 <= position < self.n_positions  # type: ignore[operator]
+            i, j = nodes.get(source, last), nodes.get(target, -1)
+            there = i < j if part is None else part in parts and 1 <= i == j < last
+            if not (there and placed):
+                raise InputError(f"{item} is not in this graph: {self._described()}.")
+
+    def _described(self) -> str:
+        where = "no positions (None)" if self.n_positions is None else f"positions 0 to {self.n_positions - 1}"
+        inside = "conv slices, ssm and skip inside layers" if self.parts else "no parts inside layers"
+        return f'it has edges forward among "embed", "0" to "{self.n_layers - 1}" and "output", {inside}, {where}'
+
+    def check_fits(self, model, n_positions: int) -> None:
+        """Raise InputError unless this is a graph of the model, on prompts of so many positions if it has positions."""
+        config = config_of(model)
+        sizes = {"layers": (self.n_layers, config.num_hidden_layers)}
+        if self.parts:
+            sizes["conv slices"] = (self.conv_width, config.conv_kernel)
+        if self.n_positions is not None:
+            sizes["positions"] = (self.n_positions, n_positions)
+        for what, (here, there) in sizes.items():
+            if here != there:
+                raise InputError(
+                    f"The circuit's graph has {here} {what}, the model and prompts have {there}: take universe_of(model)."
+                )
+
+
+def universe_of(model, *, parts: bool = False, n_positions: int | None = None) -> Universe:
+    """The universe of an open model; n_positions tells positions apart."""
+    return Universe(config_of(model).num_hidden_layers, config_of(model).conv_kernel, parts, n_positions)
+
+
+@portable
+class Masks(NamedTuple):
+    """How much of each item is replaced by the corrupted run, 0..1; one leading axis for sets tested together.
+
+    edges: [set, source, target, pos], sources embed, 0, 1, ..; targets 0, 1, .., output. conv: [set, layer, tap, pos]
+    (tap 0 is the oldest); ssm, skip: [set, layer, pos].
+    """
+
+    edges: Tensor
+    conv: Tensor
+    ssm: Tensor
+    skip: Tensor
+
+    def __mul__(self, factor: float) -> Masks:  # type: ignore[override]
+        return Masks(*(mask * factor for mask in self))
+
+
+def masks_of(sets: list[Iterable[Item]], universe: Universe, n_positions: int) -> Masks:
+    """The masks that patch each of the sets of items.
+
+    Raises InputError for an item the universe does not have, and where there is no set (one of no items is a set).
+    """
+    if not sets:
+        raise InputError("There is no set of items to patch: give at least one; [] is the set that patches nothing.")
+    n, K = universe.n_layers, universe.conv_width
+    masks = Masks(
+        torch.zeros(len(sets), n + 1, n + 1, n_positions),
+        torch.zeros(len(sets), n, K, n_positions),
+        torch.zeros(len(sets), n, n_positions),
+        torch.zeros(len(sets), n, n_positions),
+    )
+    index = {name: i for i, name in enumerate(universe.nodes)}
+    taps = {name: k for k, name in enumerate(conv_parts(K))}
+    for s, items in enumerate(sets):
+        for item in items:
+            source, target = index.get(item.source), index.get(item.target)
+            where = slice(None) if item.position is None else item.position
+            inside = item.position is None or (_is_whole(item.position) and 0 <= item.position < n_positions)
+            if source is None or target is None or not inside:
+                raise InputError(
+                    f"{item} is not in this graph: nodes are embed, 0 to {n - 1}, output; positions below {n_positions}."
+                )
+            if item.part is not None and not universe.parts:
+                raise InputError(
+                    f"{item} is a part of a layer, and this graph has none: take a universe with parts=True."
+                )
+            if item.part is None and source < target:
+                masks.edges[s, source, target - 1, where] = 1
+            elif item.part in taps and source == target and 1 <= source <= n:
+                masks.conv[s, source - 1, taps[item.part], where] = 1
+            elif item.part in ("ssm", "skip") and source == target and 1 <= source <= n:
+                getattr(masks, item.part)[s, source - 1, where] = 1
+            else:
+                raise InputError(f"{item} is no edge forward and no part of a layer (conv slices, ssm, skip).")
+    return masks
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """Items kept clean; every other item of the universe is patched when the circuit is evaluated.
+
+    Raises InputError, naming it, for an item that the universe does not have and for one that is given twice. Circuits of
+    one universe combine with `|`, `&`, `-` and compare with `jaccard` and `overlap`.
+
+        >>> universe = Universe(n_layers=2)
+        >>> a = Circuit(frozenset({Item("embed", "0"), Item("0", "output"), Item("embed", "1")}), universe)
+        >>> len(Circuit.full(universe)), len(a), len(a.pruned())  # embed -> 1 leads nowhere
+        (6, 3, 2)
+        >>> round(a.jaccard(a.pruned()), 3)
+        0.667
+    """
+
+    items: frozenset[Item]
+    universe: Universe
+
+    def __post_init__(self) -> None:
+        _check_size(self.universe)
+        if not isinstance(self.items, frozenset):
+            object.__setattr__(self, "items", frozenset(_each_once(self.items)))
+        self.universe.check(self.items)
+
+    @classmethod
+    def full(cls, universe: Universe) -> Circuit:
+        """Everything kept: the model itself."""
+        return cls(frozenset(universe.items()), universe)
+
+    @classmethod
+    def from_frame(cls, table: pd.DataFrame, model) -> Circuit:
+        """The items that a table of a model's items keeps, as `im.acdc` gives it.
+
+        table: columns source, target, kept and, where told apart, position and part; every item of the graph is in it.
+        Raises InputError for what is no such table, and for items that the model does not have.
+        """
+        if not isinstance(table, pd.DataFrame) or not {"source", "target", "kept"} <= set(table.columns):
+            what = (
+                f"A table with {', '.join(map(str, table.columns))}" if isinstance(table, pd.DataFrame) else repr(table)
+            )
+            raise InputError(f"{what[:200]} is no circuit: give a Circuit, or a table with source, target and kept.")
+        items = items_of(table)
+        positions = [item.position for item in items if item.position is not None]
+        parts = any(item.part is not None for item in items)
+        universe = universe_of(model, parts=parts, n_positions=max(positions) + 1 if positions else None)
+        kept = table["kept"].eq(True).tolist()
+        return cls(frozenset(item for item, keep in zip(items, kept, strict=True) if keep), universe)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self.items
+
+    def _with(self, items: Iterable[Item]) -> Circuit:
+        return Circuit(frozenset(items), self.universe)
+
+    def _same(self, other: Circuit) -> frozenset[Item]:
+        if self.universe != other.universe:
+            raise InputError(f"Circuits of different graphs cannot be combined: {self.universe} and {other.universe}.")
+        return other.items
+
+    def __or__(self, other: Circuit) -> Circuit:
+        return self._with(self.items | self._same(other))
+
+    def __and__(self, other: Circuit) -> Circuit:
+        return self._with(self.items & self._same(other))
+
+    def __sub__(self, other: Circuit) -> Circuit:
+        return self._with(self.items - self._same(other))
+
+    def patched(self) -> list[Item]:
+        """The items of the universe that are not kept."""
+        return [item for item in self.universe.items() if item not in self.items]
+
+    def kinds(self) -> dict[str, int]:
+        """How many items of each kind are kept: embed->layer, layer->layer, layer->output, embed->output, parts."""
+        return pd.Series([kind_of(item) for item in self.items], dtype="str").value_counts().to_dict()
+
+    def pruned(self) -> Circuit:
+        """Only the edges on a path from embed to output, and the parts of the layers that such a path visits.
+
+        Positions are not told apart: a layer moves what it reads to later positions.
+        """
+        edges = {(i.source, i.target) for i in self.items if i.part is None}
+
+        def reached(start: str, pairs: set[tuple[str, str]]) -> set[str]:
+            seen, frontier = {start}, [start]
+            while frontier:
+                node = frontier.pop()
+                new = {b for a, b in pairs if a == node} - seen
+                seen |= new
+                frontier += new
+            return seen
+
+        live = reached("embed", edges) & reached("output", {(b, a) for a, b in edges})
+        return self._with(i for i in self.items if i.source in live and i.target in live)
+
+    def jaccard(self, other: Circuit) -> float:
+        """Shared items over items in either; 1 for two empty circuits."""
+        union = self.items | self._same(other)
+        return len(self.items & other.items) / len(union) if union else 1.0
+
+    def overlap(self, other: Circuit) -> pd.DataFrame:
+        """Per kind of item: kind, shared, only_here, only_there."""
+        there = self._same(other)
+        rows = [
+            (kind_of(item), item in self.items and item in there, item not in there, item not in self.items)
+            for item in self.items | there
+        ]
+        table = pd.DataFrame(rows, columns=["kind", "shared", "only_here", "only_there"])
+        return table.groupby("kind", as_index=False).sum()
+
+    def to_frame(self) -> pd.DataFrame:
+        """Columns source, target, position, part; one row an item, in the order of the universe."""
+        order = {item: k for k, item in enumerate(self.universe.items())}
+        table = pd.DataFrame(sorted(self.items, key=order.__getitem__), columns=list(Item._fields))
+        return table.astype({"source": "str", "target": "str", "position": "Int64", "part": "str"})
+
+    def save(self, path: str | Path) -> None:
+        """Write `path`.parquet (the items) and `path`.json (the universe), each beside and then renamed."""
+        path = Path(path)
+        universe = json.dumps({"universe": self.universe._asdict()}, indent=1).encode()
+        for suffix, data in zip(_SUFFIXES, (self.to_frame().to_parquet(), universe), strict=True):
+            with written_whole(path.with_name(path.name + suffix)) as beside:
+                beside.write_bytes(data)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Circuit:
+        """Read what `save` wrote. Raises InputError for a missing or foreign file."""
+        path = Path(path)
+        try:
+            table = read_table(path.with_name(path.name + _SUFFIXES[0]))
+            universe = Universe(**json.loads(path.with_name(path.name + _SUFFIXES[1]).read_text())["universe"])
+            return cls(frozenset(items_of(table)), universe)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is no saved circuit (two files, .parquet and .json): {error}") from None
+
+    def to_mib(self) -> dict:
+        """The layer-level part in the JSON of the MIB benchmark: nodes and edges with `in_graph`.
+
+        Layers appear as MIB's `m{i}` (one block without heads), embed as `input`, output as `logits`.
+        """
+        names = {"embed": "input", "output": "logits"} | {str(i): f"m{i}" for i in range(self.universe.n_layers)}
+        kept = {(i.source, i.target) for i in self.items if i.part is None}
+        edges = [i for i in Universe(self.universe.n_layers).items()]
+        used = {node for edge in kept for node in edge}
+        return {
+            "cfg": {"n_layers": self.universe.n_layers, "parallel_attn_mlp": False},
+            "nodes": {names[node]: {"in_graph": node in used} for node in self.universe.nodes},
+            "edges": {
+                f"{names[e.source]}->{names[e.target]}": {"in_graph": (e.source, e.target) in kept} for e in edges
+            },
+        }
+
+
+def _check_size(universe: Universe) -> None:
+    """Raise InputError for sizes that no model has."""
+    if not isinstance(universe, Universe):
+        raise InputError(f"{universe!r} is no Universe: give universe_of(model), or a Universe.")
+    n_layers, conv_width, parts, n_positions = universe
+    sizes = {"n_layers": n_layers, "conv_width": conv_width, "n_positions": 1 if n_positions is None else n_positions}
+    for name, size in sizes.items():
+        if type(size) is not int or not 1 <= size <= _LARGEST[name]:
+            raise InputError(f"{name} is {size}, and must be 1 to {_LARGEST[name]}.")
+    if type(parts) is not bool:
+        raise InputError(f"parts is {parts}, and must be true or false.")
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+
+
+def _each_once(items: Iterable[Item]) -> list[Item]:
+    """The items as a list. Raises InputError, naming it, for one that is there twice."""
+    listed, seen = list(items), set()
+    for item in listed:
+        try:
+            known = item in seen
+        except TypeError:
+            raise InputError(
+                f"{item!r} is no Item: give ioi_mamba.circuits.graph.Item(source, target, position, part)."
+            ) from None
+        if known:
+            raise InputError(f"{item} is given twice: give every item once.")
+        seen.add(item)
+    return listed
+
+
+def kind_of(item: Item) -> str:
+    """embed->layer, layer->layer, layer->output, embed->output, or the name of the part."""
+    if item.part is not None:
+        return item.part
+    return (
+        f"{item.source if item.source == 'embed' else 'layer'}->{item.target if item.target == 'output' else 'layer'}"
+    )
+
+
+def items_of(table: pd.DataFrame) -> list[Item]:
+    """The items of a table with columns source, target and, where told apart, position and part, one row an item.
+
+    Raises InputError for a table without these columns, a position that is no whole number, and an item in two rows.
+    """
+    for name in ("source", "target"):
+        if name not in table:
+            raise InputError(f"The table has no column {name!r}: give one of items, with source and target.")
+    n = len(table)
+    positions = table["position"].tolist() if "position" in table else [None] * n
+    parts = table["part"].tolist() if "part" in table else [None] * n
+    return _each_once(
+        Item(str(s), str(t), _position(p), None if pd.isna(part) else str(part))
+        for s, t, p, part in zip(table["source"], table["target"], positions, parts, strict=True)
+    )
+
+
+def _position(value: Any) -> int | None:
+    if pd.isna(value):
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real) or value % 1 != 0:
+        raise InputError(f"The position {value!r} is no whole number: give the index of a token.")
+    return int(value)

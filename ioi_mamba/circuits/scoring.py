@@ -1,0 +1,265 @@
+"""Scores of many sets of patched items on the same pairs, and the search for how few items are enough.
+
+f is MIB's faithfulness, (m(C) - m(empty)) / (m(N) - m(empty)) with m the mean logit difference, the empty circuit being
+the corrupted run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ioi_mamba.circuits.graph import Item, Masks, Universe, masks_of
+from ioi_mamba.circuits.patching import corrupted_run, needs_parts, patched_run
+from ioi_mamba.errors import InputError
+from ioi_mamba.model.jobs import call, config_of, runs_here
+from ioi_mamba.model.memory import rows_per_pass
+from ioi_mamba.passes import metrics
+from ioi_mamba.passes.ranges import has_range, no_range
+from ioi_mamba.passes.sweep import Progress
+from ioi_mamba.tasks.base import Pairs, check_pairs
+
+SCORES = (
+    "normalized_logit_diff",
+    "accuracy",
+    "full_vocabulary_accuracy",
+    "relative_probability",
+    "kl",
+    "logit_diff",
+)
+ENDS = ("clean", "corrupted")
+USABLE = "usable"
+
+
+class Evaluator:
+    """Evaluates many sets of patched items on the same pairs; each call is one job.
+
+    Pairs without a range (`ranges`) have no scores: they are left out, and `rows_kept` says which are not.
+
+    rows bounds memory: so many prompts in a pass, default from an estimate. Here, clean and corrupted values of all
+    pairs are kept between calls while they take less than `keep_mib` MiB; else, and on a server, each call runs the
+    clean and corrupted prompts anew. resume: a pass begins at the first layer where its sets differ from the set that
+    was run before, which is what makes a search cheap; False runs every pass in full (slower, same values).
+    All that is returned is on the CPU. Raises InputError for the universe of another model or of other positions, and for
+    pairs of several layouts where the universe has positions.
+    """
+
+    def __init__(
+        self,
+        model,
+        pairs: Pairs,
+        universe: Universe,
+        *,
+        rows: int | None = None,
+        keep_mib: int = 1024,
+        resume: bool = True,
+    ):
+        universe.check_fits(model, check_pairs(pairs).clean.shape[1])
+        if universe.n_positions is not None:
+            check_one_layout(pairs)
+        self.model, self.pairs, self.universe, self.resume = model, pairs, universe, resume
+        self.rows = rows or rows_per_pass(model, pairs.clean.shape[1], "parts" if universe.parts else "edges")
+        config = config_of(model)
+        floats = (
+            pairs.clean.shape[1]
+            * config.num_hidden_layers
+            * (2 * config.hidden_size + (8 * config.intermediate_size if universe.parts else 0))
+        )
+        self.keeps = 4 * floats * len(pairs) <= keep_mib * 2**20
+        self._memory: dict | None = {} if runs_here(model) and self.keeps else None
+        self._ends: Tensor | None = None
+        self._kept: Tensor | None = None
+
+    def scores(self, patched: Sequence[Sequence[Item]], progress: Progress | None = None) -> dict[str, Tensor]:
+        """Per-pair scores [set, pair] of SCORES with each set of items patched, of the pairs of `rows_kept`.
+
+        Raises InputError for scores that are not finite, naming the pair, and where no pair has a range.
+        """
+        masks = masks_of([list(items) for items in patched], self.universe, self.pairs.clean.shape[1])
+        pairs = self.pairs.without_text()
+        options = (self.universe.parts, self.rows, self._memory, self.resume)
+        found = call(self.model, _scores, pairs, masks, *options, progress=progress)
+        self._kept = found.pop(USABLE).nonzero()[:, 0]
+        if len(self._kept) == 0:
+            raise InputError(no_range(len(self.pairs)))
+        found = {name: values[..., self._kept] for name, values in found.items()}
+        self._ends = torch.stack([found.pop(name) for name in ENDS])
+        return found
+
+    def normalized(self, patched: Sequence[Sequence[Item]]) -> Tensor:
+        """Mean normalized logit diff [set]."""
+        return self.scores(patched)["normalized_logit_diff"].mean(1)
+
+    def ends(self) -> Tensor:
+        """Logit differences [2, pair] of the clean and of the corrupted prompts."""
+        if self._ends is None:
+            self.scores([[]])
+        assert self._ends is not None
+        return self._ends
+
+    @property
+    def rows_kept(self) -> Tensor:
+        """Int64[row], which of the pairs have a range, and so scores."""
+        if self._kept is None:
+            self.scores([[]])
+        assert self._kept is not None
+        return self._kept
+
+    @property
+    def clusters(self) -> Tensor:
+        """Int64[row], the clusters (`Pairs.clusters`) of the pairs that have scores."""
+        return self.pairs[self.rows_kept].clusters
+
+    def faithfulness(self, logit_diff: Tensor) -> Tensor:
+        """MIB's f [set] from logit differences [set, pair]."""
+        full, empty = self.ends().mean(1)
+        return (logit_diff.mean(-1) - empty) / (full - empty)
+
+    def exact_effects(self, items: Sequence[Item], progress: Progress | None = None) -> Tensor:
+        """What patching each item alone does to the normalized logit diff, Float[item, pair]; negative = it hurts."""
+        patched = self.scores([[item] for item in items], progress)["normalized_logit_diff"]
+        clean, corrupted = self.ends()
+        return patched - metrics.normalized_logit_diff(clean, clean, corrupted)
+
+
+def smallest_size(n_items: int, above: Callable[[int, int, int], bool]) -> int:
+    """The smallest size for which `above` holds, by the published binary search (appendix D.1).
+
+    L = 0, R = n - 1; m = ceil((L + R) / 2); above the target R = m - 1, else L = m; the result is min(n - 1, L + 1), so
+    that n - 1 is also the answer where no size is above. above: called with (m, L, R).
+    """
+    low, high = 0, n_items - 1
+    while low < high:
+        middle = -(-(low + high) // 2)
+        low, high = (low, middle - 1) if above(middle, low, high) else (middle, high)
+    return min(n_items - 1, low + 1)
+
+
+def chosen_sizes(
+    evaluator: Evaluator, samples: Sequence[Tensor], orders: Sequence[Sequence[Item]], target: float
+) -> list[int]:
+    """How many first items of each order are enough for an accuracy above `target` on its sample, as one job.
+
+    samples: Int64[row], some of the evaluator's pairs, one for each order of the same items.
+    """
+    pairs, universe, n_positions = evaluator.pairs, evaluator.universe, evaluator.pairs.clean.shape[1]
+    ranks = []
+    for order in orders:
+        # The rank of every item, put together from the binary digits of ranks.
+        digits = range(len(order).bit_length())
+        sets = [[item for rank, item in enumerate(order, 1) if rank >> digit & 1] for digit in digits]
+        masks = masks_of(sets, universe, n_positions)
+        powers = torch.tensor([2.0**digit for digit in digits])
+        ranks.append(Masks(*(torch.tensordot(powers, mask, 1)[None] for mask in masks)))
+    parts = [pairs[rows].without_text() for rows in samples]
+    options = (len(orders[0]), target, evaluator.rows, universe.parts, evaluator.keeps)
+    return call(evaluator.model, _sizes, parts, ranks, *options).tolist()
+
+
+def _sizes(
+    model,
+    samples: list[Pairs],
+    ranks: list[Masks],
+    n_items: int,
+    target: float,
+    rows: int,
+    parts: bool,
+    keeps: bool,
+    *,
+    progress=None,
+) -> Tensor:
+    """Int64[sample], what `chosen_sizes` gives; ranks: of each item, from 1, 0 for what is kept always."""
+    found = []
+    for pairs, rank in zip(samples, ranks, strict=True):
+        memory: dict | None = {} if keeps else None
+
+        def above(size: int, low: int, high: int, pairs=pairs, rank=rank, memory=memory) -> bool:
+            masks = Masks(*((each > size).float() for each in rank))
+            scores = _scores(model, pairs, masks, parts, rows, memory, True)
+            return float(scores["accuracy"][0, scores[USABLE]].mean()) > target
+
+        found.append(smallest_size(n_items, above))
+    return torch.tensor(found)
+
+
+def check_one_layout(pairs: Pairs) -> None:
+    """Raise InputError unless the same word stands at the same position in all pairs, as items at positions need."""
+    n_layouts = len(check_pairs(pairs).layouts())
+    if n_layouts > 1:
+        raise InputError(
+            f"These prompts have {n_layouts} layouts (lengths, or places of their words), so that one position is not "
+            "one word in all of them; give those of one layout, such as pairs.layouts()[0]."
+        )
+
+
+def _scores(
+    model,
+    pairs: Pairs,
+    masks: Masks,
+    parts: bool,
+    rows: int,
+    memory: dict | None,
+    resume: bool,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Scores [set, pair] by name, the logit differences of ENDS [pair], and USABLE [pair], whether a pair has a range.
+
+    Pairs without a range have scores of 0. The logits of few sets live at a time.
+    parts: whether later calls may patch parts, so that what is kept in `memory` must serve them.
+    """
+    n_sets, size = masks.edges.shape[0], min(rows, len(pairs))
+    found: dict[str, list[Tensor]] = {name: [] for name in (*SCORES, *ENDS, USABLE)}
+    for k, first in enumerate(range(0, len(pairs), size)):
+        chunk = pairs[first : first + size]
+        values = None if memory is None else memory.get(k)
+        if values is None:
+            corrupted = corrupted_run(model, chunk, parts=needs_parts(masks) if memory is None else parts)
+            nothing = Masks(*(torch.zeros_like(mask[:1]) for mask in masks))
+            logits, last_run = patched_run(model, chunk, corrupted, nothing)
+            values = (corrupted, logits[0], last_run)
+            for name, logits in zip(ENDS, (values[1], corrupted.logits), strict=True):
+                chunk.check_finite(f"logits of its {name} prompt", logits.sum(-1), first)
+        corrupted, clean, last_run = values
+        ends = (clean, corrupted.logits)
+        usable = has_range(*(metrics.answer_logits(logits, *_answers(chunk, logits)) for logits in ends))
+        step = max(1, rows // len(chunk))
+        of_sets: dict[str, list[Tensor]] = {name: [] for name in SCORES}
+        for begin in range(0, n_sets, step):
+            group = Masks(*(mask[begin : begin + step] for mask in masks))
+            logits, last_run = patched_run(model, chunk, corrupted, group, last_run if resume else None)
+            for name, score in _score(chunk, logits.float(), *(each.float() for each in ends)).items():
+                score = torch.where(usable, score, 0.0)
+                chunk.check_finite(f"a {name} when patched", score, first)
+                of_sets[name].append(score.cpu())
+            if progress:
+                progress(first * n_sets + min(begin + step, n_sets) * len(chunk), len(pairs) * n_sets)
+        if memory is not None:
+            memory[k] = (corrupted, clean, last_run)
+        for name, scores in of_sets.items():
+            found[name].append(torch.cat(scores))
+        for name, logits in zip(ENDS, ends, strict=True):
+            found[name].append(metrics.logit_diff(logits.float(), *_answers(chunk, logits)).cpu())
+        found[USABLE].append(usable.cpu())
+    return {name: torch.cat(parts_, dim=-1) for name, parts_ in found.items()}
+
+
+def _answers(pairs: Pairs, like: Tensor) -> tuple[Tensor, Tensor]:
+    return pairs.answer.to(like.device), pairs.wrong.to(like.device)
+
+
+def _score(pairs: Pairs, logits: Tensor, clean: Tensor, corrupted: Tensor) -> dict[str, Tensor]:
+    """Scores [set, pair] of logits [set, pair, vocab], given those of the clean and corrupted prompts [pair, vocab]."""
+    answers = _answers(pairs, logits)
+    candidates = pairs.choices
+    difference, *ends = (metrics.logit_diff(each, *answers) for each in (logits, clean, corrupted))
+    return {
+        "normalized_logit_diff": metrics.normalized_logit_diff(difference, *ends),
+        "accuracy": metrics.accuracy(logits, answers[0], candidates),
+        "full_vocabulary_accuracy": metrics.full_vocabulary_accuracy(logits, answers[0]),
+        "relative_probability": metrics.relative_probability(logits, answers[0], candidates),
+        "kl": metrics.kl_divergence(logits, clean),
+        "logit_diff": difference,
+    }

@@ -1,0 +1,258 @@
+"""Exact circuit search (ACDC): decide every edge and part by what removing it does to the metric.
+
+Works back from the output. A *frontier* is all undecided items whose downstream items are decided: first the edges
+into the output, then for every layer from the last one down its ssm and skip, its conv slices, the edges into it.
+Each item, or set of items, of a frontier is patched on top of all that was removed before; if the metric (mean
+normalized logit diff) drops by at most `threshold` the set is removed, a single item that drops more is kept, a
+larger set is halved and tried again (appendix D.2). All sets of a round are rows of the same passes.
+
+With `recursive`, a frontier of more than three items starts as one set. Several sets that could go in one round
+are removed together if their joint drop is within `rollback`, else only the best half of them, and so on. Without
+it, items are decided one at a time, each against the metric after the last removal.
+
+Differences from the published code: conv-slice removals count from the moment they are decided (there they were
+lost from the baseline), and unless `paper` is set, conv slices of a layer whose ssm was removed are still tested,
+because D x carries them around the state.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from ioi_mamba.circuits.graph import Circuit, Item, Universe, conv_parts, universe_of
+from ioi_mamba.circuits.scoring import Evaluator
+from ioi_mamba.errors import InputError
+from ioi_mamba.files import written_whole
+from ioi_mamba.passes.sweep import Progress
+from ioi_mamba.tasks.base import Pairs, check_pairs
+
+
+@dataclass
+class _State:
+    """What has been decided: enough to go on from after an interruption."""
+
+    baseline: float = float("nan")
+    kept: dict[Item, float] = field(default_factory=dict)  # item -> drop when it alone is patched on top
+    removed: dict[Item, None] = field(default_factory=dict)  # in order of decision
+    tests: int = 0
+    rounds: int = 0
+
+    def decided(self, item: Item) -> bool:
+        return item in self.kept or item in self.removed
+
+    def save(self, path: Path, question: dict) -> None:
+        data = {
+            "question": question,
+            "baseline": self.baseline,
+            "kept": [[*item, drop] for item, drop in self.kept.items()],
+            "removed": [list(item) for item in self.removed],
+            "tests": self.tests,
+            "rounds": self.rounds,
+        }
+        with written_whole(path) as beside:
+            beside.write_text(json.dumps(data))
+
+    @classmethod
+    def load(cls, path: Path, question: dict) -> _State:
+        try:
+            data = json.loads(path.read_text())
+            if data["question"] != question:
+                raise InputError(f"{path} belongs to another search (other pairs, graph or thresholds): remove it.")
+            kept = {Item(*row[:4]): float(row[4]) for row in data["kept"]}
+            removed = dict.fromkeys(Item(*row) for row in data["removed"])
+            return cls(data["baseline"], kept, removed, data["tests"], data["rounds"])
+        except (OSError, json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+            raise InputError(f"{path} is no checkpoint of a circuit search ({error}): remove it.") from None
+
+
+def frontiers(universe: Universe) -> list[list[Item]]:
+    """All items, in the groups and the order in which they are decided."""
+    positions = [None] if universe.n_positions is None else list(range(universe.n_positions))
+    layers = [str(i) for i in range(universe.n_layers)]
+
+    def spread(pairs: list[tuple[str, str, str | None]]) -> list[Item]:
+        return [Item(s, t, p, part) for s, t, part in pairs for p in positions]
+
+    groups = [spread([(s, "output", None) for s in ("embed", *layers)])]
+    for i in reversed(range(universe.n_layers)):
+        if universe.parts:
+            groups.append(spread([(layers[i], layers[i], part) for part in ("ssm", "skip")]))
+            groups.append(spread([(layers[i], layers[i], part) for part in conv_parts(universe.conv_width)]))
+        groups.append(spread([(s, layers[i], None) for s in (*layers[:i], "embed")]))
+    return groups
+
+
+class _Search:
+    def __init__(
+        self, evaluator: Evaluator, state: _State, threshold: float, rollback: float, save: Callable[[], None]
+    ):
+        self.evaluator, self.state = evaluator, state
+        self.threshold, self.rollback, self.save = threshold, rollback, save
+
+    def scores(self, sets: list[list[Item]]) -> list[float]:
+        """The metric with each set removed on top of what is removed already."""
+        self.state.tests += len(sets)
+        self.state.rounds += 1
+        return self.evaluator.normalized([[*self.state.removed, *items] for items in sets]).tolist()
+
+    def remove(self, items: list[Item], score: float) -> None:
+        self.state.removed.update(dict.fromkeys(items))
+        self.state.baseline = score
+        self.save()
+
+    def keep(self, item: Item, drop: float) -> None:
+        self.state.kept[item] = drop
+        self.save()
+
+    def one_by_one(self, items: list[Item]) -> None:
+        for item in items:
+            (score,) = self.scores([[item]])
+            if self.state.baseline - score <= self.threshold:
+                self.remove([item], score)
+            else:
+                self.keep(item, self.state.baseline - score)
+
+    def by_halves(self, items: list[Item]) -> None:
+        queue = [items] if len(items) > 3 else [[item] for item in items]
+        while queue:
+            baseline, candidates, halves = self.state.baseline, [], []
+            for tested, score in zip(queue, self.scores(queue), strict=True):
+                if baseline - score <= self.threshold:
+                    candidates.append((baseline - score, tested, score))
+                elif len(tested) == 1:
+                    self.keep(tested[0], baseline - score)
+                else:
+                    middle = len(tested) // 2
+                    halves += [tested[:middle], tested[middle:]]
+            queue = halves + self._remove_together(sorted(candidates, key=lambda c: c[0]))
+
+    def _remove_together(self, candidates: list) -> list[list[Item]]:
+        """Remove as many of the sets as go together, best first; return those that must be tried again."""
+        accepted = len(candidates)
+        while accepted > 1:
+            joint = [item for _, items, _ in candidates[:accepted] for item in items]
+            (score,) = self.scores([joint])
+            if self.state.baseline - score <= self.rollback:
+                self.remove(joint, score)
+                return [items for _, items, _ in candidates[accepted:]]
+            accepted //= 2
+        if candidates:
+            _, items, score = candidates[0]
+            self.remove(items, score)
+        return [items for _, items, _ in candidates[1:]]
+
+
+def _without_effect(state: _State, universe: Universe, paper: bool) -> set[Item]:
+    """Kept or undecided items that no path from embed to output uses: removing them changes nothing.
+
+    In `paper` mode a path inside a layer runs through a conv slice and the ssm, or through skip; else through the
+    layer as a whole.
+    """
+    alive = [item for item in universe.items() if item not in state.removed]
+    passes = {str(i) for i in range(universe.n_layers)}
+    if paper and universe.parts:
+        parts = {(item.source, item.part) for item in alive if item.part}
+        convs = {layer for layer, part in parts if part not in ("ssm", "skip")}
+        through_state = {layer for layer in convs if (layer, "ssm") in parts}
+        passes = through_state | {layer for layer, part in parts if part == "skip"}
+    edges = [i for i in alive if i.part is None and {i.source, i.target} <= passes | {"embed", "output"}]
+    live = Circuit(frozenset(edges), universe).pruned().items
+    nodes = {node for item in live for node in (item.source, item.target)}
+    dead = {item for item in alive if item.part is None and item not in live}
+    dead |= {item for item in alive if item.part and item.source not in nodes}
+    if paper:
+        dead |= {
+            i
+            for i in alive
+            if i.part and i.part.startswith("conv") and Item(i.source, i.source, i.position, "ssm") in state.removed
+        }
+    return dead
+
+
+def acdc(
+    model,
+    pairs: Pairs,
+    *,
+    start: Circuit | None = None,
+    threshold: float = 1e-4,
+    rollback: float | None = None,
+    parts: bool = True,
+    positions: bool = False,
+    recursive: bool = True,
+    paper: bool = False,
+    checkpoint: str | Path | None = None,
+    test_mode: bool = False,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Search for a circuit; columns source, target, position, part, kept, drop, one row an item.
+
+    start: items outside it are removed before the search (its universe is the search's). threshold, rollback: the
+    largest drop of the mean normalized logit diff that is accepted, for one set and for sets together (default the
+    same). drop: baseline minus metric with the item alone patched on top, null for removed items. checkpoint: a
+    file written after every decision; an existing one is resumed. test_mode: recompute the baseline from scratch
+    after every decision and compare. paper: prune as the published code does. resume: start each test at the layer it
+    is about (same values, faster).
+    The table's `attrs` has `score` (final metric), `tests`, `rounds`, and `left_out`, how many of the pairs have no
+    range (`ranges`) and took no part. Raises InputError for a foreign checkpoint, where no pair has a range, and at
+    positions for pairs of several layouts.
+    """
+    n_positions = check_pairs(pairs).clean.shape[1] if positions else None
+    universe = start.universe if start else universe_of(model, parts=parts, n_positions=n_positions)
+    rollback = threshold if rollback is None else rollback
+    evaluator = Evaluator(model, pairs, universe, resume=resume)
+    path = Path(checkpoint) if checkpoint else None
+    question = {
+        "pairs": pairs.hash(),
+        "universe": universe._asdict(),
+        "start": sorted(map(repr, start.items)) if start else None,
+        "threshold": threshold,
+        "rollback": rollback,
+        "recursive": recursive,
+        "paper": paper,
+    }
+    if path and path.exists():
+        state = _State.load(path, question)
+    else:
+        state = _State()
+        state.removed.update(dict.fromkeys(start.patched() if start else []))
+        state.baseline = float(evaluator.normalized([list(state.removed)])[0])
+
+    everything = universe.items()
+
+    def save() -> None:
+        if test_mode:
+            anew = float(evaluator.normalized([list(state.removed)])[0])
+            if abs(anew - state.baseline) > 1e-5:
+                raise AssertionError(f"the search holds a baseline of {state.baseline}, from scratch it is {anew}")
+        if path:
+            state.save(path, question)
+        if progress:
+            progress(len(state.kept) + len(state.removed), len(everything))
+
+    search = _Search(evaluator, state, threshold, rollback, save)
+    for group in frontiers(universe):
+        dead = _without_effect(state, universe, paper)
+        for item in dead:
+            state.kept.pop(item, None)
+        state.removed.update(dict.fromkeys(sorted(dead, key=everything.index)))
+        todo = [item for item in group if not state.decided(item)]
+        if todo:
+            (search.by_halves if recursive else search.one_by_one)(todo)
+    for item in _without_effect(state, universe, paper):
+        state.kept.pop(item, None)
+        state.removed[item] = None
+    table = pd.DataFrame(everything, columns=list(Item._fields)).astype(
+        {"source": "str", "target": "str", "position": "Int64", "part": "str"}
+    )
+    table["kept"] = [item in state.kept for item in everything]
+    table["drop"] = [state.kept.get(item, float("nan")) for item in everything]
+    final = float(evaluator.normalized([list(state.removed)])[0])
+    left_out = len(pairs) - len(evaluator.rows_kept)
+    table.attrs = {"score": final, "tests": state.tests, "rounds": state.rounds, "left_out": left_out}
+    return table

@@ -1,0 +1,73 @@
+"""How much memory a computation takes: how many rows go into a pass, and whether an experiment fits at all.
+
+The figures are those of measured passes, in float32, rounded up; `python -m bench.scaling` lists them for a large model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ioi_mamba.errors import InputError
+from ioi_mamba.model.jobs import config_of, device_of
+
+MIB = 2**20
+PASSES = ("sweep", "edges", "parts", "gradients", "part gradients")
+"""Kinds of pass: resumed with rolled states; edges patched, or edges and parts; the same with gradients kept."""
+
+
+def row_mib(model, n_positions: int, kind: str) -> float:
+    """MiB that one more pair of prompts takes in a pass of that kind (of PASSES), all layers together."""
+    config = config_of(model)
+    E, D, n_layers = config.intermediate_size, config.hidden_size, config.num_hidden_layers
+    per_layer = {
+        "sweep": 2 * n_positions * D + 4 * E * (config.state_size + config.conv_kernel),
+        "edges": 6 * n_positions * D,
+        "parts": 13 * n_positions * E,
+        "gradients": 13 * n_positions * E,
+        "part gradients": 29 * n_positions * E,
+    }[kind]
+    one_layer = 16 * n_positions * E + 2 * E * config.state_size + 4 * config.vocab_size
+    return 4 * (n_layers * per_layer + one_layer) / MIB
+
+
+def rows_per_pass(model, n_positions: int, kind: str = "sweep", budget_mib: float | None = None) -> int:
+    """How many pairs keep a pass within the budget, by default 1 GiB, or 8 GiB on an accelerator; at least one."""
+    if budget_mib is None:
+        budget_mib = 1024 if torch.device(device_of(model)).type == "cpu" else 8192
+    return max(1, int(budget_mib / row_mib(model, n_positions, kind)))
+
+
+def needed_mib(model, n_pairs: int, n_positions: int, kind: str) -> float:
+    """MiB that an experiment with passes of that kind takes beside the weights: its largest pass, and its scores."""
+    rows = min(n_pairs, rows_per_pass(model, n_positions, kind))
+    n_layers, K = config_of(model).num_hidden_layers, config_of(model).conv_kernel
+    per_position = n_layers * 2 if kind == "sweep" else (n_layers + 1) ** 2 + n_layers * (K + 2)
+    # Scores of every pair, in chunks and put together.
+    return rows * row_mib(model, n_positions, kind) + 2 * 4 * n_pairs * n_positions * per_position / MIB
+
+
+def available_mib(model) -> float | None:
+    """MiB that can still be had where the model is, or None where that cannot be found out."""
+    device = torch.device(device_of(model))
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / MIB
+    information = Path("/proc/meminfo")
+    if device.type != "cpu" or not information.is_file():
+        return None
+    lines = information.read_text().splitlines()
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def check_fits(model, n_pairs: int, n_positions: int, kind: str, name: str) -> None:
+    """Raise InputError if the experiment `name` needs more memory than there is, naming what would make it fit."""
+    free, need = available_mib(model), needed_mib(model, n_pairs, n_positions, kind)
+    if free is None or need <= free:
+        return
+    fits = [n for n in range(1, n_pairs) if needed_mib(model, n, n_positions, kind) <= free]
+    advice = f"use --n-pairs {fits[-1]}" if fits else "use shorter prompts, a smaller model or a machine with more"
+    raise InputError(
+        f"{name} with {n_pairs} pairs of {n_positions} tokens needs about {need:.0f} MiB of memory and {free:.0f} MiB "
+        f"are free: {advice}."
+    )

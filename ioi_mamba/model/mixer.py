@@ -1,0 +1,124 @@
+"""The mixer of a layer as an object with a site an attribute, in a plain trace.
+
+with model.trace(tokens):
+    with im.mixer(model, 5) as m:
+        m.B_bar[:, 4] = 0            # edit in place, or assign: m.B_bar = other
+        m.h[:, 7] = other_state      # the recurrence goes on from what is written
+        seen = m.y.save()
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ioi_mamba.errors import InputError
+from ioi_mamba.model.mixer_pass import MixerPass, fitted
+from ioi_mamba.model.sites import SITES
+
+
+class Mixer:
+    """`with mixer(model, layer) as m`: every site of the layer as an attribute, readable and writable.
+
+    `m.B_bar` hands out a copy; editing it in place or assigning `m.B_bar = value` both take effect, on the rows of the
+    invoke it is used in. It works in every step of a generation, with a cache or without: a step has one position then.
+    `m.h[rows, pos]` and `m.conv_slice[s]` are read and written by index. Raises InputError as `MixerPass.set` does,
+    and when used outside its `with` block, where nothing could be handed back to the model.
+    """
+
+    _pass: MixerPass
+    _open: bool
+    _lent: list
+
+    def __init__(self, model, layer: int):
+        self.__dict__["_pass"] = MixerPass(model, layer, alone=False)
+        self.__dict__["_open"] = False
+        self.__dict__["_lent"] = []  # (copy handed out, its version then, how to write it back)
+
+    def __enter__(self) -> Mixer:
+        self.__dict__["_open"] = True
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        if error_type is None:
+            self._settle()
+            self._pass.finish()
+        self.__dict__["_open"] = False
+
+    def _settle(self) -> None:
+        if not self._open:
+            raise InputError(
+                "A mixer is used in a block of its own inside the trace: `with im.mixer(model, layer) as m:`, on a line "
+                "below `with model.trace(...):`."
+            )
+        lent, self.__dict__["_lent"] = self._lent, []
+        for handed, version, write in lent:
+            # Any edit in place counts, also one that leaves the numbers as they were: a state is held by it.
+            if handed._version != version:
+                write(handed)
+            self._lent.append((handed, handed._version, write))
+
+    def _lend(self, value: Tensor, write) -> Tensor:
+        # Tensors made in inference mode do not count their edits.
+        with torch.inference_mode(False):
+            handed = value.clone()
+        self._lent.append((handed, handed._version, write))
+        return handed
+
+    def __getattr__(self, site: str):
+        if site not in SITES:
+            raise AttributeError(f"a mixer has no site {site!r}; the sites are {', '.join(SITES)}")
+        self._settle()
+        if site == "h":
+            return _States(self)
+        if site == "conv_slice":
+            return _ConvSlices(self)
+        return self._lend(self._pass.get(site), lambda value: self._pass.set(site, value))
+
+    def __setattr__(self, site: str, value) -> None:
+        if site not in SITES or site == "conv_slice":
+            raise AttributeError(f"{site!r} cannot be assigned; the sites are {', '.join(SITES)}")
+        if isinstance(value, _States):  # what `m.h[...] op= value` ends with; the item was written already
+            return
+        self._settle()
+        self._pass.set(site, value)
+
+
+class _States:
+    """`m.h`: the states [batch, pos, E, N]; a state written at a position is what the recurrence continues from."""
+
+    def __init__(self, mixer: Mixer):
+        self._mixer = mixer
+
+    def __getitem__(self, key) -> Tensor:
+        self._mixer._settle()
+        return self._mixer._lend(self._mixer._pass.get("h")[key], lambda value: self._write(key, value))
+
+    def __setitem__(self, key, value) -> None:
+        self._mixer._settle()
+        self._write(key, value)
+
+    def _write(self, key, value) -> None:
+        h = self._mixer._pass.get("h")
+        written = torch.zeros_like(h)
+        written[key] = value
+        written = fitted(f"blocks.{self._mixer._pass._layer}.hook_h", written, h)
+        mask = torch.zeros_like(h, dtype=torch.bool)
+        mask[key] = True
+        self._mixer._pass.write_states(mask, written)
+
+
+class _ConvSlices:
+    """`m.conv_slice`: the taps of the convolution by relative position, -(K-1) .. 0; each [batch, pos, E]."""
+
+    def __init__(self, mixer: Mixer):
+        self._mixer = mixer
+
+    def __getitem__(self, s: int) -> Tensor:
+        site = f"conv_slice.{s}"
+        self._mixer._settle()
+        return self._mixer._lend(self._mixer._pass.get(site), lambda value: self._mixer._pass.set(site, value))
+
+    def __setitem__(self, s: int, value: Tensor) -> None:
+        self._mixer._settle()
+        self._mixer._pass.set(f"conv_slice.{s}", value)

@@ -1,0 +1,297 @@
+"""Read and edit any number of sites of a stock model in one forward pass.
+
+`read` returns values by MambaLens hook name, `run` returns logits with values replaced; both are one nnsight trace
+of the same function, `forward`, which also serves every experiment: it can keep the logits of one position only,
+and it can *resume*, that is run layers >= l on positions >= p alone, from what a clean run had there.
+
+An edit is a tensor (the new value), a number (which it then is everywhere), a function of the value (returns the new
+value), or `Given`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import nnsight
+import torch
+from torch import Tensor
+
+from ioi_mamba.errors import InputError
+from ioi_mamba.model.jobs import call, config_of, device_of
+from ioi_mamba.model.mixer import Mixer
+from ioi_mamba.model.mixer_pass import MixerPass, fitted
+from ioi_mamba.model.portable import portable
+from ioi_mamba.model.sites import SITES, STAGES, Address, expanded, parse
+from ioi_mamba.model.tokens import check_tokens, prompts_of
+
+
+@portable
+class Given(NamedTuple):
+    """An edit whose value is made when the pass is there; what it replaces is not computed."""
+
+    make: Callable[[], Tensor]
+
+
+Edit = Tensor | float | Given | Callable[[Tensor], Tensor]
+Observer = Callable[[Tensor], None]
+
+
+@portable
+@dataclass(frozen=True)
+class Start:
+    """Where a resumed pass begins: at layer `layer`, with all that a clean run had computed by then.
+
+    The tokens given to the pass are those of the positions still to be run. A causal model's past is a constant-size
+    state, so this is exact: below `layer` and before the first token nothing can have changed.
+    resid_pre: [batch, pos, D], the clean residual stream entering `layer` at the positions still to be run.
+    conv_start, h_start: per layer >= `layer`, the K-1 conv inputs [batch, K-1, E] and the state [batch, E, N]
+    before the first of these positions; layers without one begin at zeros, as at the first position of a prompt.
+    """
+
+    layer: int
+    resid_pre: Tensor
+    conv_start: Mapping[int, Tensor]
+    h_start: Mapping[int, Tensor]
+
+
+def mixer(model, layer: int) -> Mixer:
+    """The opened mixer of a layer, for use inside a trace: `with mixer(model, 3) as m: m.B_bar[:, 4] = 0`.
+
+    A negative layer counts from the last. Raises InputError for a layer out of range and a model that is no Mamba.
+    """
+    _check_mamba(model)
+    n_layers = config_of(model).num_hidden_layers
+    if not isinstance(layer, int) or not -n_layers <= layer < n_layers:
+        raise InputError(f"The model has layers 0 to {n_layers - 1}, not {layer!r}.")
+    return Mixer(model, layer % n_layers)
+
+
+def _check_mamba(model) -> None:
+    kind = config_of(model).model_type
+    if kind != "mamba":
+        raise InputError(f"A {kind} model has none of these sites: open a Mamba.")
+
+
+def _addresses(model, names: Iterable[str], n_positions: int) -> dict[str, Address]:
+    """The address of each name. Raises InputError for two names of one value, of which only one could take effect."""
+    config, where = config_of(model), {}
+    for name in dict.fromkeys(names):
+        address = parse(name, config.num_hidden_layers, n_positions, config.conv_kernel)
+        other = next((known for known, place in where.items() if place == address), None)
+        if other is not None:
+            raise InputError(f"{other!r} and {name!r} are the same value: give it once.")
+        where[name] = address
+    return where
+
+
+def _apply(edit: Edit, current: Callable[[], Tensor], name: str) -> Tensor:
+    if isinstance(edit, Tensor):
+        return edit
+    if isinstance(edit, Given):
+        return edit.make()
+    if isinstance(edit, int | float):
+        return torch.full_like(current(), edit)
+    if not callable(edit):
+        raise InputError(
+            f"{name}: an edit is a tensor, a number or a function of the value, not {type(edit).__name__}."
+        )
+    value = edit(current())
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name}: the edit returned {type(value).__name__}, not a tensor; return the new value.")
+    return value
+
+
+def _edit_states(open_pass: MixerPass, name: str, index: int | None, edit: Edit) -> None:
+    """Write states: one position (`hook_h.p`) or the whole stack (`hook_h`).
+
+    A function given the whole stack writes the entries it changes; the others go on following the recurrence.
+    """
+    if index is not None:
+        h = open_pass.get("h")
+        state = fitted(name, _apply(edit, lambda: h[:, index].clone(), name), h[:, index])
+        here = torch.arange(h.shape[1], device=h.device)[:, None, None] == index
+        open_pass.write_states(here, state[:, None])
+    elif isinstance(edit, Tensor):
+        open_pass.set("h", edit)
+    else:
+        h = open_pass.get("h")
+        value = fitted(name, _apply(edit, h.clone, name), h)
+        open_pass.write_states(value != h, value)
+
+
+def _key(address: Address) -> str:
+    return address.site if address.index is None else f"{address.site}.{address.index}"
+
+
+def _value(open_pass: MixerPass, address: Address) -> Tensor:
+    if address.site == "h" and address.index is not None:
+        return open_pass.get("h")[:, address.index]
+    return open_pass.get(_key(address))
+
+
+@portable
+@dataclass
+class _LayerPlan:
+    """What one layer of a pass is asked for: edits, observers and reads by address."""
+
+    edits: dict[Address, tuple[str, Edit]] = field(default_factory=dict)
+    observers: dict[Address, Observer] = field(default_factory=dict)
+    reads: dict[Address, str] = field(default_factory=dict)
+
+    def _output_is_given(self, layer: int) -> bool:
+        """Whether the mixer's output is a tensor, and nothing inside the mixer is asked for: then it need not run."""
+        output = Address(layer, "out_proj", None)
+        inside = range(STAGES.index("in_proj"), STAGES.index("mixer_output"))
+        asked = {*self.edits, *self.observers, *self.reads}
+        return isinstance(self.edits.get(output, ("", None))[1], Tensor) and not any(
+            STAGES.index(SITES[address.site].stage) in inside for address in asked
+        )
+
+    def walk(self, model, layer: int, saved: dict[str, Tensor], own_scan: bool) -> None:
+        """Do all of it in the order the layer computes its values; an edit precedes a read of the same site."""
+        open_pass = MixerPass(model, layer, alone=True)
+        own_scan = own_scan and not self._output_is_given(layer)
+        wanted = sorted({*self.edits, *self.observers, *self.reads}, key=lambda a: (a.index is not None, a.index or 0))
+        for site in SITES:
+            if own_scan and site == "delta_2":
+                open_pass.own_scan()
+            here = [address for address in wanted if address.site == site]
+            for address in here:
+                if address in self.edits:
+                    name, edit = self.edits[address]
+                    if site == "h":
+                        _edit_states(open_pass, name, address.index, edit)
+                    else:
+                        current = lambda key=_key(address): open_pass.get(key).clone()  # noqa: B008
+                        open_pass.set(_key(address), _apply(edit, current, name))
+            for address in here:
+                if address in self.observers:
+                    self.observers[address](_value(open_pass, address))
+                if address in self.reads:
+                    saved[self.reads[address]] = _value(open_pass, address)
+        open_pass.finish()
+
+
+def _edit_place(place, name: str, edits, observe, reads, saved: dict[str, Tensor]) -> None:
+    if name in edits:
+        current = place.output
+        place.output = fitted(name, _apply(edits[name], current.clone, name), current)
+    if name in observe:
+        observe[name](place.output)
+    if name in reads:
+        saved[name] = place.output
+
+
+def forward(
+    model,
+    tokens: Tensor,
+    edits: Mapping[str, Edit] | None = None,
+    reads: Iterable[str] = (),
+    *,
+    logits_at: Tensor | None = None,
+    start: Start | None = None,
+    own_scan: bool = False,
+    observe: Mapping[str, Observer] | None = None,
+    reduce: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+) -> dict[str, Tensor]:
+    """One pass: edits applied, the named values returned, and always the logits as `hook_logits`.
+
+    tokens: Long[batch, pos]. logits_at: Long[batch], keep the logits of that position only ([batch, 1, vocab]).
+    start: resume from there; `tokens` are then the positions still to be run, and `logits_at` counts from the first
+    of them. Layers before `start.layer` are not run, so they can be neither read nor edited.
+    own_scan: run `scan.py` in every layer instead of the stock loop (equal, and faster on a CPU).
+    observe: hook name -> function called with the value when the pass reaches it (after the edits there).
+    reduce: turns what would be returned into what is, inside the trace (so that only the result travels).
+    Raises InputError for unknown names, bad shapes, NaN in an edit, layers out of range.
+    """
+    tokens = check_tokens(model, tokens).to(device_of(model))
+    edits, observe, reads = dict(edits or {}), dict(observe or {}), list(reads)
+    where = _addresses(model, [*edits, *observe, *reads], tokens.shape[1])
+    n_layers, first, stream_in = config_of(model).num_hidden_layers, 0, None
+    if start is not None:
+        first, stream_in = start.layer, start.resid_pre
+        for site, values in (("conv_start", start.conv_start), ("h_start", start.h_start)):
+            for i, value in values.items():
+                name = f"blocks.{i}.hook_{site}"
+                if name in edits:
+                    raise InputError(f"{name!r} is where this pass starts from: put the value into `start`.")
+                edits[name] = value
+                where[name] = Address(i, site, None)
+    plans = {i: _LayerPlan() for i in range(first if own_scan else n_layers, n_layers)}
+    for name, address in where.items():
+        if address.layer is None:
+            continue
+        if address.layer < first:
+            raise InputError(f"{name!r} is below layer {first}, where this pass starts.")
+        plan = plans.setdefault(address.layer, _LayerPlan())
+        if name in edits:
+            plan.edits[address] = (name, edits[name])
+        if name in observe:
+            plan.observers[address] = observe[name]
+        if name in reads:
+            plan.reads[address] = name
+
+    with model.trace(tokens, use_cache=False):
+        saved: dict[str, Tensor] = {}
+        if start is None:
+            _edit_place(model.backbone.embeddings, "hook_embed", edits, observe, reads, saved)
+        for i in range(first):
+            model.backbone.layers[i].skip(stream_in)
+        for i in sorted(plans):
+            plans[i].walk(model, i, saved, own_scan)
+        _edit_place(model.backbone.norm_f, "hook_norm", edits, observe, reads, saved)
+        if logits_at is not None:
+            stream = model.lm_head.input
+            rows = torch.arange(stream.shape[0], device=stream.device)
+            model.lm_head.input = stream[rows, logits_at.to(stream.device)][:, None]
+        _edit_place(model.lm_head, "hook_logits", edits, observe, [*reads, "hook_logits"], saved)
+        if reduce is not None:
+            saved = reduce(saved)
+        saved = nnsight.save(saved)
+    return saved
+
+
+def read(model, tokens: Any, names: str | Iterable[str], *, own_scan: bool = False) -> dict[str, Tensor]:
+    """Values by MambaLens hook name, from one stock forward pass.
+
+    tokens: Long[batch, pos], or a text, texts, an encoding or `Pairs` (see `tokens.prompts_of`). names: one or several
+    of `hook_embed`, `hook_norm`, `hook_logits` and `blocks.{i}.hook_{site}`; shapes in `ioi_mamba.model.sites.SITES`. A `*`
+    stands for any layer, site or index (`blocks.*.hook_h.7`); negative layers and positions count from the end.
+    own_scan: run `scan.py` in every layer instead of the stock loop, so that states that are
+    read are computed once: the same values within rounding, at about two thirds of the cost for all of them.
+    Raises InputError for an unknown name, a layer, position or slice out of range, tokens outside the vocabulary, and a
+    model that is no Mamba.
+    """
+    _check_mamba(model)
+    tokens, config = check_tokens(model, prompts_of(model, tokens)), config_of(model)
+    names = expanded(names, config.num_hidden_layers, tokens.shape[1], config.conv_kernel)
+    return call(model, _read, tokens, names, own_scan)
+
+
+def _read(model, tokens: Tensor, names: list[str], own_scan: bool, *, progress=None) -> dict[str, Tensor]:
+    saved = forward(model, tokens, reads=names, own_scan=own_scan)
+    return {name: saved[name] for name in names}
+
+
+def run(model, tokens: Any, edits: Mapping[str, Edit] | None = None, *, own_scan: bool = False) -> Tensor:
+    """Logits [batch, pos, vocab] of a pass in which the named values are replaced.
+
+    tokens: as `read` takes them. edits: hook name -> new value, a number, or function from the value to the new one;
+    names as `read` takes them, each match edited. All combine; later edits see earlier
+    ones. `blocks.{i}.hook_h.{p}` continues the recurrence from what is written; a function at `blocks.{i}.hook_h`
+    writes the entries it changes. `layer_input` reaches its layer only, `resid_pre` all that follows.
+    own_scan: as `read` takes it. Raises InputError as `read` does, and for an edit of the wrong shape or with NaN in it.
+    """
+    _check_mamba(model)
+    if edits is not None and not isinstance(edits, Mapping):
+        raise InputError(f"Edits are a dictionary from hook name to value, not {type(edits).__name__}.")
+    tokens, config = check_tokens(model, prompts_of(model, tokens)), config_of(model)
+    sizes = (config.num_hidden_layers, tokens.shape[1], config.conv_kernel)
+    found = {name: edit for names, edit in (edits or {}).items() for name in expanded(names, *sizes)}
+    return call(model, _run, tokens, found, own_scan)
+
+
+def _run(model, tokens: Tensor, edits: dict[str, Edit], own_scan: bool, *, progress=None) -> Tensor:
+    return forward(model, tokens, edits, own_scan=own_scan)["hook_logits"]

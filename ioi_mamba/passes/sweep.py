@@ -1,0 +1,299 @@
+"""Many edits as rows of few passes, each pass resumed from the layer and position it touches.
+
+A Mamba is causal and its past is a constant-size state. A row patched at (layer l, position p) equals the clean run
+below l and before p, so it needs only layers >= l on positions >= p, started from the clean residual stream and, for
+every later layer, the last three conv inputs and the state before p. Averaged over a layer x position sweep that is
+about a quarter of the work, and exact.
+
+The states are rolled forward with the sweep, one token at a time (`Roll`), so nothing of size
+[layer, pair, pos, E, N] is ever alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import nnsight
+import torch
+from torch import Tensor
+
+from ioi_mamba.errors import InputError
+from ioi_mamba.model.jobs import call, config_of, device_of
+from ioi_mamba.model.memory import rows_per_pass
+from ioi_mamba.model.portable import portable
+from ioi_mamba.model.sites import CONV_OP, parse
+from ioi_mamba.passes.forward import Start, forward
+from ioi_mamba.passes.metrics import answer_logits, logit_diff
+from ioi_mamba.tasks.base import Pairs, check_pairs
+
+Progress = Callable[[int, int], None]
+STATE_AND_CONV = "h_and_conv"  # a layer's whole memory: its state and the conv inputs the next tokens still see
+
+
+def layer_count(model) -> int:
+    return config_of(model).num_hidden_layers
+
+
+def block_sites(site: str, layers: Sequence[int]) -> list[str]:
+    """Hook names of one site (`layer_input`, `conv_slice.-1`, ...) in several layers."""
+    return [f"blocks.{i}.hook_{site}" for i in layers]
+
+
+@portable
+@dataclass(frozen=True)
+class Roll:
+    """A run stopped before `position`, with the conv inputs and states every layer needs to go on from there.
+
+    tokens: Long[batch, pos], all of them. conv_start: per layer [batch, K-1, E]; h_start: per layer [batch, E, N].
+    """
+
+    model: Any
+    tokens: Tensor
+    position: int
+    conv_start: dict[int, Tensor]
+    h_start: dict[int, Tensor]
+
+    @classmethod
+    def begin(cls, model, tokens: Tensor) -> Roll:
+        """Before the first token: all zeros."""
+        config, layers = config_of(model), range(layer_count(model))
+        conv = tokens.new_zeros(len(tokens), config.conv_kernel - 1, config.intermediate_size, dtype=torch.float32)
+        state = tokens.new_zeros(len(tokens), config.intermediate_size, config.state_size, dtype=torch.float32)
+        return cls(model, tokens, 0, dict.fromkeys(layers, conv), dict.fromkeys(layers, state))
+
+    def start(self, layer: int, resid_pre: Tensor, rows: Tensor | slice = slice(None)) -> Start:
+        """The resume point at `layer` and this position, for some of the rows.
+
+        resid_pre: [row, pos, D], the stream entering `layer` from this position on, of these rows.
+        """
+        above = range(layer, layer_count(self.model))
+        return Start(
+            layer,
+            resid_pre,
+            {i: self.conv_start[i][rows] for i in above},
+            {i: self.h_start[i][rows] for i in above},
+        )
+
+    def step(self, reads: Sequence[str] = ()) -> tuple[Roll, dict[str, Tensor]]:
+        """Run one token: the roll after it, and the `reads` there (position axes of length 1)."""
+        layers = range(layer_count(self.model))
+        inputs, states = block_sites("in_proj", layers), block_sites("h.0", layers)
+        token = self.tokens[:, self.position : self.position + 1]
+        at = forward(
+            self.model,
+            token,
+            reads=[*inputs, *states, *reads],
+            start=self.start(0, token.new_empty(0)),
+            own_scan=True,
+        )
+        # Cut after joining: a convolution of one tap keeps nothing.
+        conv = {i: torch.cat((self.conv_start[i], at[inputs[i]]), dim=1)[:, 1:] for i in layers}
+        return replace(
+            self, position=self.position + 1, conv_start=conv, h_start={i: at[states[i]] for i in layers}
+        ), at
+
+
+def last_logits(model, tokens: Tensor, last: Tensor) -> Tensor:
+    """Logits [batch, 1, vocab] at each row's last position, of a plain pass."""
+    return forward(model, tokens, logits_at=last, own_scan=True)["hook_logits"]
+
+
+@contextmanager
+def pair_named(model, pairs: Pairs) -> Iterator[None]:
+    """Where the block refuses a value that is not finite, the InputError is one that names the pair it came from."""
+    try:
+        yield
+    except InputError:
+        # Asked only now, since it takes two passes.
+        for name in ("clean", "corrupted"):
+            logits = call(model, plain_logits, getattr(pairs, name), pairs.last)
+            pairs.check_finite(f"logits of its {name} prompt", logits.movedim(0, -1))
+        raise
+
+
+def plain_logits(model, tokens: Tensor, last: Tensor, *, progress: Progress | None = None) -> Tensor:
+    """Logits Float[row, vocab] at each row's last position, on the CPU; a function for `call`."""
+    rows = rows_per_pass(model, tokens.shape[1])
+    parts = zip(tokens.split(rows), last.split(rows), strict=True)
+    with torch.no_grad():
+        return torch.cat([last_logits(model, *part)[:, 0].cpu() for part in parts])
+
+
+def resample_sweep(
+    model,
+    pairs: Pairs,
+    site: str,
+    *,
+    layers: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Resample one site at every (layer, position): logits of (answer, wrong), [layer, position, pair, 2].
+
+    In each cell the clean prompt runs with the site's value at that layer and position overwritten by the value of
+    the corrupted run (paper section 4.1.1). `conv_slice.s` takes the OUTPUT position of the convolution; `h` is the
+    state after that position's update, from which the recurrence goes on; `h_and_conv` is the same with the last K-1
+    conv inputs replaced too, for the positions that follow.
+    site: a site name of one layer, with index for conv slices ("conv_slice.-1"). layers, positions: default all.
+    resume: start each pass at its layer and position; False runs every row in full (slower, same values).
+    A cell before a pair's first differing token, or after its last token, is the clean run itself (causality) and
+    is not computed. Raises InputError for an unknown site, and for logits that are not finite, naming the pair.
+    """
+    layers, positions = _checked(model, pairs, site, layers, positions)
+    with pair_named(model, pairs):
+        logits = call(model, _sweep, pairs, site, layers, positions, resume, progress=progress)
+    pairs.check_finite("logits", logits.movedim(-1, 0))
+    return logits
+
+
+def _checked(model, pairs: Pairs, site: str, layers, positions) -> tuple[list[int], list[int]]:
+    """The layers and positions of a sweep. Raises InputError for what is not there."""
+    n_pos = check_pairs(pairs).clean.shape[1]
+    layers = list(range(layer_count(model)) if layers is None else layers)
+    positions = list(range(n_pos) if positions is None else positions)
+    for name in block_sites("h" if site == STATE_AND_CONV else site, layers):
+        parse(name, layer_count(model), n_pos, config_of(model).conv_kernel)
+    if site in ("A", "h_start", "conv_start") or site.startswith("h."):
+        raise InputError(f"{site!r} has no value of its own at every position: sweep another site.")
+    if not positions or not all(0 <= p < n_pos for p in positions):
+        raise InputError(f"positions {positions} are not in this prompt: give some of 0 to {n_pos - 1}.")
+    return layers, positions
+
+
+def swept_logit_diffs(
+    model,
+    pairs: Pairs,
+    site: str,
+    *,
+    layers: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Logit diffs of `resample_sweep`, "patched" [layer, position, pair], and of plain runs, "clean", "corrupted" [pair].
+
+    Arguments and errors as there.
+    """
+    layers, positions = _checked(model, pairs, site, layers, positions)
+    return call(model, _logit_diffs, pairs, site, layers, positions, resume, progress=progress)
+
+
+def _logit_diffs(
+    model, pairs: Pairs, site: str, layers, positions, resume: bool, *, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    diffs: dict[str, Tensor] = {}
+    rows = rows_per_pass(model, pairs.clean.shape[1])
+    with torch.no_grad():
+        for name, tokens in (("clean", pairs.clean), ("corrupted", pairs.corrupted)):
+            parts = [
+                logit_diff(
+                    last_logits(model, tokens[part], pairs.last[part])[:, 0], pairs.answer[part], pairs.wrong[part]
+                )
+                for part in torch.arange(len(pairs)).split(rows)
+            ]
+            diffs[name] = torch.cat(parts).cpu()
+            # Before the sweep, which would refuse to write the value of such a pair without knowing whose it is.
+            pairs.check_finite(f"logits of its {name} prompt", diffs[name])
+    diffs["patched"] = logit_diff(_sweep(model, pairs, site, layers, positions, resume, progress=progress))
+    pairs.check_finite("logits when patched", diffs["patched"])
+    return diffs
+
+
+def _sweep(
+    model, pairs: Pairs, site: str, layers, positions, resume: bool, *, progress: Progress | None = None
+) -> Tensor:
+    out: list[Tensor] = []
+    chunk = rows_per_pass(model, pairs.clean.shape[1])
+    done, total = 0, len(positions) * len(layers) * len(pairs)
+    with torch.no_grad():
+        for first in range(0, len(pairs), chunk):
+            rows = slice(first, min(first + chunk, len(pairs)))
+            part = pairs[rows]
+            report = (lambda n, base=done: progress(base + n, total)) if progress else None
+            out.append(_sweep_chunk(model, part, site, layers, positions, resume, report).cpu())
+            done += len(positions) * len(layers) * len(part)
+    return torch.cat(out, dim=2)
+
+
+def _sweep_chunk(model, pairs: Pairs, site: str, layers, positions, resume: bool, report) -> Tensor:
+    clean, corrupted = pairs.clean.to(device_of(model)), pairs.corrupted.to(device_of(model))
+    n = len(pairs)
+    last = pairs.last.to(device_of(model))
+    streams = block_sites("resid_pre", layers)
+    run = forward(model, clean, reads=streams, logits_at=last, own_scan=True)
+    unpatched = answer_logits(run["hook_logits"][:, 0], pairs.answer, pairs.wrong)
+    out = unpatched.expand(len(layers), len(positions), -1, -1).clone()
+    begins = pairs.first_difference.to(device_of(model))
+    roll = Roll.begin(model, torch.cat((clean, corrupted)))
+    weights = _conv_weights(model, layers) if site == STATE_AND_CONV else {}
+    sources = block_sites("h.0" if site in ("h", STATE_AND_CONV) else site, layers)
+    done = 0
+    for p in range(max(positions) + 1):
+        here = roll
+        roll, at = here.step(sources)
+        alive = torch.nonzero((begins <= p) & (p <= last))[:, 0]
+        for k, layer in enumerate(layers if p in positions else ()):
+            if len(alive):
+                value = at[sources[k]][n + alive]
+                start = here.start(layer, run[streams[k]][alive, p:], alive) if resume else None
+                taps = roll.conv_start[layer]
+                taps = (weights[layer], taps[alive], taps[n + alive]) if site == STATE_AND_CONV else None
+                logits = _patched(model, clean[alive], last[alive], site, layer, p, value, start, taps)
+                rows = alive.cpu()
+                found = answer_logits(logits[:, 0], pairs.answer[rows], pairs.wrong[rows])
+                for column in (column for column, position in enumerate(positions) if position == p):
+                    out[k, column, alive] = found
+            done += n
+            if report:
+                report(done)
+    return out
+
+
+def _conv_weights(model, layers) -> dict[int, Tensor]:
+    """The weights of each layer's convolution, [E, K], as a pass hands them over: a server may show no parameters."""
+    with model.trace(torch.zeros(1, 1, dtype=torch.int64, device=device_of(model)), use_cache=False):
+        weights = nnsight.save(
+            {i: getattr(model.backbone.layers[i].mixer.source, CONV_OP).inputs[0][1] for i in layers}
+        )
+    return weights
+
+
+def _patched(model, tokens, last, site: str, layer: int, p: int, value: Tensor, start: Start | None, taps) -> Tensor:
+    """Logits [row, 1, vocab] with `value` (position axis of length 1) written at (layer, p).
+
+    taps: (weights [E, K], clean, corrupted conv inputs [row, K-1, E] up to p), to be exchanged for the positions after
+    p, or None.
+    """
+    at = 0 if start else p
+
+    def write(x: Tensor) -> Tensor:
+        x[:, at] = value[:, 0]
+        return x
+
+    if site in ("h", STATE_AND_CONV):
+        edits = {f"blocks.{layer}.hook_h.{at}": value}
+    else:
+        edits = {f"blocks.{layer}.hook_{site}": write}
+    if taps is not None:
+        weight, *inputs = taps
+        edits |= _exchange_taps(weight, layer, at, *inputs)
+    tokens, last = (tokens[:, p:], last - p) if start else (tokens, last)
+    return forward(model, tokens, edits, logits_at=last, start=start)["hook_logits"]
+
+
+def _exchange_taps(weight: Tensor, layer: int, at: int, clean: Tensor, corrupted: Tensor) -> dict:
+    """Edits of the conv output after position `at` that make it see the corrupted run's inputs up to `at`."""
+    width = weight.shape[-1]
+
+    def exchange(x: Tensor) -> Tensor:
+        for ahead in range(1, min(width, x.shape[1] - at)):
+            # The output `ahead` positions after `at` reads inputs up to `at` through its oldest width - ahead taps.
+            taps = weight[:, : width - ahead].T
+            x[:, at + ahead] += (taps * (corrupted - clean)[:, ahead - 1 :]).sum(1)
+        return x
+
+    return {f"blocks.{layer}.hook_conv": exchange}

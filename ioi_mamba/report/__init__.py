@@ -1,0 +1,1 @@
+"""One offline page out of a run's tables."""

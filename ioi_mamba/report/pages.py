@@ -1,0 +1,399 @@
+"""One offline page out of a run's tables: what was asked, what is seen, what it says, how it was made.
+
+The page loads nothing: the chart library stands in it once, the charts as JSON. A content security policy in
+its head makes the browser hold to that. Whatever text a table or manifest carries is shown as text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import altair as alt
+import jinja2
+import numpy as np
+import pandas as pd
+import vl_convert
+from markupsafe import Markup
+
+from ioi_mamba import analyses, tasks
+from ioi_mamba.charts import drawing
+from ioi_mamba.claims import compare, names_summary
+from ioi_mamba.errors import InputError
+from ioi_mamba.files import written_whole
+from ioi_mamba.report import provenance
+from ioi_mamba.results import baseline
+from ioi_mamba.results.stored import read_manifest, read_result, read_results
+
+PREVIEW_ROWS = 12
+MAX_BYTES = 8 * 2**20
+MAX_CELL = 300  # characters of a cell of the preview
+
+# What the page shows where a manifest does not say, or says something of another kind.
+UNKNOWN: dict[str, Any] = {
+    **dict.fromkeys(("device", "dtype", "pairs_sha256", "table_sha256", "created"), "unknown"),
+    "wall_seconds": 0.0,
+    **{name: {} for name in ("options", "versions")},
+    **{name: [] for name in ("kernels", "examples")},
+    "task": tasks.ioi.TASK,
+    "backend": "unknown",
+    "n_pairs": 0,
+}
+UNKNOWN_MODEL: dict[str, Any] = {"id": "unknown", "architecture": "unknown", "config": {}, "weights_sha256": "unknown"}
+OPTIONAL = {
+    "clean": ("accuracy", "n", "bound"),
+    "requests": ("count", "bytes_up", "bytes_down", "queue_seconds", "run_seconds", "transfer_seconds"),
+}
+CHART_FORMS = ("svg", "png")
+_GLOBALS = "window.vegaEmbed = vegaEmbed;"
+_VEGALITE = re.sub(r"^v(\d+\.\d+).*", r"\1", alt.SCHEMA_VERSION)
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page shows of one experiment, or of a summary of several, whose manifest is empty.
+
+    `spec` None: there is no chart. trouble: what could not be made of the table, and why, in a sentence. warning: that
+    the model cannot do the task, or empty.
+    examples: prompts to show for a position that is chosen, as JSON, where the table has positions.
+    """
+
+    module: ModuleType
+    manifest: dict[str, Any]
+    table: pd.DataFrame
+    spec: Markup | None
+    findings: list[str]
+    trouble: str | None
+    header: list[str]
+    preview: list[list[str]]
+    n_rows: int
+    code: str
+    warning: str
+    examples: Markup | None
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the table is not one that others can read numbers off."""
+        return _what_is_wrong(self.module, self.table) is not None
+
+
+def write_report(directory: str | Path) -> Path:
+    """Write `index.html` from the tables and manifests of a directory, in the paper's order; gives its path.
+
+    What cannot be made of an experiment's table, or would mean nothing since the model cannot do the task, is replaced by
+    the reason; so are the largest charts of a page over 8 MB. A table without manifest is an unfinished run and left out.
+    Raises InputError for a directory without a finished table.
+    """
+    directory = Path(directory)
+    sections = _sections(directory)
+    page = _page(sections)
+    while len(page.encode()) > MAX_BYTES and any(section.spec for section in sections):
+        largest = max(range(len(sections)), key=lambda k: len(sections[k].spec or ""))
+        megabytes = f"{len(page.encode()) / 2**20:.1f} MB, more than {MAX_BYTES / 2**20:.3g}"
+        trouble = f"The chart is left out: with it the page would have {megabytes}. Report fewer analyses to see it."
+        sections[largest] = replace(sections[largest], spec=None, examples=None, trouble=trouble)
+        page = _page(sections)
+    with written_whole(directory / "index.html") as path:
+        path.write_text(page, encoding="utf-8")
+    return directory / "index.html"
+
+
+def _page(sections: list[Section]) -> str:
+    task = tasks.load(sections[0].manifest["task"])
+    is_ioi = task is tasks.ioi  # what the paper claims is about this task
+    return _template().render(
+        task=task,
+        is_ioi=is_ioi,
+        claims=_claims(sections) if is_ioi else None,
+        summaries=_summaries(sections) if is_ioi else [],
+        warnings=list(dict.fromkeys(section.warning for section in sections if section.warning)),
+        sections=sections,
+        provenance=provenance.lines([section.manifest for section in sections]),
+        is_mini=any(section.manifest["model"]["id"] == "mini" for section in sections),
+        title=f"{_short_name(sections[0].manifest['model']['id'])}, taken apart",
+        bundle=Markup(_bundle()),
+    )
+
+
+def save_charts(directory: str | Path, form: str) -> list[Path]:
+    """Write `charts/NAME-of-MODEL.FORM` of every experiment that has a finished table, for papers and slides; gives the paths.
+
+    form: "svg" or "png", black on white. A chart shows what it shows before anything is chosen in it. Raises
+    InputError for another form and as `write_report`; an experiment whose chart is not drawn there is left out.
+    """
+    if form not in CHART_FORMS:
+        raise InputError(f"Charts cannot be written as {form!r}: use one of {', '.join(CHART_FORMS)}.")
+    sections = _sections(Path(directory))
+    folder, written = Path(directory) / "charts", []
+    folder.mkdir(exist_ok=True)
+    for section in sections:
+        if section.spec is None:
+            continue
+        spec = json.loads(section.spec)
+        spec["config"] = spec.get("config", {}) | {"background": "white"}
+        try:
+            image = (
+                vl_convert.vegalite_to_svg(spec, _VEGALITE).encode()
+                if form == "svg"
+                else vl_convert.vegalite_to_png(spec, _VEGALITE, scale=2)
+            )
+        except ValueError as error:  # as on the page: one chart must not cost the others
+            warnings.warn(f"The chart of {section.module.NAME} cannot be written: {_reason(error)}", stacklevel=2)
+            continue
+        model = re.sub(r"[^\w.-]", "-", _short_name(section.manifest["model"]["id"]))
+        target = folder / f"{section.module.NAME}-of-{model}.{form}"
+        with written_whole(target) as path:
+            path.write_bytes(image)
+        written.append(target)
+    return written
+
+
+def _sections(directory: Path) -> list[Section]:
+    """Those of every finished experiment, in the paper's order. Raises InputError where there is none."""
+    sections = []
+    for name in analyses.available():
+        manifest, table, trouble = read_manifest(directory / f"{name}.json"), None, None
+        try:
+            result = read_result(directory, name)
+            table = None if result is None else result.table
+        except InputError as error:
+            table, trouble = pd.DataFrame(), str(error)
+        if manifest is not None and table is not None:
+            code = notebook_code(name)
+            sections.append(_drawn(analyses.load(name), _complete(manifest), table, code, PREVIEW_ROWS, trouble))
+    if not sections:
+        read_results(directory)  # which says what is wrong with the directory
+    return sections
+
+
+def _drawn(
+    module: ModuleType,
+    manifest: dict[str, Any],
+    table: pd.DataFrame,
+    code: str,
+    n_preview: int,
+    trouble: str | None = None,
+) -> Section:
+    """The section of a table. trouble: why there is no table to be drawn, None where there is one."""
+    spec, findings = None, []
+    trouble = trouble or _what_is_wrong(module, table)
+    if trouble is None and baseline.means_nothing(module, manifest):
+        trouble = (
+            "No chart is drawn: it would show changes of what this model does on the task, which it cannot do. "
+            f"The numbers are in {module.NAME}.parquet, the first of them below."
+        )
+    elif trouble is None:
+        # One experiment's table must not cost the page, whatever it holds.
+        try:
+            findings = list(map(str, module.findings(table)))
+        except Exception as error:
+            trouble = f"The table could not be put into words. {_reason(error)}"
+        try:
+            spec = script_json(chart_spec(module.chart(table)))
+        except Exception as error:
+            trouble = f"The chart could not be drawn. {_reason(error)}"
+    head = table.head(n_preview)
+    return Section(
+        module=module,
+        manifest=manifest,
+        table=table,
+        spec=spec,
+        findings=findings,
+        trouble=trouble,
+        header=[str(column)[:MAX_CELL] for column in head.columns],
+        preview=[[_cell(value) for value in row] for row in head.itertuples(index=False)],
+        n_rows=len(table),
+        code=code,
+        warning=baseline.note(manifest) if baseline.is_below(manifest) else "",
+        examples=script_json(manifest["examples"]) if "label" in table and manifest.get("examples") else None,
+    )
+
+
+def _what_is_wrong(module: ModuleType, table: pd.DataFrame) -> str | None:
+    """Why a table holds nothing to be drawn, in a sentence; None where it may."""
+    again = f"run {module.NAME} again"
+    missing = [name for name in getattr(module, "COLUMNS", ()) if name not in table]
+    if missing:
+        return f"The table is not one of {module.NAME}: it has no column {missing[0]!r}. To have it, {again}."
+    if table.empty:
+        return f"The table has no rows: nothing was measured. To have some, {again}."
+    numbers = table.select_dtypes("float")
+    if len(numbers.columns) and not np.isfinite(numbers.to_numpy(float, na_value=np.nan)).any():
+        return (
+            f"The table holds no finite number: of these prompts nothing could be measured, as where the two of every pair "
+            f"are the same. Look at the prompts and {again}."
+        )
+    return None
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def _complete(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest that has all that the page shows: "unknown", 0 or nothing for what is missing or is something else."""
+    model = manifest["model"] if isinstance(manifest["model"], dict) else {}
+    known = {name: _if_like(model.get(name), other) for name, other in UNKNOWN_MODEL.items()}
+    whole = {"seed": "unknown"} | manifest | {"model": known}
+    whole |= {name: _if_like(manifest.get(name), other) for name, other in UNKNOWN.items()}
+    whole["kernels"] = list(map(str, whole["kernels"]))
+    # Not every system tells it.
+    peak = whole.get("peak_memory_mib")
+    whole["peak_memory_mib"] = peak if isinstance(peak, (int, float)) and not math.isnan(peak) else None
+    for name, needed in OPTIONAL.items():
+        entry = whole.get(name)
+        if not (isinstance(entry, dict) and all(isinstance(entry.get(key), (int, float)) for key in needed)):
+            whole.pop(name, None)
+        elif name == "clean":
+            whole[name] = {key: value for key, value in entry.items() if isinstance(value, (int, float))}
+    if not all(
+        isinstance(example, dict)
+        and all(isinstance(example.get(key), list) for key in ("positions", "clean", "corrupted"))
+        for example in whole["examples"]
+    ):
+        whole["examples"] = []
+    return whole | {"task": whole["task"] if whole["task"] in tasks.available() else tasks.ioi.TASK}
+
+
+def _if_like(value: Any, other: Any) -> Any:
+    """The value, or `other` where it is of another kind than this; whole numbers and others are one kind."""
+    kinds = (int, float) if isinstance(other, float) else type(other)
+    return value if isinstance(value, kinds) and not (isinstance(value, float) and math.isnan(value)) else other
+
+
+def _claims(sections: list[Section]) -> dict[str, Any]:
+    """The claims of the paper on this run: sentences and two tables, or the trouble there was."""
+    manifests = {section.module.NAME: section.manifest for section in sections}
+    found = {"trouble": None, "about": [], "judged": [], "others": []}
+    table, trouble = _of_whole_tables(
+        sections, lambda tables: compare.evaluate(tables, {name: manifests[name] for name in tables})
+    )
+    if trouble:
+        found["trouble"] = trouble
+    if table is None:
+        return found
+    judged = table["verdict"].isin(compare.JUDGED)
+    return found | {
+        "about": compare.about(table),
+        "judged": list(table[judged].itertuples()),
+        "others": list(table[~judged].itertuples()),
+    }
+
+
+def _of_whole_tables(sections: list[Section], work: Any) -> tuple[Any, str]:
+    """What `work` makes of the tables by name, without those it fails on, and a sentence on these; None of no table."""
+    tables = {section.module.NAME: section.table for section in sections if not section.is_broken}
+    try:
+        return (work(tables) if tables else None), ""
+    except Exception:  # as for a section: what cannot be judged must not cost the page
+        wrong = {}
+        for name, table in tables.items():
+            try:
+                work({name: table})
+            except Exception as error:
+                wrong[name] = _reason(error)
+    left_out = "; ".join(f"{name} ({reason})" for name, reason in wrong.items())
+    try:
+        kept = {name: table for name, table in tables.items() if name not in wrong}
+        return (work(kept) if wrong and kept else None), f"Left out: {left_out or 'all tables, together'}."
+    except Exception as error:
+        return None, _reason(error)
+
+
+def _summaries(sections: list[Section]) -> list[Section]:
+    """A section of each summary of which at least one line could be read off the tables that mean something."""
+    telling = [section for section in sections if not baseline.means_nothing(section.module, section.manifest)]
+    drawn = []
+    for module in (names_summary,):
+        table, _ = _of_whole_tables(telling, module.summarize)  # a table's own section says what is wrong with it
+        if table is not None and table["value"].notna().any():
+            drawn.append(_drawn(module, {}, table, summary_code(module.NAME), len(table)))
+    return drawn
+
+
+def chart_spec(chart: Any) -> dict[str, Any]:
+    """A chart as Vega-Lite, in the house theme. Raises InputError for data of more than 5,000 rows."""
+    with alt.theme.enable("ioi-mamba"):
+        spec = chart.to_dict()
+    for rows in spec.get("datasets", {}).values():
+        if len(rows) > drawing.MAX_ROWS:
+            raise InputError(f"A chart of {len(rows)} rows is too large: aggregate to {drawing.MAX_ROWS} at most.")
+    # Vega's expressions cannot hold these two line ends, and sort orders become expressions.
+    text = json.dumps(spec, ensure_ascii=False)
+    return json.loads(text.replace("\u2028", "\u21b5").replace("\u2029", "\u21b5"))
+
+
+def script_json(value: Any) -> Markup:
+    """JSON that can stand in a script element: no text in it can close the element or break a line."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(text)
+
+
+def notebook_code(name: str) -> str:
+    """Python that draws the section's chart again."""
+    return (
+        "import ioi_mamba as im\n\n"
+        f'result = im.open_result(".", "{name}")  # the folder of this page\n'
+        "result.chart()  # also .findings(), .to_frame() and .manifest"
+    )
+
+
+def summary_code(name: str) -> str:
+    """Python that makes a summary's table and chart again."""
+    module = name.replace("-", "_")
+    return (
+        "import ioi_mamba as im\n"
+        f"from analyses import {module}\n\n"
+        'results = im.open_results(".")  # the folder of this page\n'
+        f"table = {module}.summarize({{name: result.to_frame() for name, result in results.items()}})\n"
+        f"{module}.chart(table)"
+    )
+
+
+def _cell(value: Any) -> str:
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)[:MAX_CELL]
+
+
+def _short_name(model_id: str) -> str:
+    return model_id.rstrip("/").rsplit("/", 1)[-1] or model_id
+
+
+def _day(created: str) -> str:
+    try:
+        datetime.fromisoformat(created)
+    except ValueError:
+        return "on an unknown day"
+    return f"{datetime.fromisoformat(created):%d %B %Y}".lstrip("0")
+
+
+@lru_cache(maxsize=1)
+def _bundle() -> str:
+    """Vega, Vega-Lite and Vega-Embed in one script, which sets `vegaEmbed` on the window."""
+    script = vl_convert.javascript_bundle(_GLOBALS, _VEGALITE)
+    # In a script element only this ends the text; in a JavaScript string the escape means the same.
+    return re.sub("</(?=script)", r"<\\/", script, flags=re.IGNORECASE)
+
+
+@lru_cache(maxsize=1)
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ioi_mamba.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"day": _day, "number": compare.number}
+    return environment.get_template("report.html.j2")

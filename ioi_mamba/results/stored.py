@@ -1,0 +1,105 @@
+"""Reading what a run left: each experiment's manifest and table, with the chart and findings that are made of them.
+
+In a notebook, `open_result("out", "layer-ablation").chart()` draws what the report shows.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ioi_mamba import analyses
+from ioi_mamba.errors import InputError
+from ioi_mamba.files import read_table, sha256_of
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """A run's manifest, or None if there is none there that can be read."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        return manifest if {"analysis", "model", "table_sha256"} <= manifest.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished experiment of a run. manifest: what was run on what, as `DIR/NAME.json` has it."""
+
+    name: str
+    manifest: dict[str, Any] = field(repr=False)
+    table: pd.DataFrame = field(repr=False)
+
+    def chart(self) -> Any:
+        """The chart of the report, an Altair chart; `.save("x.svg")` or `.save("x.png")` writes it."""
+        return analyses.load(self.name).chart(self.table)
+
+    def findings(self) -> list[str]:
+        """What the table says, in the sentences of the report."""
+        return list(analyses.load(self.name).findings(self.table))
+
+    def to_frame(self) -> pd.DataFrame:
+        """The table, a copy that can be changed."""
+        return self.table.copy()
+
+
+def open_result(directory: str | Path, name: str) -> Result:
+    """What the experiment `name` left in the --out directory of a run.
+
+    Raises InputError for an unknown name, a directory without its finished table, a table that cannot be read, and
+    one that is not the table its manifest vouches for.
+    """
+    analyses.load(name)
+    results = read_results(Path(directory))
+    if name not in results:
+        raise InputError(f"{str(directory)!r} holds no finished table of {name}, only of {', '.join(results)}.")
+    _check(Path(directory), results[name])
+    return results[name]
+
+
+def open_results(directory: str | Path) -> dict[str, Result]:
+    """What every finished experiment left in the --out directory of a run, by name, in the paper's order.
+
+    Raises InputError as `open_result`.
+    """
+    results = read_results(Path(directory))
+    for result in results.values():
+        _check(Path(directory), result)
+    return results
+
+
+def read_results(directory: Path) -> dict[str, Result]:
+    """As `open_results`, but for a run that may be going on: whether manifests vouch for tables is not asked."""
+    if not directory.is_dir():
+        raise InputError(f"{str(directory)!r} is not a directory: give the --out directory of a run.")
+    found = {name: result for name in analyses.available() if (result := read_result(directory, name)) is not None}
+    if not found:
+        raise InputError(f"{str(directory)!r} holds no finished table: run an analysis with --out {directory} first.")
+    return found
+
+
+def read_result(directory: Path, name: str) -> Result | None:
+    """A finished experiment, None for one that is not: a table without manifest is unfinished.
+
+    Raises InputError for a table that cannot be read.
+    """
+    manifest = read_manifest(directory / f"{name}.json")
+    path = directory / f"{name}.parquet"
+    if manifest is None or not path.is_file():
+        return None
+    try:
+        return Result(name, manifest, read_table(path))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read as parquet ({str(error).splitlines()[0]}): run {name} again."
+        ) from None
+
+
+def _check(directory: Path, result: Result) -> None:
+    path = directory / f"{result.name}.parquet"
+    if sha256_of(path) != result.manifest["table_sha256"]:
+        raise InputError(f"{path} is not the table that {result.name}.json is of: run {result.name} again.")

@@ -1,0 +1,1 @@
+"""The bottleneck layer, and writing names into its state."""

@@ -1,0 +1,1 @@
+"""Experiments run on a model: planned, carried out, recorded."""
