@@ -96,7 +96,7 @@ def compatibility(session):
         session.run("python", "-m", "pip", "check")
         versions = json.loads(session.run("python", "-c", VERSIONS, *SHOWN, silent=True))
         result = Path(session.create_tmp()) / "result.xml"
-        tests = [f"tests/test_{each}.py" for each in FILES]
+        tests = [str(path) for each in FILES for path in ROOT.glob(f"tests/*/test_{each}.py")]
         session.run(
             *("python", "-m", "pytest", f"--junitxml={result}", "-p", "no:cacheprovider", *tests),
             env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

@@ -39,7 +39,7 @@ def on(name, command, **options):
 
 
 def main():
-    """Exit code 0 if all tests pass on each imitated processor, those of tests/test_processors.py included."""
+    """Exit code 0 if all tests pass on each imitated processor, those of tests/project/test_processors.py included."""
     command = [
         sys.executable,
         "-m",
@@ -48,7 +48,7 @@ def main():
         "auto",
         "--maxprocesses",
         "8",
-        *(f"tests/test_{name}.py" for name in FILES),
+        *(str(path) for name in FILES for path in ROOT.glob(f"tests/*/test_{name}.py")),
         "-m",
     ]
     worst = 0
@@ -56,7 +56,7 @@ def main():
         print(f"On {name}:", flush=True)
         worst = max(worst, on(name, [*command, "not gpu and not remote and not network and not slow"]).returncode)
     print("Each against the others:", flush=True)
-    return max(worst, on("", [*command[:7], "tests/test_processors.py", "-m", "slow or not slow"]).returncode)
+    return max(worst, on("", [*command[:7], "tests/project/test_processors.py", "-m", "slow or not slow"]).returncode)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def table(rows):
 def main(arguments):
     recorder = Recorder()
     marks = "not slow" if "--quick" in arguments else "slow or not slow"
-    files = [str(ROOT / f"tests/test_{name}.py") for name in FILES]
+    files = [str(path) for name in FILES for path in ROOT.glob(f"tests/*/test_{name}.py")]
     code = pytest.main(["-q", "-m", marks, "--rootdir", str(ROOT), *files], plugins=[recorder])
     if not recorder.rows:
         return int(code)

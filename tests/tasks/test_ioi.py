@@ -15,7 +15,7 @@ from ioi_mamba.errors import InputError
 from ioi_mamba.mini.tokenizer import build_tokenizer
 from ioi_mamba.tasks import Pairs, ioi
 
-PUBLISHED = json.loads((Path(__file__).parent / "data" / "ioi_published_prompts.json").read_text())
+PUBLISHED = json.loads((Path(__file__).parents[1] / "data" / "ioi_published_prompts.json").read_text())
 WORDS = (
     *(f" {word}" for word in (*ioi.NAMES, *ioi.PLACES, *ioi.OBJECTS)),
     *("Then", "After", "wards", "When", "Fri", "ends"),

@@ -18,7 +18,7 @@ from ioi_mamba import analyses
 from ioi_mamba.model.sites import MODEL_SITES, SITES
 from ioi_mamba.tasks.prompts import NAME_LIST_KEYS, TEXT_KEYS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-TUTORIAL = Path(__file__).parent.parent / "docs" / "tutorial.py"
+TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorial.py"
 
 
 def run(folder, host=None):

@@ -1,6 +1,6 @@
 """Every experiment in every dtype that is offered: it runs, and says what it says in float32 to the dtype's rounding.
 
-`python -m pytest tests/test_dtypes.py --write-docs` writes what was found into docs/dtypes.md.
+`python -m pytest tests/study/test_dtypes.py --write-docs` writes what was found into docs/dtypes.md.
 """
 
 from functools import cache
@@ -19,8 +19,8 @@ from ioi_mamba.circuits.patching import corrupted_run, patched_run
 from ioi_mamba.passes.sweep import resample_sweep
 from ioi_mamba.study.runs import run_study
 
-PAGE = Path(__file__).parents[1] / "docs/dtypes.md"
-BEGIN, END = "<!-- begin: written by tests/test_dtypes.py -->", "<!-- end -->"
+PAGE = Path(__file__).parents[2] / "docs/dtypes.md"
+BEGIN, END = "<!-- begin: written by tests/study/test_dtypes.py -->", "<!-- end -->"
 
 ROUNDING = {"float64": 1e-6, "float16": 2**-10, "bfloat16": 2**-7}
 """Of a number between 1 and 2 in the dtype; of float64, that of the float32 numbers it is held against."""

@@ -242,7 +242,7 @@ def test_the_doctor_asks_what_the_metadata_asks_of_every_run(line, good, monkeyp
 
 
 def test_the_doctor_takes_the_ranges_of_the_project_and_has_none_of_its_own():
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     supported = {wanted.name: wanted.specifier for wanted in map(Requirement, project["dependencies"])}
     # A checkout that was installed before pyproject.toml changed still has the metadata of then.
     for wanted in versions.requirements():

@@ -418,7 +418,7 @@ def test_a_checkpoint_of_full_size_runs_an_experiment_within_six_gibibytes(tmp_p
         command = [sys.executable, "-m", "ioi_mamba", "run", "layer-ablation", "--model", str(model), "--device", "cpu"]
         command += ["--pairs", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "out")]
         began = time.monotonic()
-        process = subprocess.Popen(command, cwd=Path(__file__).parent.parent)
+        process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         seconds, peak = time.monotonic() - began, usage.ru_maxrss / 2**20  # Linux counts in KiB

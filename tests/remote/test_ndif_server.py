@@ -124,7 +124,7 @@ def test_the_guard_stops_the_server_of_a_process_that_was_killed(tmp_path, end):
     program = "import sys, time; from ndif_server import processes; from pathlib import Path\n"
     program += "processes.start_guard(Path(sys.argv[1])); print('up', flush=True); time.sleep(600)"
     owner = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, cwd=Path(__file__).parent
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
     )
     try:
         assert owner.stdout is not None
