@@ -1,19 +1,16 @@
-"""The experiments, one module each, and the registry that finds them.
+"""The experiments, one module each, and the registry that finds them and those of others.
 
-A module is named after its experiment (`layer_removal` for "layer-removal") and offers NAME, TITLE, PAPER,
-QUESTION, LOOK_FOR, METHOD, NEEDS_MAMBA, COLUMNS, `default_pairs`, `run`, `chart` and `findings`; NEEDS_NAMES = True
-says that it only makes sense for prompts with names, NEEDS_TASK = False that its figure also means something of a model
-that cannot do the task. Adding an experiment is adding a module and its name to ORDER.
+A module holds its experiment as EXPERIMENT, a record (`ioi_mamba.experiments.experiment.Experiment`). Another package
+offers its own by entry points (group "ioi_mamba.experiments"); a file that holds one is loaded by its path; in a
+notebook `ioi_mamba.register` adds one. `docs/extending.md` shows how.
 """
 
 from __future__ import annotations
 
-import difflib
-from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
+from pathlib import Path
 
-from ioi_mamba.errors import InputError
+from ioi_mamba.experiments.experiment import Experiment
+from ioi_mamba.registry import Registry
 
 ORDER = (
     "layer-ablation",
@@ -30,22 +27,28 @@ ORDER = (
 )
 """Every experiment of the paper, in the paper's order."""
 
-
-def _module_name(name: str) -> str:
-    return f"{__name__}.{name.replace('-', '_')}"
+EXPERIMENTS = Registry(
+    "analysis",
+    Experiment,
+    group="ioi_mamba.experiments",
+    modules={name: f"{__name__}.{name.replace('-', '_')}" for name in ORDER},
+    attribute="EXPERIMENT",
+)
 
 
 def available() -> tuple[str, ...]:
-    """The names of ORDER whose module is there."""
-    return tuple(name for name in ORDER if find_spec(_module_name(name)) is not None)
+    """The names of all experiments: the paper's in its order, then others."""
+    return EXPERIMENTS.names()
 
 
-def load(name: str) -> ModuleType:
-    """The module of an experiment. Raises InputError, with the nearest name, for one that is not there."""
-    names = available()
-    if name not in names:
-        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-        raise InputError(
-            f"Unknown analysis {name!r}: did you mean {nearest!r}? There are {', '.join(names)}, or 'all'."
-        )
-    return import_module(_module_name(name))
+def known(experiment: str | Path | Experiment) -> Experiment:
+    """As `load`, also of a record, which is registered by that: a report of its table then finds it."""
+    return EXPERIMENTS.known(experiment)
+
+
+def load(name: str | Path) -> Experiment:
+    """An experiment by its name, or from the file that holds it.
+
+    Raises InputError, with the nearest name, for one that is not there, and for a file that holds none.
+    """
+    return EXPERIMENTS.load(name)

@@ -21,12 +21,34 @@ from ioi_mamba.circuits.attribution import Options, attributions, ranked
 from ioi_mamba.circuits.faithfulness import estimates, random_circuits
 from ioi_mamba.circuits.graph import Circuit, items_of
 from ioi_mamba.circuits.scoring import Evaluator, chosen_sizes
+from ioi_mamba.experiments.experiment import Column, Context, Need
 from ioi_mamba.passes.intervals import Estimate, Resampled, mean_interval
 from ioi_mamba.passes.ranges import left_out_sentence, usable_of
 from ioi_mamba.passes.sweep import Progress
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 
+NEEDS = frozenset({Need.SITES, Need.ABLE, Need.HELD_OUT, Need.GRADIENTS})
+SOURCE = Column("source", "text", "where the edge begins: embed or a layer; of a part its layer", nullable=True)
+TARGET = Column("target", "text", "where it ends: a layer or output; of a part its layer", nullable=True)
+PART = Column("part", "text", "conv slice, ssm or skip inside a layer; empty for an edge", nullable=True)
+POSITION = Column("position", "int", "token index; empty for all positions together", nullable=True)
+LABEL = Column("label", "text", "the word at that position", nullable=True)
+SCORE = Column("score", "float", "mean attribution: negative, patching the item lowers the metric", nullable=True)
+RANK = Column("rank", "int", "place in the ranking, from 1", nullable=True)
+KEPT = Column("kept", "bool", "the item is in the circuit")
+CIRCUIT_ROWS = (
+    Column("what", "text", "item, or circuit: which kind of row", later=True),
+    Column("circuit", "text", "which circuit a row of circuits is about", nullable=True, later=True),
+    Column("size", "int", "items of the circuit", nullable=True, later=True),
+    Column("sample", "text", "train or held out", nullable=True, later=True),
+    Column("measure", "text", "what `value` measures", nullable=True, later=True),
+    Column("value", "float", "the number", nullable=True, later=True),
+    Column("low", "float", "lower end of its 95 % interval, by cluster", nullable=True, later=True),
+    Column("high", "float", "upper end of the same interval", nullable=True, later=True),
+    Column("n", "int", "prompts", nullable=True, later=True),
+    Column("left_out", "int", "prompts without a range", later=True),
+)
 MEASURES = ("accuracy", "normalized_logit_diff", "f", "kl")
 CURVE_PROMPTS = 60  # curves and random circuits are many evaluations: they use this many of the held-out prompts
 CURVE_SIZES = 12
@@ -64,23 +86,23 @@ def every(n_pairs: int, n: int) -> slice:
     return slice(None, None, -(-n_pairs // n))
 
 
-def share_of(progress: Progress | None, begin: float, end: float) -> Progress | None:
-    """A progress of its own for one stage of a run, from `begin` to `end` of the whole (0..1)."""
-    if progress is None:
-        return None
-    return lambda done, total: progress(round(1000 * (begin + (end - begin) * done / total)), 1000)
-
-
-def attributed(model, pairs: Pairs, options: Options, progress: Progress | None = None) -> tuple[pd.DataFrame, Tensor]:
-    """All items (source, target, part) and their attributions Float32[item, pos or 1, pair]."""
-    kinds, scores = attributions(model, pairs, options, progress)
+def attributed(
+    context: Context, pairs: Pairs, options: Options, progress: Progress | None = None
+) -> tuple[pd.DataFrame, Tensor]:
+    """All items (source, target, part) and their attributions Float32[item, pos or 1, pair]; computed once in a run."""
+    key = (pairs.hash(), options)
+    if key not in context.attributions:
+        context.attributions[key] = attributions(context.model, pairs, options, progress)
+    kinds, scores = context.attributions[key]
     return pd.DataFrame(kinds, columns=["source", "target", "part"]), scores
 
 
-def scored(model, pairs: Pairs, *, method: str, parts: bool, progress: Progress | None = None) -> pd.DataFrame:
+def scored(
+    context: Context, pairs: Pairs, *, method: str, parts: bool, progress: Progress | None = None
+) -> pd.DataFrame:
     """All items and their `score` over all positions, the mean over pairs; the passes are those of `attributed`."""
     options = Options(method, positions=method != "exact", parts=parts)
-    items, per_pair = attributed(model, pairs, options, progress)
+    items, per_pair = attributed(context, pairs, options, progress)
     return items.assign(score=per_pair.sum(1).mean(-1).numpy())
 
 

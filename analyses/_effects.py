@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.charts.drawing import position_heatmap
+from ioi_mamba.experiments.experiment import Column
 from ioi_mamba.passes import metrics
 from ioi_mamba.passes.intervals import mean_interval
 from ioi_mamba.passes.ranges import Usable, left_out_sentence
@@ -18,8 +19,19 @@ from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 from ioi_mamba.tasks.draws import drawn_apart
 
-COLUMNS = ("corruption", "layer", "position", "label", "effect", "n")
-FURTHER = ("left_out", "low", "high")
+PLACE = (
+    Column("position", "int", "token index; of prompts of several layouts that of the longest"),
+    Column("label", "text", "the word at that position"),
+)
+EFFECT = (
+    Column("effect", "float", "mean effect, 1 - normalized logit diff: 0 acts clean, 1 acts corrupted", nullable=True),
+    Column("n", "int", "prompts of the mean"),
+    Column("left_out", "int", "prompts without a range, of all corruptions", later=True),
+    Column("low", "float", "lower end of the 95 % interval of the mean, by cluster", nullable=True, later=True),
+    Column("high", "float", "upper end of the same interval", nullable=True, later=True),
+)
+CORRUPTION = Column("corruption", "text", "how the two prompts of a pair differ")
+COLUMNS = (CORRUPTION, Column("layer", "int", "the layer that was resampled"), *PLACE, *EFFECT)
 
 
 def default_pairs(
@@ -63,7 +75,7 @@ def effect_table(
         low, high = mean_interval(values, own.unique(return_inverse=True)[1])
         numbers = (float(values.double().mean()), len(values), left_out, float(low), float(high))
         rows.append((*cell, *numbers))
-    return pd.DataFrame(rows, columns=[*COLUMNS, *FURTHER])
+    return pd.DataFrame(rows, columns=[column.name for column in COLUMNS])
 
 
 def shared_positions(pairs: Pairs) -> list[tuple[Pairs, Tensor, dict[int, tuple[int, str]]]]:

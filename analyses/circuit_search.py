@@ -13,36 +13,26 @@ search from the whole graph keeps, are held against what it keeps, on held-out p
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import altair as alt
 import pandas as pd
 
 from ioi_mamba.analyses import _circuits
 from ioi_mamba.charts import circuit_charts
 from ioi_mamba.charts.drawing import matrix_heatmap
-from ioi_mamba.circuits.attribution import ranked
+from ioi_mamba.circuits.attribution import METHODS, ranked
 from ioi_mamba.circuits.faithfulness import estimates, random_circuits
 from ioi_mamba.circuits.graph import Circuit, Universe, items_of, universe_of
 from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.circuits.search import acdc
+from ioi_mamba.experiments.experiment import Column, Context, Experiment, share_of
+from ioi_mamba.experiments.options import option
 from ioi_mamba.passes.intervals import difference
 from ioi_mamba.passes.sweep import Progress
+from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 
-NAME = "circuit-search"
-TITLE = "Exact circuit search"
-PAPER = "D.2"
-QUESTION = "Which edges, conv slices, states and gates does the circuit need?"
-LOOK_FOR = (
-    "Which parts of a layer have a large drop: a layer that keeps conv-1 alone shifts what it reads by one. Below, "
-    "where the intervals of search and attribution part: there one of them chooses better at the same size."
-)
-METHOD = (
-    "From the edges that EAP-IG keeps, back from the output: patch each item on top of all removed so far (eq. 11).\n"
-    "A drop of the normalized logit diff of at most the threshold removes it; else it is kept with its drop.\n"
-    "Comparison, on held-out pairs: a search of the whole graph, and as many first items of EAP-IG and of EAP with parts."
-)
-NEEDS_MAMBA = True
-COLUMNS = ("source", "target", "part", "kept", "drop")
 SEARCH = "search"
 STARTED = "started with"
 RANKINGS = {"eap-ig": "EAP-IG", "eap": "EAP", "exact": "exact effects"}
@@ -52,13 +42,26 @@ THRESHOLDS = (1e-3, 1e-2, 1e-1)
 """Thresholds of the searches that are compared: each keeps another number of items."""
 
 
-default_pairs = _circuits.default_pairs
+@dataclass(frozen=True)
+class Options:
+    """Options of circuit-search."""
+
+    target: float = option(0.85, "the accuracy that the edges it starts from must exceed", at_least=0, at_most=1)
+    threshold: float = option(1e-4, "the largest drop of the normalized logit diff that removes an item", at_least=0)
+    compare_prompts: int = option(
+        60, "about how many pairs search and attribution are compared on; 0: no comparison", at_least=0
+    )
+    method: str = option(
+        "eap-ig", "of attribution; exact needs no gradients: each item is patched alone", choices=METHODS
+    )
+    resume: bool = option(True, "start each test at the layer it is about: same values, faster")
 
 
-def starting_circuit(model, pairs: Pairs, target: float, method: str = "eap-ig") -> Circuit:
+def starting_circuit(context: Context, pairs: Pairs) -> Circuit:
     """The smallest EAP-IG circuit of edges above the target, pruned, with every part of every layer."""
-    edges = ranked(_circuits.scored(model, pairs, method=method, parts=False))
-    circuit = _circuits.chosen_circuit(Evaluator(model, pairs, universe_of(model)), edges, target)
+    model, options = context.model, context.options
+    edges = ranked(_circuits.scored(context, pairs, method=options.method, parts=False))
+    circuit = _circuits.chosen_circuit(Evaluator(model, pairs, universe_of(model)), edges, options.target)
     universe = universe_of(model, parts=True)
     parts = {item for item in universe.items() if item.part is not None}
     return Circuit(circuit.pruned().items | parts, universe)
@@ -76,30 +79,19 @@ def first_pruned(ranking: pd.DataFrame, size: int, universe: Universe) -> Circui
     return best
 
 
-def run(
-    model,
-    pairs: Pairs,
-    *,
-    held_out: Pairs | None = None,
-    target: float = 0.85,
-    threshold: float = 1e-4,
-    compare_prompts: int = 60,
-    method: str = "eap-ig",
-    resume: bool = True,
-    progress: Progress | None = None,
-) -> pd.DataFrame:
+def run(context: Context) -> pd.DataFrame:
     """One row an item, with its `drop` and its attribution `score` (on about PART_PROMPTS prompts); and rows of circuits.
 
-    started: whether the search began with the item. compare_prompts: about how many of the pairs search and attribution
-    are compared on, at each of THRESHOLDS (`threshold` of these rows); 0 leaves the comparison out. method: of the
-    attributions, as `attribute` takes it. resume: start each test at the layer it is about (same values, faster).
+    Search and attribution are compared at each of THRESHOLDS (`threshold` of these rows).
     """
-    pairs, held_out, left_out = _circuits.with_range(model, pairs, held_out)
-    stage = lambda begin, end: _circuits.share_of(progress, begin, end)
+    model, options, stage = context.model, context.options, context.stage
+    pairs, held_out, left_out = _circuits.with_range(model, context.pairs, context.held_out)
     some = _circuits.some_of(pairs, _circuits.PART_PROMPTS)
-    scores = _circuits.scored(model, some, method=method, parts=True, progress=stage(0, 0.1))
-    start = starting_circuit(model, pairs, target, method)
-    table = acdc(model, pairs, start=start, threshold=threshold, resume=resume, progress=stage(0.1, 0.4))
+    scores = _circuits.scored(context, some, method=options.method, parts=True, progress=stage(0, 0.1))
+    start = starting_circuit(context, pairs)
+    table = acdc(
+        model, pairs, start=start, threshold=options.threshold, resume=options.resume, progress=stage(0.1, 0.4)
+    )
     circuit = Circuit(frozenset(items_of(table[table["kept"]])), start.universe)
     train, held = (Evaluator(model, p, start.universe) for p in (pairs, held_out))
     rows = _circuits.faithfulness_rows(train, held, circuit)
@@ -108,11 +100,11 @@ def run(
         {"what": "circuit", "circuit": "kept", "size": len(circuit), "sample": "train", "measure": "tests"}
         | {"value": table.attrs["tests"], "n": len(pairs)}
     )
-    if compare_prompts:
-        rows += compare(model, _circuits.some_of(pairs, compare_prompts), held, method, stage(0.4, 1))
+    if options.compare_prompts:
+        rows += compare(context, _circuits.some_of(pairs, options.compare_prompts), held, stage(0.4, 1))
     started = [i in start for i in items_of(table)]
-    out = table.drop(columns="position").assign(score=scores["score"], started=started, method=method)
-    out = _circuits.with_target(out, rows, target, STARTED)
+    out = table.drop(columns="position").assign(score=scores["score"], started=started, method=options.method)
+    out = _circuits.with_target(out, rows, options.target, STARTED)
     return _circuits.table_of(out, rows, columns=("threshold",)).assign(left_out=left_out)
 
 
@@ -121,22 +113,20 @@ def less_search(ranking: str) -> str:
     return f"{ranking} - {SEARCH}"
 
 
-def compare(
-    model, pairs: Pairs, held: Evaluator, method: str = "eap-ig", progress: Progress | None = None
-) -> list[dict]:
+def compare(context: Context, pairs: Pairs, held: Evaluator, progress: Progress | None = None) -> list[dict]:
     """Rows of SEARCH, of rankings, their differences and random circuits, at the sizes a search of the whole graph keeps.
 
-    The rankings are those of `method`, and beside EAP-IG that of plain EAP, which takes a quarter of its passes.
+    The rankings are those of the option `method`, and beside EAP-IG that of plain EAP, which takes a quarter of its passes.
     """
-    universe = held.universe
+    universe, method = held.universe, context.options.method
     rankings = {
-        RANKINGS[each]: ranked(_circuits.scored(model, pairs, method=each, parts=True))
+        RANKINGS[each]: ranked(_circuits.scored(context, pairs, method=each, parts=True))
         for each in dict.fromkeys((method, *(["eap"] if method == "eap-ig" else [])))
     }
     rows = []
     for k, threshold in enumerate(THRESHOLDS):
-        report = _circuits.share_of(progress, k / len(THRESHOLDS), (k + 1) / len(THRESHOLDS))
-        found = acdc(model, pairs, threshold=threshold, progress=report)
+        report = share_of(progress, k / len(THRESHOLDS), (k + 1) / len(THRESHOLDS))
+        found = acdc(context.model, pairs, threshold=threshold, progress=report)
         searched = Circuit(frozenset(items_of(found[found["kept"]])), universe)
         circuits = {SEARCH: searched}
         circuits |= {name: first_pruned(ranking, len(searched), universe) for name, ranking in rankings.items()}
@@ -236,3 +226,32 @@ def _comparison(table: pd.DataFrame) -> str:
         f"At {search['size']} of all items (threshold {search['threshold']:g}) the search has f "
         f"{_circuits.interval_text(search)}; {'; '.join(compared)} ({search['n']} held-out prompts)."
     )
+
+
+EXPERIMENT = Experiment(
+    name="circuit-search",
+    title="Exact circuit search",
+    paper="D.2",
+    question="Which edges, conv slices, states and gates does the circuit need?",
+    look_for=(
+        "Which parts of a layer have a large drop: a layer that keeps conv-1 alone shifts what it reads by one. Below, "
+        "where the intervals of search and attribution part: there one of them chooses better at the same size."
+    ),
+    method=(
+        "From the edges that EAP-IG keeps, back from the output: patch each item on top of all removed so far.\n"
+        "A drop of the normalized logit diff of at most the threshold removes it; else it is kept with its drop.\n"
+        "Comparison, on held-out pairs: a search of the whole graph, and as many first items of EAP-IG and of EAP with "
+        "parts."
+    ),
+    needs=_circuits.NEEDS,
+    options=Options,
+    columns=(
+        *(_circuits.SOURCE, _circuits.TARGET, _circuits.PART, _circuits.KEPT),
+        Column("drop", "float", "baseline minus metric with the item alone patched; empty if removed", nullable=True),
+        *_circuits.CIRCUIT_ROWS,
+    ),
+    draws={ioi.TASK.name: _circuits.default_pairs},
+    run=run,
+    chart=chart,
+    findings=findings,
+)

@@ -9,28 +9,35 @@ zero on mamba-370m), is run.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pandas as pd
 
 from ioi_mamba.analyses import _effects
 from ioi_mamba.charts.drawing import position_heatmap
+from ioi_mamba.experiments.experiment import Column, Context, Experiment, Need
+from ioi_mamba.experiments.options import option
 from ioi_mamba.model.jobs import config_of
 from ioi_mamba.passes.ranges import left_out_sentence, usable
-from ioi_mamba.passes.sweep import Progress
 from ioi_mamba.steering.bottleneck import find_layer
+from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 
-NAME = "conv-shift"
-TITLE = "Conv slices of the bottleneck layer"
-PAPER = "4.2, Fig 8"
-QUESTION = "Does the convolution move a name to the next position?"
-LOOK_FOR = "The row that holds the effect: in row -1, one column to the right of the changed name, the name is shifted."
-METHOD = (
-    "conv_t = bias + sum over s of w_s * in_proj_(t+s); one term at one output position is resampled.\n"
-    "Effect = 1 - (d_patched - d_corrupted) / (d_clean - d_corrupted).\n"
-    "Mean over prompts, at the bottleneck layer unless another is given."
+COLUMNS = (
+    _effects.CORRUPTION,
+    Column("layer", "int", "the layer"),
+    Column("slice", "int", "the conv slice, by how many tokens it looks back", "tokens"),
+    *_effects.PLACE,
+    *_effects.EFFECT,
 )
-NEEDS_MAMBA = True
-COLUMNS = ("corruption", "layer", "slice", "position", "label", "effect", "n")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of conv-shift."""
+
+    layer: int | None = option(None, "the layer; none: the bottleneck", at_least=0)
+    all_layers: bool = option(False, "sweep every layer")
 
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
@@ -38,20 +45,15 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
     return _effects.default_pairs(tokenizer, n_pairs, seed)
 
 
-def run(
-    model,
-    pairs: Pairs,
-    *,
-    layer: int | None = None,
-    all_layers: bool = False,
-    progress: Progress | None = None,
-) -> pd.DataFrame:
-    """Effects by slice; `layer` None is the bottleneck, `all_layers` sweeps every layer."""
-    layers = None if all_layers else [find_layer(model, pairs) if layer is None else layer]
+def run(context: Context) -> pd.DataFrame:
+    """Effects by slice."""
+    model, pairs, options = context.model, context.pairs, context.options
+    layer = find_layer(model, pairs) if options.layer is None and not options.all_layers else options.layer
+    layers = None if options.all_layers else [layer]
     found, tables, width = usable(model, pairs), [], config_of(model).conv_kernel
     for k, s in enumerate(range(1 - width, 1)):
-        report = (lambda n, total, k=k: progress(k * total + n, width * total)) if progress else None
-        table = _effects.effect_table(model, found, f"conv_slice.{s}", layers=layers, progress=report)
+        stage = context.stage(k / width, (k + 1) / width)
+        table = _effects.effect_table(model, found, f"conv_slice.{s}", layers=layers, progress=stage)
         table.insert(2, "slice", s)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
@@ -84,3 +86,26 @@ def findings(table: pd.DataFrame) -> list[str]:
     ]
     sentences.append(f"The peak lies in slice -1 for {shifted} of {len(peaks)} corruptions.")
     return sentences + left_out_sentence(table)
+
+
+EXPERIMENT = Experiment(
+    name="conv-shift",
+    title="Conv slices of the bottleneck layer",
+    paper="4.2, Fig 8",
+    question="Does the convolution move {varies} to the next position?",
+    look_for=(
+        "The row that holds the effect: in row -1, one column to the right of what was changed, the convolution shifts it."
+    ),
+    method=(
+        "conv_t = bias + sum over s of w_s * in_proj_(t+s); one term at one output position is resampled.\n"
+        "Effect = 1 - (d_patched - d_corrupted) / (d_clean - d_corrupted).\n"
+        "Mean over prompts, at the bottleneck layer unless another is given."
+    ),
+    needs=frozenset({Need.SITES, Need.ABLE, Need.LAYER}),
+    options=Options,
+    columns=COLUMNS,
+    draws={ioi.TASK.name: default_pairs},
+    run=run,
+    chart=chart,
+    findings=findings,
+)

@@ -12,14 +12,15 @@ log came from an older list of names, so its order of layers is not to be had fr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import altair as alt
 import pandas as pd
 from torch import Tensor
 
 from ioi_mamba.charts import drawing, theme
-from ioi_mamba.errors import InputError
+from ioi_mamba.experiments.experiment import Column, Context, Experiment
+from ioi_mamba.experiments.options import option
 from ioi_mamba.model.jobs import call
 from ioi_mamba.passes.cross_talk import NO_LAYER, searches
 from ioi_mamba.passes.intervals import share_ends
@@ -29,40 +30,34 @@ from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 from ioi_mamba.tasks.draws import drawn_apart
 
-NAME = "cross-talk"
-TITLE = "Removing token cross-talk"
-PAPER = "4.1.3, Fig 6"
-QUESTION = "In which layers does the model need information to pass between tokens?"
-LOOK_FOR = (
-    "Bars at 1 are layers no circuit does without. In the second chart each row is one circuit, its layers from "
-    "left to right in the order in which they were given back: a first column of one colour and one number is a "
-    "single layer that does most of the work."
-)
-METHOD = (
-    "Start: the conv input (in_proj) of every layer, at all positions, is the corrupted prompt's; gates stay clean.\n"
-    "Step: the layer is given back that leaves the highest accuracy among the names (ties: the higher mean "
-    "probability of the answer among them, then the lower index).\n"
-    "Stop: accuracy above 0.90. If it is never reached, the circuit is the layers up to the best accuracy."
-)
-NEEDS_MAMBA = True
 COLUMNS = (
-    "template",
-    "corruption",
-    "step",
-    "layer",
-    "accuracy",
-    "probability",
-    "n",
-    "chosen",
-    "in_circuit",
-    "reached",
+    Column("template", "text", "the prompts' template"),
+    Column("corruption", "text", "how the two prompts of a pair differ"),
+    Column("step", "int", "layers given back"),
+    Column("layer", "int", "the layer given back, on top of those chosen before; empty at step 0", nullable=True),
+    Column("accuracy", "float", "share of prompts whose answer has the largest logit of the candidates, 0..1"),
+    Column("probability", "float", "mean probability of the answer among the candidates, 0..1"),
+    Column("n", "int", "prompts"),
+    Column("chosen", "bool", "the layer is the one that this step gives back"),
+    Column("in_circuit", "bool", "the layer is one of the circuit"),
+    Column("reached", "bool", "the circuit's accuracy is above the threshold"),
+    Column("low", "float", "lower end of the 95 % interval of the accuracy, by cluster", later=True),
+    Column("high", "float", "upper end of the same interval", later=True),
+    Column("left_out", "int", "prompts without a range", later=True),
 )
-FURTHER = ("low", "high", "left_out")
 
 DEFAULT_PAIRS = 200
 UNLABELLED = "(all)"
 MAX_JOBS = 9
 LABELS = 200  # pixels of the chart for the names of circuits
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of cross-talk."""
+
+    threshold: float = option(0.90, "the accuracy above which a circuit is complete", at_least=0, at_most=1)
+    rows: int | None = option(None, "prompts in one pass; none: what fits", at_least=1)
 
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
@@ -76,27 +71,14 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
     return drawn_apart(tokenizer, n_pairs, seed, kinds)
 
 
-def run(
-    model,
-    pairs: Pairs,
-    *,
-    threshold: float = 0.90,
-    rows: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> pd.DataFrame:
+def run(context: Context) -> pd.DataFrame:
     """One row for each candidate of each step of each circuit, and one of step 0: every layer resampled.
 
-    Pairs are grouped by their labels "template" and "corruption"; without labels there is one group. `layer` is
-    the layer given back (empty at step 0), on top of those `chosen` at earlier steps; `accuracy` and
-    `probability` are means over the n prompts, in 0..1; low, high: the 95 % interval of the accuracy. `in_circuit`: the layer is one of the group's circuit;
-    `reached`: the circuit's accuracy is above `threshold`. Prompts without a range (`ioi_mamba.passes.ranges`), which are right
-    with every layer resampled, are `left_out`. rows: prompts in one pass, by default what fits.
-    Raises InputError for a threshold outside 0..1, for `rows` below 1, and where no prompt has a range.
+    Pairs are grouped by their labels "template" and "corruption"; without labels there is one group. Prompts without a
+    range (`ioi_mamba.passes.ranges`), which are right with every layer resampled, are left out. Raises InputError where
+    no prompt has a range.
     """
-    if not 0 <= threshold <= 1:
-        raise InputError(f"threshold is {threshold}; give an accuracy from 0 to 1.")
-    if rows is not None and rows < 1:
-        raise InputError(f"rows is {rows}; at least one prompt must be in a pass.")
+    model, pairs, options, progress = context.model, context.pairs, context.options, context.progress
     pairs, _, left_out = usable(model, pairs)
     groups = _groups(pairs)
     per_group = layer_count(model) * (layer_count(model) + 1) // 2
@@ -111,11 +93,11 @@ def run(
                 progress(before + done, len(groups) * per_group)
 
         parts = [group.without_text() for _, _, group in batch]
-        found = call(model, searches, parts, threshold, rows, progress=report)
+        found = call(model, searches, parts, options.threshold, options.rows, progress=report)
         for (template, corruption, group), records in zip(batch, found, strict=True):
-            table = _table(records, group.clusters, threshold)
+            table = _table(records, group.clusters, options.threshold)
             tables.append(table.assign(template=template, corruption=corruption, left_out=left_out))
-    return pd.concat(tables, ignore_index=True)[[*COLUMNS, *FURTHER]]
+    return pd.concat(tables, ignore_index=True)[[column.name for column in COLUMNS]]
 
 
 def chart(table: pd.DataFrame) -> alt.VConcatChart:
@@ -254,3 +236,29 @@ def _table(records: Tensor, clusters: Tensor, threshold: float) -> pd.DataFrame:
         reached=bool(path["accuracy"].max() > threshold),
         layer=table["layer"].astype("Int64").mask(table["layer"] == NO_LAYER),
     )
+
+
+EXPERIMENT = Experiment(
+    name="cross-talk",
+    title="Removing token cross-talk",
+    paper="4.1.3, Fig 6",
+    question="In which layers does the model need information to pass between tokens?",
+    look_for=(
+        "Bars at 1 are layers no circuit does without. In the second chart each row is one circuit, its layers from "
+        "left to right in the order in which they were given back: a first column of one colour and one number is a "
+        "single layer that does most of the work."
+    ),
+    method=(
+        "Start: the conv input (in_proj) of every layer, at all positions, is the corrupted prompt's; gates stay clean.\n"
+        "Step: the layer is given back that leaves the highest accuracy among the candidates (ties: the higher mean "
+        "probability of the answer among them, then the lower index).\n"
+        "Stop: accuracy above the threshold. If it is never reached, the circuit is the layers up to the best accuracy."
+    ),
+    options=Options,
+    columns=COLUMNS,
+    draws={ioi.TASK.name: default_pairs},
+    most_pairs=DEFAULT_PAIRS,
+    run=run,
+    chart=chart,
+    findings=findings,
+)

@@ -16,6 +16,8 @@ parts are not patched. Each ranks among its own kind.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import altair as alt
 import pandas as pd
 import torch
@@ -24,70 +26,60 @@ from torch import Tensor
 from ioi_mamba.analyses import _circuits
 from ioi_mamba.analyses._effects import shared_positions
 from ioi_mamba.charts import circuit_charts
-from ioi_mamba.circuits.attribution import Options, ranked
+from ioi_mamba.circuits import attribution
+from ioi_mamba.circuits.attribution import METHODS, VARIANTS
 from ioi_mamba.circuits.faithfulness import rank_correlation
 from ioi_mamba.circuits.graph import items_of, universe_of
 from ioi_mamba.circuits.scoring import Evaluator
-from ioi_mamba.passes.sweep import Progress
+from ioi_mamba.experiments.experiment import Context, Experiment
+from ioi_mamba.experiments.options import option
+from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
-
-NAME = "edge-attribution"
-TITLE = "Edges between layers"
-PAPER = "D.1"
-QUESTION = "Which edges does the model need for the task, and how few are enough?"
-LOOK_FOR = (
-    "Strong cells in the matrix (row = from, column = to); click one for its positions, the parts of its two layers "
-    "and its exact effect. Points on a rising line: attribution ranks edges as patching them does. How fast the "
-    "curve falls when fewer edges are kept."
-)
-METHOD = (
-    "Score of i -> j: gradient at input_j times (corrupted output_i - output_i), averaged over 5 points (EAP-IG).\n"
-    "Exact effect: change of the normalized logit diff with the edge or part alone patched (eq. 11), on fewer prompts.\n"
-    "Edges outside the circuit are patched; accuracy is among the names of the pair; intervals are 95 % over pairs."
-)
-NEEDS_MAMBA = True
-COLUMNS = ("source", "target", "score", "rank", "kept")
 
 LARGE = 0.001  # of the normalized logit diff: smaller exact effects are told apart by attribution, and do not matter
 LARGE_EDGES = f"edges with an effect of {LARGE} or more"
 
-default_pairs = _circuits.default_pairs
+
+@dataclass(frozen=True)
+class Options:
+    """Options of edge-attribution."""
+
+    target: float = option(0.85, "the accuracy on training prompts that the circuit must exceed", at_least=0, at_most=1)
+    steps: int = option(5, "points on the path from clean to corrupted, of eap-ig", at_least=1)
+    variant: str = option(
+        "paper", "of the scores: `ioi_mamba.circuits.attribution` says which to use", choices=VARIANTS
+    )
+    method: str = option(
+        "eap-ig", "of attribution; exact needs no gradients: each item is patched alone", choices=METHODS
+    )
+    ranking: str = option(
+        "signed", "most negative scores first, or largest sizes first", choices=("signed", "absolute")
+    )
+    part_prompts: int = option(_circuits.PART_PROMPTS, "about how many pairs parts are scored on", at_least=1)
+    exact_prompts: int = option(25, "of these, how many exact effects are measured on", at_least=1)
 
 
-def run(
-    model,
-    pairs: Pairs,
-    *,
-    held_out: Pairs | None = None,
-    target: float = 0.85,
-    steps: int = 5,
-    variant: str = "paper",
-    method: str = "eap-ig",
-    ranking: str = "signed",
-    part_prompts: int = _circuits.PART_PROMPTS,
-    exact_prompts: int = 25,
-    progress: Progress | None = None,
-) -> pd.DataFrame:
+def run(context: Context) -> pd.DataFrame:
     """Scores of all edges and parts; `kept` marks the smallest circuit of edges with train accuracy > target.
 
     Rows of items: edges by rank, then parts (no rank, never kept), each over all positions (position null) with
     `exact`, its effect alone on n_exact prompts, and `estimate`, its attribution on the same ones; then edges at every
-    position, with a score only. Rows of circuits as in `ioi_mamba.analyses._circuits`, and the Spearman correlation of |estimate|
-    and |exact|. part_prompts: about how many of the pairs parts are scored on (`n` of their rows); exact_prompts: of
-    these, how many exact effects are measured on. method: as `attribute` takes it; "exact" needs no gradients and gives
-    no scores by position.
+    position, with a score only. Rows of circuits as in `ioi_mamba.analyses._circuits`, and the Spearman correlation of
+    |estimate| and |exact|. The method "exact" gives no scores by position.
     """
-    pairs, held_out, left_out = _circuits.with_range(model, pairs, held_out)
-    stage = lambda begin, end: _circuits.share_of(progress, begin, end)
-    options = Options(method, variant, steps, positions=method != "exact")
-    items, per_pair = _circuits.attributed(model, pairs, options, stage(0, 0.4))
-    some = _circuits.some_of(pairs, part_prompts)
-    inner, per_part = _circuits.attributed(model, some, options._replace(parts=True), stage(0.4, 0.5))
+    model, options = context.model, context.options
+    pairs, held_out, left_out = _circuits.with_range(model, context.pairs, context.held_out)
+    stage, method = context.stage, options.method
+    scoring = attribution.Options(method, options.variant, options.steps, positions=method != "exact")
+    items, per_pair = _circuits.attributed(context, pairs, scoring, stage(0, 0.4))
+    some = _circuits.some_of(pairs, options.part_prompts)
+    inner, per_part = _circuits.attributed(context, some, scoring._replace(parts=True), stage(0.4, 0.5))
     inside = torch.tensor(inner["part"].notna().to_numpy())
-    few = _circuits.some_of(some, exact_prompts)
+    few = _circuits.some_of(some, options.exact_prompts)
     alone = Evaluator(model, few, universe_of(model, parts=True))
     exact = alone.exact_effects(items_of(inner), stage(0.5, 0.8)).mean(1)
-    of_some, of_few = _circuits.every(len(pairs), part_prompts), _circuits.every(len(some), exact_prompts)
+    of_some = _circuits.every(len(pairs), options.part_prompts)
+    of_few = _circuits.every(len(some), options.exact_prompts)
     everywhere, clusters = per_pair.sum(1), pairs.clusters
     totals = pd.concat(
         [
@@ -108,20 +100,20 @@ def run(
         ignore_index=True,
     ).assign(n_exact=len(few))
     is_edge = totals["part"].isna()
-    edges = ranked(totals[is_edge], ranking)
+    edges = attribution.ranked(totals[is_edge], options.ranking)
     train = Evaluator(model, pairs, universe_of(model))
-    circuit = _circuits.chosen_circuit(train, edges, target)
+    circuit = _circuits.chosen_circuit(train, edges, options.target)
     edges["kept"] = edges["rank"] <= len(circuit)
     held = train if held_out is pairs else Evaluator(model, held_out, train.universe)
     rows = _circuits.faithfulness_rows(train, held, circuit, edges, stage(0.8, 1))
-    rows += _circuits.jaccard_rows(train, items, everywhere, target, ranking)
+    rows += _circuits.jaccard_rows(train, items, everywhere, options.target, options.ranking)
     large = edges[edges["exact"].abs() >= LARGE]
     for name, chosen in (("edges", edges), (LARGE_EDGES, large), ("edges and parts", totals)):
         rows += [_spearman_row(name, chosen)] if len(chosen) > 2 else []
     by_position = [_by_position(items, per_pair, pairs)] if method != "exact" else []
     table = pd.concat([edges, totals[~is_edge], *by_position], ignore_index=True)
     table = table.reindex(columns=dict.fromkeys((*table, "position", "label")))
-    table = _circuits.with_target(table.assign(ranking=ranking, method=method), rows, target)
+    table = _circuits.with_target(table.assign(ranking=options.ranking, method=method), rows, options.target)
     return _circuits.table_of(table, rows).assign(left_out=left_out)
 
 
@@ -184,3 +176,33 @@ def findings(table: pd.DataFrame) -> list[str]:
     names = ", ".join(f"{r['source']} {r['part']} ({r['score']:.3f})" for _, r in parts.head(3).iterrows())
     out.append(f"Inside layers the strongest parts are {names}.")
     return out + _circuits.how_it_does(table, len(edges), "edges")
+
+
+EXPERIMENT = Experiment(
+    name="edge-attribution",
+    title="Edges between layers",
+    paper="D.1",
+    question="Which edges does the model need for the task, and how few are enough?",
+    look_for=(
+        "Strong cells in the matrix (row = from, column = to); click one for its positions, the parts of its two layers "
+        "and its exact effect. Points on a rising line: attribution ranks edges as patching them does. How fast the "
+        "curve falls when fewer edges are kept."
+    ),
+    method=(
+        "Score of i -> j: gradient at input_j times (corrupted output_i - output_i), averaged over 5 points (EAP-IG).\n"
+        "Exact effect: change of the normalized logit diff with the edge or part alone patched, on fewer prompts.\n"
+        "Edges outside the circuit are patched; accuracy is among the candidates of the pair; intervals are 95 % over "
+        "pairs."
+    ),
+    needs=_circuits.NEEDS,
+    options=Options,
+    columns=(
+        *(_circuits.SOURCE, _circuits.TARGET, _circuits.SCORE, _circuits.RANK, _circuits.KEPT),
+        *(replace(column, later=True) for column in (_circuits.PART, _circuits.POSITION, _circuits.LABEL)),
+        *_circuits.CIRCUIT_ROWS,
+    ),
+    draws={ioi.TASK.name: _circuits.default_pairs},
+    run=run,
+    chart=chart,
+    findings=findings,
+)

@@ -11,25 +11,24 @@ are averaged by semantic position, which the paper left to future work.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pandas as pd
 
 from ioi_mamba.analyses import _effects
+from ioi_mamba.experiments.experiment import Context, Experiment
+from ioi_mamba.experiments.options import option
 from ioi_mamba.passes.ranges import usable
-from ioi_mamba.passes.sweep import Progress
+from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 
-NAME = "layer-ablation"
-TITLE = "Layer ablation by position"
-PAPER = "4.1.1, Fig 4"
-QUESTION = "Which layer needs to read the name, and at which position?"
-LOOK_FOR = "Dark cells in the column of the changed name. All panels share one scale, so a pale panel is a weak effect."
-METHOD = (
-    "Run the clean prompt with one layer's input at one position replaced by the corrupted run's (hook_layer_input).\n"
-    "Effect = 1 - (d_patched - d_corrupted) / (d_clean - d_corrupted), d the logit difference of the two answers.\n"
-    "Mean over prompts; 0 acts like the clean run, 1 like the corrupted one (appendix B without the abs)."
-)
-NEEDS_MAMBA = True
-COLUMNS = _effects.COLUMNS
+
+@dataclass(frozen=True)
+class Options:
+    """Options of layer-ablation."""
+
+    site: str = option("layer_input", "the site of a layer to resample; `ioi-mamba sites` lists them")
+    resume: bool = option(True, "start each pass where it is patched: same values, faster")
 
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
@@ -37,14 +36,10 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
     return _effects.default_pairs(tokenizer, n_pairs, seed)
 
 
-def run(
-    model, pairs: Pairs, *, site: str = "layer_input", resume: bool = True, progress: Progress | None = None
-) -> pd.DataFrame:
-    """The table of effects; see `_effects.effect_table` for its columns.
-
-    site: any site of a layer (`ioi-mamba sites`). resume: start each pass where it is patched (same values, faster).
-    """
-    return _effects.effect_table(model, usable(model, pairs), site, resume=resume, progress=progress)
+def run(context: Context) -> pd.DataFrame:
+    """The table of effects; see `_effects.effect_table`."""
+    options, found = context.options, usable(context.model, context.pairs)
+    return _effects.effect_table(context.model, found, options.site, resume=options.resume, progress=context.progress)
 
 
 def chart(table: pd.DataFrame):
@@ -76,3 +71,23 @@ def findings(table: pd.DataFrame) -> list[str]:
         f"After layer 0, layer {layer} has the largest effects before the last position, up to {peak['effect']:.2f} "
         f"at {peak['label']}: experiments that need a bottleneck layer use it.",
     ]
+
+
+EXPERIMENT = Experiment(
+    name="layer-ablation",
+    title="Layer ablation by position",
+    paper="4.1.1, Fig 4",
+    question="Which layer needs to read {varies}, and at which position?",
+    look_for="Dark cells in the column of what was changed. All panels share one scale, so a pale panel is a weak effect.",
+    method=(
+        "Run the clean prompt with one layer's input at one position replaced by the corrupted run's (hook_layer_input).\n"
+        "Effect = 1 - (d_patched - d_corrupted) / (d_clean - d_corrupted), d the logit difference of the two answers.\n"
+        "Mean over prompts; 0 acts like the clean run, 1 like the corrupted one."
+    ),
+    options=Options,
+    columns=_effects.COLUMNS,
+    draws={ioi.TASK.name: default_pairs},
+    run=run,
+    chart=chart,
+    findings=findings,
+)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 
 import altair as alt
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from ioi_mamba.charts import drawing
 from ioi_mamba.errors import InputError
+from ioi_mamba.experiments.experiment import Column, Context, Experiment, Need
+from ioi_mamba.experiments.options import option
 from ioi_mamba.model.jobs import call, device_of
 from ioi_mamba.passes import metrics
 from ioi_mamba.passes.intervals import share_ends
@@ -25,26 +28,18 @@ from ioi_mamba.passes.metrics import reaches
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 
-NAME = "layer-removal"
-TITLE = "Removing whole layers"
-PAPER = "4.1.2, Fig 5"
-QUESTION = "Which layers does the model need to name the right person, and how many can go?"
-LOOK_FOR = (
-    "Bars far below the dashed line are layers the task cannot spare. In the second chart, how long the "
-    "curve stays high says how many layers are spare; a gap between train and held-out says that the choice "
-    "was fitted to the prompts."
-)
-METHOD = (
-    "A removed layer passes its input on: its out_proj is set to 0 and the residual stream skips it.\n"
-    "Probability: softmax over the names of the prompt pair alone, at the answer, mean over prompts; "
-    "accuracy: the answer has the largest logit of these names.\n"
-    "Greedy: the layer that leaves the highest train accuracy goes next (ties: the higher probability, then "
-    "the lower index); held-out prompts come from the next seed."
-)
-NEEDS_MAMBA = False
 MODES = ("none", "single", "greedy")
-COLUMNS = ("mode", "step", "layer", "accuracy", "probability", "n", "valid_accuracy")
-FURTHER = ("low", "high")
+COLUMNS = (
+    Column("mode", "text", "none: nothing removed; single: one layer; greedy: one more a step"),
+    Column("step", "int", "layers removed"),
+    Column("layer", "int", "the layer removed at this step; empty for none", nullable=True),
+    Column("accuracy", "float", "share of prompts whose answer has the largest logit of the candidates, 0..1"),
+    Column("probability", "float", "mean probability of the answer among the candidates, 0..1"),
+    Column("n", "int", "prompts"),
+    Column("valid_accuracy", "float", "the accuracy on held-out prompts", nullable=True),
+    Column("low", "float", "lower end of the 95 % interval of the accuracy, by cluster", later=True),
+    Column("high", "float", "upper end of the same interval", later=True),
+)
 
 # Where the list of blocks is, by architecture: Mamba, GPT-2, Llama-like (and Jamba, Bamba), GPT-NeoX.
 BLOCK_LISTS = ("backbone.layers", "transformer.h", "model.layers", "gpt_neox.layers")
@@ -55,6 +50,14 @@ SPARE = 0.03
 """The accuracy that layers may cost and still count as spare."""
 
 
+@dataclass(frozen=True)
+class Options:
+    """Options of layer-removal."""
+
+    steps: int | None = option(None, "greedy steps, at most; none: all layers but one", at_least=1)
+    rows: int = option(128, "prompts times candidate layers in one pass", at_least=1)
+
+
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
     """Four templates, five corruptions, both directions: `n_pairs` pairs give twice as many prompts.
 
@@ -63,31 +66,17 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
     return ioi.generate(tokenizer, DEFAULT_PAIRS if n_pairs is None else n_pairs, seed)
 
 
-def run(
-    model,
-    pairs: Pairs,
-    *,
-    held_out: Pairs | None = None,
-    steps: int | None = None,
-    rows: int = 128,
-    progress: Callable[[int, int], None] | None = None,
-) -> pd.DataFrame:
-    """One row a measurement: mode "none" (nothing removed), "single" (one layer), "greedy" (one more a step).
+def run(context: Context) -> pd.DataFrame:
+    """One row a measurement; without held-out prompts `valid_accuracy` is empty.
 
-    model: a causal language model opened by `open_model`. held_out: prompts that take no part in the
-    choice; without them `valid_accuracy` is empty. steps: greedy steps, at most and by default all layers but
-    one. rows: prompts times candidate layers in one pass. `accuracy` and `probability` are means over the n
-    prompts of `pairs`, in 0..1; `layer` is the one removed at this step, empty for "none"; `step` counts the
-    layers removed. Raises InputError for a model whose list of blocks is not known, and for `steps` or `rows`
-    below 1.
+    Raises InputError for a model whose list of blocks is not known.
     """
-    if rows < 1 or (steps is not None and steps < 1):
-        raise InputError(f"rows ({rows}) and steps ({steps}) must be at least 1.")
+    model, pairs, held_out, options = context.model, context.pairs, context.held_out, context.options
     places = (_block_list(model), _output_head(model))
     n_layers = len(model._module.get_submodule(places[0]))
-    steps = min(n_layers - 1, steps or n_layers)
+    steps = min(n_layers - 1, options.steps or n_layers)
     prompts = [None if side is None else side.without_text() for side in (pairs, held_out)]
-    measured = call(model, _removal, *prompts, places, n_layers, steps, rows, progress=progress)
+    measured = call(model, _removal, *prompts, places, n_layers, steps, options.rows, progress=context.progress)
     lows, highs = share_ends(measured[:, 3], measured[:, 5], pairs.clusters)
     table = []
     for row, low, high in zip(measured.tolist(), lows.tolist(), highs.tolist(), strict=True):
@@ -95,7 +84,9 @@ def run(
         valid = None if math.isnan(valid_accuracy) else valid_accuracy
         which = None if layer < 0 else int(layer)
         table.append((MODES[int(mode)], int(step), which, accuracy, probability, len(pairs), valid, low, high))
-    return pd.DataFrame(table, columns=[*COLUMNS, *FURTHER]).astype({"layer": "Int64", "valid_accuracy": "Float64"})
+    return pd.DataFrame(table, columns=[column.name for column in COLUMNS]).astype(
+        {"layer": "Int64", "valid_accuracy": "Float64"}
+    )
 
 
 def _removal(
@@ -172,7 +163,7 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
         y="value",
         color="prompts",
         x_title="layers removed, greedily",
-        y_title="accuracy among the names",
+        y_title="accuracy among the candidates",
         title="As many as possible removed",
         tooltip=("step", "layer", "value", "prompts", "n"),
     )
@@ -285,3 +276,31 @@ def _last_logits(model, places: tuple[str, str], tokens: Tensor, last: Tensor, w
         head.input = final[torch.arange(len(final), device=final.device), last][:, None]
         logits = nnsight.save(head.output)
     return logits[:, 0]
+
+
+EXPERIMENT = Experiment(
+    name="layer-removal",
+    title="Removing whole layers",
+    paper="4.1.2, Fig 5",
+    question="Which layers does the model need for the right answer, and how many can go?",
+    look_for=(
+        "Bars far below the dashed line are layers the task cannot spare. In the second chart, how long the "
+        "curve stays high says how many layers are spare; a gap between train and held-out says that the choice "
+        "was fitted to the prompts."
+    ),
+    method=(
+        "A removed layer passes its input on: its out_proj is set to 0 and the residual stream skips it.\n"
+        "Probability: softmax over the candidates of the prompt pair alone, at the answer, mean over prompts; "
+        "accuracy: the answer has the largest logit of these.\n"
+        "Greedy: the layer that leaves the highest train accuracy goes next (ties: the higher probability, then "
+        "the lower index); held-out prompts come from the next seed."
+    ),
+    needs=frozenset({Need.ABLE, Need.HELD_OUT}),
+    options=Options,
+    columns=COLUMNS,
+    draws={ioi.TASK.name: default_pairs},
+    most_pairs=DEFAULT_PAIRS,
+    run=run,
+    chart=chart,
+    findings=findings,
+)

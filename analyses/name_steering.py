@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import altair as alt
 import pandas as pd
@@ -28,7 +29,8 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.charts import drawing
-from ioi_mamba.errors import InputError
+from ioi_mamba.experiments.experiment import Column, Context, Experiment, Need
+from ioi_mamba.experiments.options import option
 from ioi_mamba.model.jobs import call, device_of
 from ioi_mamba.model.memory import rows_per_pass
 from ioi_mamba.passes.forward import forward
@@ -39,33 +41,47 @@ from ioi_mamba.steering.steer import METHODS, Averages, averages, name_slots, re
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import ABSENT, Pairs
 
-NAME = "name-steering"
-TITLE = "Rewriting names with averages"
-PAPER = "4.3, Fig 9"
-QUESTION = "Is a name, as the bottleneck layer takes it in, one vector that can be added and subtracted?"
-LOOK_FOR = (
-    "A block of cells near 1 in rows and columns 1 to 3: the first three mentions are written alike. "
-    "Subtract-and-add staying high in rows 4 and 5 where replace falls says that more than the name is there. "
-    "A cell is empty where no prompt could be had."
-)
-METHOD = (
-    "avg[name, slot]: mean ssm_input one token (offset) after the name over all prompts with that name in that slot.\n"
-    "Replace: x := avg[new, source]. Subtract-and-add: x := x + avg[new, source] - avg[old, source]. Slots of the "
-    "answer: the answer becomes the corrupted prompt's; other slots: the answer is written, so that the slot's old "
-    "name is the only one mentioned once.\n"
-    "Success: the intended name's last-position logit exceeds the original answer's; 101 draws a cell, of which each "
-    "distinct prompt counts once; Wilson intervals by pair."
-)
-NEEDS_MAMBA = True
-NEEDS_NAMES = True
 BLOCK = ("block_success", "block_n", "block_low", "block_high")
-COLUMNS = ("method", "slot", "source_slot", "success", "n", "low", "high", "layer", "offset")
-FURTHER = (*BLOCK, "leave_out", "prompts_a_name")
+COLUMNS = (
+    Column("method", "text", "replace, or subtract-add"),
+    Column("slot", "int", "the slot written over, from 1"),
+    Column("source_slot", "int", "the slot that the average comes from, from 1"),
+    Column(
+        "success", "float", "share of the prompts in which the intended name beats the original answer", nullable=True
+    ),
+    Column("n", "int", "distinct prompts; 0 where none could be tested"),
+    Column("low", "float", "lower end of the 95 % interval, by cluster", nullable=True),
+    Column("high", "float", "upper end of the same interval", nullable=True),
+    Column("layer", "int", "the layer written in"),
+    Column("offset", "int", "how many tokens after a name is averaged and written", "tokens"),
+    Column("block_success", "float", "success over the cell's block, a prompt counted once", nullable=True, later=True),
+    Column("block_n", "int", "prompts of the block", later=True),
+    Column("block_low", "float", "lower end of the block's interval", nullable=True, later=True),
+    Column("block_high", "float", "upper end of the same interval", nullable=True, later=True),
+    Column("leave_out", "bool", "a test prompt's own pair is taken out of its averages", later=True),
+    Column("prompts_a_name", "float", "prompts of a name in a slot, mean over all", "prompts", later=True),
+)
 
 DEFAULT_PAIRS = 10_000
 ENOUGH = 50  # prompts a name: then a test prompt's own share of an average is 2 % or less
 EARLY = 3  # slots of the first clause; cells are pooled by where the slot and where the source is
 UNTESTED = -1
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of name-steering."""
+
+    layer: int | None = option(None, "the layer; none: the bottleneck, found as layer-ablation does", at_least=0)
+    offset: int | None = option(
+        None,
+        "tokens after a name to average and to write; none: where resampling ssm_input has the largest effect",
+        at_least=0,
+    )
+    per_cell: int = option(101, "test prompts to draw for a cell, with replacement", at_least=1)
+    leave_out: bool | None = option(
+        None, f"take a test prompt's own pair out of its averages; none: where names have fewer than {ENOUGH} prompts"
+    )
 
 
 Share = tuple[float, int, float, float]
@@ -80,37 +96,19 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
     return ioi.generate(tokenizer, DEFAULT_PAIRS if n_pairs is None else n_pairs, seed)
 
 
-def run(
-    model,
-    pairs: Pairs,
-    *,
-    layer: int | None = None,
-    offset: int | None = None,
-    per_cell: int = 101,
-    leave_out: bool | None = None,
-    seed: int = 27,
-    progress: Callable[[int, int], None] | None = None,
-) -> pd.DataFrame:
+def run(context: Context) -> pd.DataFrame:
     """One row for each method, slot written over and slot the average comes from.
 
-    success: the share of `n` distinct prompts in which the intended name beats the original answer, in 0..1; low, high:
-    its 95 % interval. A test prompt whose names were never in the source slot is left out of `n`; a cell without test
-    prompts has n = 0 and no success. block_success, block_n, block_low, block_high: the same of the block that the cell
-    belongs to (slot and source each among the first three or not), where a prompt counts once, with its mean over the
-    block's cells. layer: the bottleneck; None: found, as layer-ablation does.
-    offset: how many tokens after a name to average and to write; None: found, as the distance at which resampling
-    the layer's ssm_input has the largest effect; 1 in the paper, whose layer's convolution shifts names so far.
-    per_cell: test prompts to draw, with replacement, from `seed` as the published code does. leave_out: take a test
-    prompt's own pair out of its averages; None: where names have fewer than ENOUGH prompts (`prompts_a_name`, over all
-    names and slots).
-    Raises InputError for pairs whose names have no roles, a layer out of range and `per_cell` below 1.
+    A test prompt whose names were never in the source slot is left out of `n`; a cell without test prompts has n = 0
+    and no success. A cell's block is that of its slot and source, each among the first three or not; over a block a
+    prompt counts once, with its mean over the block's cells. Test prompts are drawn from `seed` as the published code
+    does. Raises InputError for pairs whose names have no roles and a layer out of range.
     """
-    if per_cell < 1:
-        raise InputError(f"per_cell is {per_cell}; test at least one prompt a cell.")
+    model, pairs, options, progress = context.model, context.pairs, context.options, context.progress
     slots = name_slots(pairs)
-    layer = find_layer(model) if layer is None else layer
-    offset = find_offset(model, layer) if offset is None else offset
-    cells = {cell: _distinct(pairs, rows) for cell, rows in sample_cells(pairs, per_cell, seed).items()}
+    layer = find_layer(model) if options.layer is None else options.layer
+    offset = find_offset(model, layer) if options.offset is None else options.offset
+    cells = {cell: _distinct(pairs, rows) for cell, rows in sample_cells(pairs, options.per_cell, context.seed).items()}
     n_tests = len(METHODS) * sum(map(len, cells.values()))
     n_prompts = 0
 
@@ -123,7 +121,7 @@ def run(
     names = averages(model, pairs, layer, offset=offset, progress=report)
     times = _times(pairs)
     prompts_a_name = len(times) / len(names.names)
-    leave_out = prompts_a_name < ENOUGH if leave_out is None else leave_out
+    leave_out = prompts_a_name < ENOUGH if options.leave_out is None else options.leave_out
     tested = {cell: index for cell, index in cells.items() if len(index)}
     where = [(slots[slot - 1], slots[source - 1]) for slot, source in tested]
     prompts = [pairs[index].without_text() for index in tested.values()]
@@ -152,7 +150,7 @@ def run(
         tables += [(method, *c, *_share(o, clusters[i]), *blocks[_block(c)]) for c, i, o in rows]
     table = pd.DataFrame(tables, columns=["method", "slot", "source_slot", "success", "n", "low", "high", *BLOCK])
     table = table.assign(leave_out=leave_out, prompts_a_name=prompts_a_name, layer=layer, offset=offset)
-    return table[[*COLUMNS, *FURTHER]].sort_values(["method", "slot", "source_slot"], ignore_index=True)
+    return table[[column.name for column in COLUMNS]].sort_values(["method", "slot", "source_slot"], ignore_index=True)
 
 
 def _distinct(pairs: Pairs, rows: Tensor) -> Tensor:
@@ -360,3 +358,32 @@ def _without_own(model, pairs: Pairs, names: Averages, slot: str, times: Tensor,
                 total[part] -= x[torch.arange(len(part)), read_at[part]].double() * own[part][:, None]
         count = count - own
     return count > 0, (total / count.clamp(min=1)[:, None]).float()
+
+
+EXPERIMENT = Experiment(
+    name="name-steering",
+    title="Rewriting names with averages",
+    paper="4.3, Fig 9",
+    question="Is a name, as the bottleneck layer takes it in, one vector that can be added and subtracted?",
+    look_for=(
+        "A block of cells near 1 in rows and columns 1 to 3: the first three mentions are written alike. "
+        "Subtract-and-add staying high in rows 4 and 5 where replace falls says that more than the name is there. "
+        "A cell is empty where no prompt could be had."
+    ),
+    method=(
+        "avg[name, slot]: mean ssm_input one token (offset) after the name over all prompts with that name in that slot.\n"
+        "Replace: x := avg[new, source]. Subtract-and-add: x := x + avg[new, source] - avg[old, source]. Slots of the "
+        "answer: the answer becomes the corrupted prompt's; other slots: the answer is written, so that the slot's old "
+        "name is the only one mentioned once.\n"
+        "Success: the intended name's last-position logit exceeds the original answer's; 101 draws a cell, of which each "
+        "distinct prompt counts once; Wilson intervals by pair."
+    ),
+    needs=frozenset({Need.SITES, Need.ABLE, Need.NAMES, Need.LAYER}),
+    options=Options,
+    columns=COLUMNS,
+    draws={ioi.TASK.name: default_pairs},
+    most_pairs=DEFAULT_PAIRS,
+    run=run,
+    chart=chart,
+    findings=findings,
+)

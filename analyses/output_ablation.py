@@ -9,22 +9,10 @@ from __future__ import annotations
 import pandas as pd
 
 from ioi_mamba.analyses import _effects
+from ioi_mamba.experiments.experiment import Context, Experiment
 from ioi_mamba.passes.ranges import usable
-from ioi_mamba.passes.sweep import Progress
+from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
-
-NAME = "output-ablation"
-TITLE = "Layer output by position"
-PAPER = "4.4, Fig 11"
-QUESTION = "At which positions does a layer write what the answer needs?"
-LOOK_FOR = "A layer whose only dark cell is in the last column writes its result to the last token alone."
-METHOD = (
-    "Overwrite what a layer adds to the stream (hook_out_proj) at one position with the corrupted run's.\n"
-    "Effect = 1 - (d_patched - d_corrupted) / (d_clean - d_corrupted).\n"
-    "Mean over prompts, every layer and position, one corruption a panel."
-)
-NEEDS_MAMBA = True
-COLUMNS = _effects.COLUMNS
 
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
@@ -32,9 +20,10 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
     return _effects.default_pairs(tokenizer, n_pairs, seed)
 
 
-def run(model, pairs: Pairs, *, progress: Progress | None = None) -> pd.DataFrame:
-    """The table of effects; see `_effects.effect_table` for its columns."""
-    return _effects.effect_table(model, usable(model, pairs), "out_proj", progress=progress)
+def run(context: Context) -> pd.DataFrame:
+    """The table of effects; see `_effects.effect_table`."""
+    found = usable(context.model, context.pairs)
+    return _effects.effect_table(context.model, found, "out_proj", progress=context.progress)
 
 
 def chart(table: pd.DataFrame):
@@ -45,3 +34,22 @@ def chart(table: pd.DataFrame):
 def findings(table: pd.DataFrame) -> list[str]:
     """The strongest cells of each corruption."""
     return _effects.strongest(table)
+
+
+EXPERIMENT = Experiment(
+    name="output-ablation",
+    title="Layer output by position",
+    paper="4.4, Fig 11",
+    question="At which positions does a layer write what the answer needs?",
+    look_for="A layer whose only dark cell is in the last column writes its result to the last token alone.",
+    method=(
+        "Overwrite what a layer adds to the stream (hook_out_proj) at one position with the corrupted run's.\n"
+        "Effect = 1 - (d_patched - d_corrupted) / (d_clean - d_corrupted).\n"
+        "Mean over prompts, every layer and position, one corruption a panel."
+    ),
+    columns=_effects.COLUMNS,
+    draws={ioi.TASK.name: default_pairs},
+    run=run,
+    chart=chart,
+    findings=findings,
+)

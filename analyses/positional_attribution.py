@@ -11,61 +11,56 @@ commonest are taken, the others counted (`other_layouts`).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import altair as alt
 import pandas as pd
 
 from ioi_mamba.analyses import _circuits, _missing_names
 from ioi_mamba.charts import circuit_charts, position_charts
-from ioi_mamba.circuits.attribution import Options, ranked
+from ioi_mamba.circuits import attribution
+from ioi_mamba.circuits.attribution import METHODS, VARIANTS
 from ioi_mamba.circuits.faithfulness import estimates
 from ioi_mamba.circuits.graph import Circuit, universe_of
 from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.errors import InputError
+from ioi_mamba.experiments.experiment import Context, Experiment, Need
+from ioi_mamba.experiments.options import option
 from ioi_mamba.model.jobs import config_of
 from ioi_mamba.passes.intervals import difference
-from ioi_mamba.passes.sweep import Progress
+from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 
-NAME = "positional-attribution"
-TITLE = "Edges by position"
-PAPER = "5, D.3"
-QUESTION = "At which token positions is each edge needed?"
-LOOK_FOR = (
-    "Bows that span many layers at a name: an edge that carries a name past the layers between. Click a node to hide "
-    "it: what is left when the busiest are gone is the rest of the mechanism. The strips show which names a layer gets."
-)
-METHOD = (
-    "Score of i -> j at a position: EAP-IG with 5 points, summed over D only (equations 12 and 13).\n"
-    "The circuit is the smallest with train accuracy above the target; the rest is patched, each item at its position.\n"
-    "Bottleneck: the one given, or the layer after 0 with the most |score| on edges into it before the last position."
-)
-NEEDS_MAMBA = True
-COLUMNS = ("source", "target", "position", "label", "score", "rank", "kept")
 LAST_ONLY, LOST = "kept, bottleneck at last only", "kept - bottleneck at last only"
 """The circuit without the edges that leave the bottleneck before the last position, and what it loses by that."""
 
 
-default_pairs = _circuits.default_pairs
+@dataclass(frozen=True)
+class Options:
+    """Options of positional-attribution."""
+
+    target: float = option(0.85, "the accuracy on training prompts that the circuit must exceed", at_least=0, at_most=1)
+    steps: int = option(5, "points on the path from clean to corrupted, of eap-ig", at_least=1)
+    variant: str = option(
+        "paper", "of the scores: `ioi_mamba.circuits.attribution` says which to use", choices=VARIANTS
+    )
+    method: str = option(
+        "eap-ig", "of attribution; exact needs no gradients: each item is patched alone", choices=METHODS
+    )
+    ranking: str = option(
+        "signed", "most negative scores first, or largest sizes first", choices=("signed", "absolute")
+    )
+    layer: int | None = option(None, "the bottleneck; none: the layer with the most |score| into it", at_least=0)
 
 
-def run(
-    model,
-    pairs: Pairs,
-    *,
-    held_out: Pairs | None = None,
-    target: float = 0.85,
-    steps: int = 5,
-    variant: str = "paper",
-    method: str = "eap-ig",
-    ranking: str = "signed",
-    layer: int | None = None,
-    progress: Progress | None = None,
-) -> pd.DataFrame:
+def run(context: Context) -> pd.DataFrame:
     """Scores of all (edge, position) items; `kept` marks the smallest circuit with train accuracy > target.
 
     Rows of circuits as in `ioi_mamba.analyses._circuits`, and LAST_ONLY and LOST, the bottleneck being `layer`. Raises
     InputError for a layer the model does not have, and where no held-out prompt has the commonest layout of the pairs.
     """
+    model, pairs, held_out, options = context.model, context.pairs, context.held_out, context.options
+    layer, method, target, ranking = options.layer, options.method, options.target, options.ranking
     n_layers = config_of(model).num_hidden_layers
     if layer is not None and not 0 <= layer < n_layers:
         raise InputError(f"The model has layers 0 to {n_layers - 1}, not {layer}.")
@@ -73,21 +68,21 @@ def run(
     pairs, held_out = _one_layout(pairs, held_out)
     other_layouts = given - len(pairs) - (0 if held_out is None else len(held_out))
     pairs, held_out, left_out = _circuits.with_range(model, pairs, held_out)
-    options = Options(method, variant, steps, positions=True)
-    items, per_pair = _circuits.attributed(model, pairs, options, _circuits.share_of(progress, 0, 0.7))
+    scoring = attribution.Options(method, options.variant, options.steps, positions=True)
+    items, per_pair = _circuits.attributed(context, pairs, scoring, context.stage(0, 0.7))
     n_items, n_positions, _ = per_pair.shape
     each = items.drop(columns="part").loc[items.index.repeat(n_positions)].reset_index(drop=True)
     each["position"] = list(range(n_positions)) * n_items
     each["label"] = pairs.position_labels() * n_items
     per_item = per_pair.flatten(0, 1)
-    table = ranked(_circuits.with_scores(each, per_item, pairs.clusters), ranking)
+    table = attribution.ranked(_circuits.with_scores(each, per_item, pairs.clusters), ranking)
     universe = universe_of(model, n_positions=n_positions)
     train = Evaluator(model, pairs, universe)
     circuit = _circuits.chosen_circuit(train, table, target)
     table["kept"] = table["rank"] <= len(circuit)
     table["bottleneck"] = busiest_layer(table) if layer is None else layer
     held = train if held_out is pairs else Evaluator(model, held_out, universe)
-    rows = _circuits.faithfulness_rows(train, held, circuit, table, _circuits.share_of(progress, 0.7, 1))
+    rows = _circuits.faithfulness_rows(train, held, circuit, table, context.stage(0.7, 1))
     rows += _circuits.jaccard_rows(train, each, per_item, target, ranking)
     reduced = without_early_output(circuit, table["bottleneck"].iloc[0])
     for sample, evaluator in (("train", train), ("held out", held)):
@@ -181,3 +176,32 @@ def findings(table: pd.DataFrame) -> list[str]:
             "was taken."
         )
     return out + _missing_names.sentences(items, layer)
+
+
+EXPERIMENT = Experiment(
+    name="positional-attribution",
+    title="Edges by position",
+    paper="5, D.3",
+    question="At which token positions is each edge needed?",
+    look_for=(
+        "Bows that span many layers at one position: an edge that carries what is there past the layers between. Click a "
+        "node to hide it: what is left when the busiest are gone is the rest of the mechanism."
+    ),
+    method=(
+        "Score of i -> j at a position: EAP-IG with 5 points, summed over D only.\n"
+        "The circuit is the smallest with train accuracy above the target; the rest is patched, each item at its "
+        "position.\n"
+        "Bottleneck: the one given, or the layer after 0 with the most |score| on edges into it before the last position."
+    ),
+    needs=_circuits.NEEDS | {Need.LAYER},
+    options=Options,
+    columns=(
+        *(_circuits.SOURCE, _circuits.TARGET, _circuits.POSITION, _circuits.LABEL),
+        *(_circuits.SCORE, _circuits.RANK, _circuits.KEPT),
+        *_circuits.CIRCUIT_ROWS,
+    ),
+    draws={ioi.TASK.name: _circuits.default_pairs},
+    run=run,
+    chart=chart,
+    findings=findings,
+)

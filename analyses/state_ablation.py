@@ -8,25 +8,24 @@ everything the layer knows of the past is the corrupted run's.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pandas as pd
 
 from ioi_mamba.analyses import _effects
+from ioi_mamba.experiments.experiment import Context, Experiment
+from ioi_mamba.experiments.options import option
 from ioi_mamba.passes.ranges import usable
-from ioi_mamba.passes.sweep import Progress
+from ioi_mamba.passes.sweep import STATE_AND_CONV
+from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 
-NAME = "state-ablation"
-TITLE = "Hidden state by position"
-PAPER = "4.4, Fig 10"
-QUESTION = "From which position on does the hidden state carry the name?"
-LOOK_FOR = "Columns from one after the changed name to the end: the state carries the name there."
-METHOD = (
-    "Overwrite h at one position with the corrupted run's; equation 5 goes on from it with clean inputs.\n"
-    "Effect = 1 - (d_patched - d_corrupted) / (d_clean - d_corrupted).\n"
-    "Mean over prompts, every layer and position, one corruption a panel."
-)
-NEEDS_MAMBA = True
-COLUMNS = _effects.COLUMNS
+
+@dataclass(frozen=True)
+class Options:
+    """Options of state-ablation."""
+
+    with_conv: bool = option(False, "overwrite the last K-1 conv inputs together with the state")
 
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
@@ -34,9 +33,10 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
     return _effects.default_pairs(tokenizer, n_pairs, seed)
 
 
-def run(model, pairs: Pairs, *, with_conv: bool = False, progress: Progress | None = None) -> pd.DataFrame:
-    """The table of effects; with_conv: the last K-1 conv inputs are overwritten together with the state."""
-    return _effects.effect_table(model, usable(model, pairs), "h_and_conv" if with_conv else "h", progress=progress)
+def run(context: Context) -> pd.DataFrame:
+    """The table of effects; see `_effects.effect_table`."""
+    site = STATE_AND_CONV if context.options.with_conv else "h"
+    return _effects.effect_table(context.model, usable(context.model, context.pairs), site, progress=context.progress)
 
 
 def chart(table: pd.DataFrame):
@@ -47,3 +47,23 @@ def chart(table: pd.DataFrame):
 def findings(table: pd.DataFrame) -> list[str]:
     """The strongest cells of each corruption."""
     return _effects.strongest(table)
+
+
+EXPERIMENT = Experiment(
+    name="state-ablation",
+    title="Hidden state by position",
+    paper="4.4, Fig 10",
+    question="From which position on does the hidden state carry {varies}?",
+    look_for="Columns from one after what was changed to the end: the state carries it there.",
+    method=(
+        "Overwrite h at one position with the corrupted run's; the recurrence goes on from it with clean inputs.\n"
+        "Effect = 1 - (d_patched - d_corrupted) / (d_clean - d_corrupted).\n"
+        "Mean over prompts, every layer and position, one corruption a panel."
+    ),
+    options=Options,
+    columns=_effects.COLUMNS,
+    draws={ioi.TASK.name: default_pairs},
+    run=run,
+    chart=chart,
+    findings=findings,
+)

@@ -12,6 +12,7 @@ Cells left of the diagonal (j < i), states that were there before the contributi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import altair as alt
 import pandas as pd
@@ -20,29 +21,14 @@ from torch import Tensor
 
 from ioi_mamba.charts import drawing
 from ioi_mamba.errors import InputError
+from ioi_mamba.experiments.experiment import Column, Context, Experiment, Need
+from ioi_mamba.experiments.options import option
 from ioi_mamba.model.jobs import call
 from ioi_mamba.passes.forward import forward
 from ioi_mamba.steering.bottleneck import find_layer
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import ABSENT, Pairs
 from ioi_mamba.tasks.prompts import find_roles, is_name, read
-
-NAME = "state-similarity"
-TITLE = "Contributions in the hidden state"
-PAPER = "4.2, Fig 7"
-QUESTION = "Which tokens' contributions stay visible in the hidden state?"
-LOOK_FOR = (
-    "A row that stays coloured from the diagonal to the right edge: what that token contributed is kept. If the "
-    "lines are one token after the names, the layer reads names there."
-)
-METHOD = (
-    "Contribution of token i: B_bar_i x_i [E, N] (equations 5 and 8); state after token j: h_j [E, N].\n"
-    "Cosine of the two, flattened; decayed: B_bar_i x_i times the product of A_bar_t over i < t <= j.\n"
-    "A vector of zeros has similarity 0 with everything (its norm is taken as 1)."
-)
-NEEDS_MAMBA = True
-NEEDS_TASK = False  # what a state holds is so whatever the model answers
-COLUMNS = ("prompt", "measure", "row", "column", "similarity", "row_label", "column_label", "after_name", "layer")
 
 CONTRIBUTION_STATE = "contribution in state"
 DECAYED_STATE = "decayed contribution in state"
@@ -51,6 +37,26 @@ STATES = "state with state"
 MEASURES = (CONTRIBUTION_STATE, DECAYED_STATE, CONTRIBUTIONS, STATES)
 
 DEFAULT_PAIRS = 3
+COLUMNS = (
+    Column("prompt", "text", "the prompt"),
+    Column("measure", "text", "which two vectors are compared"),
+    Column("row", "int", "token index of the first"),
+    Column("column", "int", "token index of the second"),
+    Column("similarity", "float", "cosine of the two, flattened, -1..1"),
+    Column("row_label", "text", "the token of the first"),
+    Column("column_label", "text", "the token of the second"),
+    Column("after_name", "bool", "the row is one token after (the first token of) a name"),
+    Column("layer", "int", "the layer"),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of state-similarity."""
+
+    layer: int | None = option(None, "the layer; none: the bottleneck, found as layer-ablation does", at_least=0)
+    prompt: str | None = option(None, "a prompt in place of those of the pairs")
+    names: Sequence[str] = option((), "the names in that prompt, of any number of tokens")
 
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
@@ -61,25 +67,19 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
     return ioi.generate(tokenizer, DEFAULT_PAIRS if n_pairs is None else n_pairs, seed, symmetric=False)
 
 
-def run(
-    model,
-    pairs: Pairs,
-    *,
-    layer: int | None = None,
-    prompt: str | None = None,
-    names: Sequence[str] = (),
-    progress: Callable[[int, int], None] | None = None,
-) -> pd.DataFrame:
-    """One row for each prompt, measure, row i and column j: the cosine similarity, in -1..1.
+def run(context: Context) -> pd.DataFrame:
+    """One row for each prompt, measure, row i and column j.
 
-    The prompts are the clean ones of `pairs`, or `prompt` alone. layer: default the bottleneck, found as
-    layer-ablation does. names: the names in `prompt`, of any number of tokens; default those of the task.
-    `row_label`, `column_label`: the tokens; `after_name`: the row is one token after (the first token of) a name.
-    Raises InputError for a layer out of range and an empty prompt.
+    The prompts are the clean ones of the pairs, or `prompt` alone. Raises InputError for a layer out of range and an
+    empty prompt.
     """
-    layer = find_layer(model, pairs) if layer is None else layer
-    prompts = _of_pairs(model.tokenizer, pairs) if prompt is None else [_of_text(model.tokenizer, prompt, names)]
-    similarities = call(model, _similarities, [tokens for _, tokens, _ in prompts], layer, progress=progress)
+    model, pairs, options = context.model, context.pairs, context.options
+    layer = find_layer(model, pairs) if options.layer is None else options.layer
+    if options.prompt is None:
+        prompts = _of_pairs(model.tokenizer, pairs)
+    else:
+        prompts = [_of_text(model.tokenizer, options.prompt, options.names)]
+    similarities = call(model, _similarities, [tokens for _, tokens, _ in prompts], layer, progress=context.progress)
     tables = []
     for (text, tokens, after), matrices in zip(prompts, similarities, strict=True):
         if not bool(torch.isfinite(matrices).all()):
@@ -247,3 +247,29 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
     """Float[i, j], the cosine of a[i] and b[j] (Float[row, dim]); a norm of 0 counts as 1."""
     a_norm, b_norm = (torch.where(norm == 0, 1.0, norm) for norm in (a.norm(dim=1), b.norm(dim=1)))
     return (a @ b.T) / a_norm[:, None] / b_norm
+
+
+EXPERIMENT = Experiment(
+    name="state-similarity",
+    title="Contributions in the hidden state",
+    paper="4.2, Fig 7",
+    question="Which tokens' contributions stay visible in the hidden state?",
+    look_for=(
+        "A row that stays coloured from the diagonal to the right edge: what that token contributed is kept. If the "
+        "lines are one token after a word, the layer takes that word in there."
+    ),
+    method=(
+        "Contribution of token i: B_bar_i x_i [E, N]; state after token j: h_j [E, N].\n"
+        "Cosine of the two, flattened; decayed: B_bar_i x_i times the product of A_bar_t over i < t <= j.\n"
+        "A vector of zeros has similarity 0 with everything (its norm is taken as 1)."
+    ),
+    # What a state holds is so whatever the model answers.
+    needs=frozenset({Need.SITES, Need.LAYER}),
+    options=Options,
+    columns=COLUMNS,
+    draws={ioi.TASK.name: default_pairs},
+    most_pairs=DEFAULT_PAIRS,
+    run=run,
+    chart=chart,
+    findings=findings,
+)

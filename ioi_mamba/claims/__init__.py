@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from ioi_mamba import analyses
+from ioi_mamba.analyses import layer_ablation
 from ioi_mamba.claims import circuits, interventions
 from ioi_mamba.claims.interventions import changed_slot
 from ioi_mamba.claims.values import NONE, Layer, Measure, Value, around, prompts, share, spread, within
@@ -27,6 +27,7 @@ __all__ = [
     "NONE",
     "NOT_COMPARABLE",
     "NOT_RUN",
+    "TASK",
     "UNDECIDED",
     "Layer",
     "Value",
@@ -42,6 +43,9 @@ __all__ = [
     "tolerance",
     "within",
 ]
+
+TASK = "ioi"
+"""The task that the paper is about."""
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 JUDGED = (HOLDS, FAILS, UNDECIDED)
@@ -70,7 +74,7 @@ def bottleneck(tables: Mapping[str, pd.DataFrame]) -> int | None:
 
 def _chosen(table: pd.DataFrame) -> int | None:
     known = table.dropna(subset="effect")
-    return None if known.empty else analyses.load(CHOOSES).bottleneck(known)
+    return None if known.empty else layer_ablation.bottleneck(known)
 
 
 def held_out_layers(table: pd.DataFrame) -> dict[str, int]:

@@ -10,7 +10,8 @@ from itertools import takewhile
 
 import pandas as pd
 
-from ioi_mamba import analyses, paper
+from ioi_mamba import paper
+from ioi_mamba.analyses import positional_attribution
 from ioi_mamba.analyses._circuits import item_rows, of_circuit
 from ioi_mamba.claims.values import NAN, NONE, Layer, Measure, Value, largest_difference, one
 from ioi_mamba.passes.metrics import reaches
@@ -179,7 +180,7 @@ def _lost_without_early_output(table: pd.DataFrame, layer: Layer, measure: str) 
 
     NONE where the edges removed were another layer's, or there were none.
     """
-    module = analyses.load("positional-attribution")
+    module = positional_attribution
     reduced = of_circuit(table, module.LAST_ONLY, measure, "train")
     is_other = item_rows(table)["bottleneck"].iloc[0] != layer
     if is_other or reduced.empty or reduced["size"].iloc[0] == len(_kept(table)):

@@ -216,7 +216,7 @@ def _not_asked(claim: Any, is_published: bool) -> str:
 
 def _other_question(name: str, manifest: Manifest) -> str:
     """The task or the first option that makes the experiment another one than the paper's, as KEY=VALUE."""
-    if manifest.get("task", "ioi") != "ioi":
+    if manifest.get("task", claims.TASK) != claims.TASK:
         return f"task={manifest['task']}"
     options = manifest.get("options", {})
     for key, value in QUESTION.get(name, {}).items():

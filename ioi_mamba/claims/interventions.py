@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from ioi_mamba import analyses, paper
+from ioi_mamba import paper
+from ioi_mamba.analyses import state_similarity
 from ioi_mamba.analyses.layer_removal import SPARE
 from ioi_mamba.claims.values import (
     FLOOR,
@@ -281,7 +282,7 @@ def _notebook_steps(table: pd.DataFrame, layer: Layer) -> Value:
 
 def _lines_after_names(table: pd.DataFrame, layer: Layer) -> Value:
     hits = n = 0
-    lines = analyses.load("state-similarity").lines(table[table["layer"] == layer])
+    lines = state_similarity.lines(table[table["layer"] == layer])
     for _, rows in lines.groupby("prompt", sort=False):
         similarity = rows["mean"]
         if similarity.isna().any() or reaches(0.0, similarity.max() - similarity.min()):

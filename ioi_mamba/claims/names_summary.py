@@ -15,8 +15,9 @@ is asked about the layer that the other corruptions choose.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import altair as alt
 import pandas as pd
@@ -24,21 +25,6 @@ import pandas as pd
 from ioi_mamba import claims, paper
 from ioi_mamba.charts import drawing, theme
 
-NAME = "names-summary"
-TITLE = "What carries the names"
-PAPER = "4.1 to 4.4"
-QUESTION = "Do the paper's four lines of evidence on how names are carried hold for this model?"
-LOOK_FOR = (
-    "Which lines of evidence hold: a model may have a bottleneck layer that works in another way than the paper's."
-)
-METHOD = (
-    "Bottleneck: the layer after 0 with the largest effect in layer-ablation, or the one the experiments were given; "
-    "all lines are about this layer.\n"
-    "In layer-ablation's own table each corruption is asked about the layer that the other corruptions choose.\n"
-    "Each line is one number of one experiment's table, held against a threshold from the published numbers; it is "
-    "undecided if its interval straddles the threshold or too few prompts were used.\n"
-    "Intervals are of 95 %: Wilson's of proportions, and those of mean effects over prompts."
-)
 COLUMNS = ("evidence", "measure", "value", "low", "high", "threshold", "paper", "holds", "source")
 
 BOTTLENECK, SHIFT = "bottleneck layer", "shift by one"
@@ -51,6 +37,25 @@ JUDGED = ("yes", "no", "undecided")
 LABELS = 300  # pixels of the chart for the names of lines
 FARTHEST = 2.0
 """Where the chart's axis ends; some ratios have no bound."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A section over the tables of several experiments; fields as those of an `Experiment`."""
+
+    name: str
+    title: str
+    paper: str
+    question: str
+    look_for: str
+    method: str
+    required: tuple[str, ...]
+    chart: Callable[[pd.DataFrame], Any]
+    findings: Callable[[pd.DataFrame], list[str]]
+
+    def texts(self, varies: str) -> dict[str, str]:
+        """The texts of its section."""
+        return {name: getattr(self, name) for name in ("title", "question", "look_for", "method")}
 
 
 @dataclass(frozen=True)
@@ -168,3 +173,24 @@ LINES = (
     Line(LAST, "output before the last position over the last", "outproj_last_only"),
 )
 """The claims on how names are carried; the state rows' published share is of the notebook's own prompt."""
+
+SUMMARY = Summary(
+    name="names-summary",
+    title="What carries the names",
+    paper="4.1 to 4.4",
+    question="Do the paper's four lines of evidence on how names are carried hold for this model?",
+    look_for=(
+        "Which lines of evidence hold: a model may have a bottleneck layer that works in another way than the paper's."
+    ),
+    method=(
+        "Bottleneck: the layer after 0 with the largest effect in layer-ablation, or the one the experiments were given; "
+        "all lines are about this layer.\n"
+        "In layer-ablation's own table each corruption is asked about the layer that the other corruptions choose.\n"
+        "Each line is one number of one experiment's table, held against a threshold from the published numbers; it is "
+        "undecided if its interval straddles the threshold or too few prompts were used.\n"
+        "Intervals are of 95 %: Wilson's of proportions, and those of mean effects over prompts."
+    ),
+    required=COLUMNS,
+    chart=chart,
+    findings=findings,
+)

@@ -16,11 +16,13 @@ import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ioi_mamba.errors import InputError, ServerError, Submitted
-from ioi_mamba.study.options import options_of, parse_options
+from ioi_mamba.versions import version
+
+if TYPE_CHECKING:
+    from ioi_mamba.experiments.experiment import Experiment
 
 NARROWEST = 20  # characters of a column that is broken to fit a terminal
 
@@ -34,9 +36,15 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ioi-mamba", description="Take a Mamba apart and report what is found.")
+    parser.add_argument("--version", action="version", version=f"ioi-mamba {version('ioi-mamba') or '(not installed)'}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="run experiments and write a report", description="Run experiments.")
-    run.add_argument("analysis", nargs="+", metavar="ANALYSIS", help="names such as layer-ablation, or 'all'")
+    run.add_argument(
+        "analysis",
+        nargs="+",
+        metavar="ANALYSIS",
+        help="names such as layer-ablation, files that hold an experiment, or 'all'",
+    )
     run.add_argument("--model", default="mini", help="'mini', a hub id or a directory (default: mini)")
     _add_backend(run)
     run.add_argument("--submit", action="store_true", help="hand requests to the server and do not wait for them")
@@ -44,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--max-upload", type=float, default=64, metavar="MIB", help="of one request (default: 64)")
     run.add_argument("--max-download", type=float, default=256, metavar="MIB", help="of one result (default: 256)")
     run.add_argument("--retries", type=int, default=5, metavar="N", help="after failures that may pass (default: 5)")
-    run.add_argument("--task", default="ioi", help="what the prompts ask: ioi or greater-than (default: ioi)")
+    run.add_argument(
+        "--task", default="ioi", help="what the prompts ask: a name or a file that holds a task (default: ioi)"
+    )
     source = run.add_mutually_exclusive_group()
     source.add_argument("--pairs", type=Path, metavar="FILE", help="prompts of one's own, one JSON object a line")
     source.add_argument("--n-pairs", type=int, metavar="N", help="pairs to draw (default: each experiment's own)")
@@ -78,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write the report of finished tables again")
     report.add_argument("directory", type=Path, metavar="DIR")
     report.add_argument("--charts", metavar="FORM", help="also write DIR/charts/NAME-of-MODEL.FORM: svg or png")
+    report.add_argument(
+        "--experiment",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a file that holds an experiment whose table is there; may be given again",
+    )
     report.set_defaults(call=_report)
     compare = commands.add_parser("compare", help="hold finished tables against the published numbers")
     compare.add_argument(
@@ -146,18 +163,20 @@ def _quiet() -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ioi_mamba import analyses
+    from ioi_mamba import analyses, tasks
+    from ioi_mamba.experiments.experiment import Need
+    from ioi_mamba.study.plan import parse_options
 
+    task = tasks.known(arguments.task)
     names = list(dict.fromkeys(arguments.analysis))
-    if names == ["all"]:
-        about_names = arguments.task == "ioi"
-        names = [n for n in analyses.available() if about_names or not getattr(analyses.load(n), "NEEDS_NAMES", False)]
-    modules = [analyses.load(name) for name in names]
-    if arguments.pairs is not None and arguments.task != "ioi":
-        raise InputError(f"--pairs reads prompts with names, not those of {arguments.task}: give one of the two.")
-    options = parse_options(modules, arguments.option)
+    experiments = [analyses.load(name) for name in (analyses.available() if names == ["all"] else names)]
+    if names == ["all"] and task is not tasks.ioi.TASK:
+        experiments = [experiment for experiment in experiments if Need.NAMES not in experiment.needs]
+    if arguments.pairs is not None and task is not tasks.ioi.TASK:
+        raise InputError(f"--pairs reads prompts with names, not those of {task.name}: give one of the two.")
+    options = parse_options(experiments, arguments.option)
     if arguments.no_resume_points:
-        options |= _without_resume_points(modules)
+        options |= _without_resume_points(experiments)
     for flag, value in (("--n-pairs", arguments.n_pairs), ("--threads", arguments.threads)):
         if value is not None and value < 1:
             raise InputError(f"{flag} is {value}: give at least 1.")
@@ -172,11 +191,9 @@ def _run(arguments: argparse.Namespace) -> int:
     for flag, path in files.items():
         if path is not None and not path.is_file():
             raise InputError(f"There is no file {str(path)!r} to read pairs from: give {flag} an existing one.")
-    from ioi_mamba import tasks
     from ioi_mamba.study import runs
 
-    tasks.load(arguments.task)
-    out = arguments.out or _default_out(arguments.model, arguments.task)
+    out = arguments.out or _default_out(arguments.model, task.name)
     runs.check_out_dir(out)
 
     import torch
@@ -192,7 +209,7 @@ def _run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         backend=arguments.backend,
         host=arguments.host,
-        any_architecture=not any(module.NEEDS_MAMBA for module in modules),
+        any_architecture=not any(Need.SITES in experiment.needs for experiment in experiments),
     )
     if arguments.backend == "ndif":
         model.jobs.limit(arguments.max_upload, arguments.max_download, arguments.retries)
@@ -200,9 +217,9 @@ def _run(arguments: argparse.Namespace) -> int:
     pairs, held_out = (None if path is None else Pairs.from_jsonl(path, model.tokenizer) for path in files.values())
     page = runs.run_study(
         model,
-        names,
+        experiments,
         out,
-        task=arguments.task,
+        task=task,
         pairs=pairs,
         held_out=held_out,
         n_pairs=arguments.n_pairs,
@@ -215,9 +232,11 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _without_resume_points(modules: Sequence[ModuleType]) -> dict[str, Any]:
+def _without_resume_points(experiments: Sequence[Experiment]) -> dict[str, Any]:
     """The option that makes experiments run every pass in full. Raises InputError where none of them has it."""
-    if not any("resume" in options_of(module) for module in modules):
+    from ioi_mamba.experiments.options import options_of
+
+    if not any("resume" in options_of(experiment.options) for experiment in experiments):
         raise InputError("None of these experiments starts passes midway: leave out --no-resume-points.")
     return {"resume": False}
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import altair as alt
@@ -26,8 +25,10 @@ from markupsafe import Markup
 
 from ioi_mamba import analyses, tasks
 from ioi_mamba.charts import drawing
-from ioi_mamba.claims import compare, names_summary
+from ioi_mamba.claims import TASK, compare, names_summary
+from ioi_mamba.claims.names_summary import Summary
 from ioi_mamba.errors import InputError
+from ioi_mamba.experiments.experiment import Experiment
 from ioi_mamba.files import written_whole
 from ioi_mamba.report import provenance
 from ioi_mamba.results import baseline
@@ -43,7 +44,7 @@ UNKNOWN: dict[str, Any] = {
     "wall_seconds": 0.0,
     **{name: {} for name in ("options", "versions")},
     **{name: [] for name in ("kernels", "examples")},
-    "task": tasks.ioi.TASK,
+    "task": TASK,
     "backend": "unknown",
     "n_pairs": 0,
 }
@@ -52,7 +53,14 @@ OPTIONAL = {
     "clean": ("accuracy", "n", "bound"),
     "requests": ("count", "bytes_up", "bytes_down", "queue_seconds", "run_seconds", "transfer_seconds"),
 }
+NO_TEXTS = {"title": "What the model does on a task that is not installed here", "varies": "what differs"}
 CHART_FORMS = ("svg", "png")
+SUMMARY_CODE = """import ioi_mamba as im
+from ioi_mamba.claims import names_summary
+
+results = im.open_results(".")  # the folder of this page
+table = names_summary.summarize({name: result.to_frame() for name, result in results.items()})
+names_summary.chart(table)"""
 _GLOBALS = "window.vegaEmbed = vegaEmbed;"
 _VEGALITE = re.sub(r"^v(\d+\.\d+).*", r"\1", alt.SCHEMA_VERSION)
 
@@ -66,7 +74,8 @@ class Section:
     examples: prompts to show for a position that is chosen, as JSON, where the table has positions.
     """
 
-    module: ModuleType
+    experiment: Experiment | Summary
+    texts: dict[str, str]
     manifest: dict[str, Any]
     table: pd.DataFrame
     spec: Markup | None
@@ -82,7 +91,7 @@ class Section:
     @property
     def is_broken(self) -> bool:
         """Whether the table is not one that others can read numbers off."""
-        return _what_is_wrong(self.module, self.table) is not None
+        return _what_is_wrong(self.experiment, self.table) is not None
 
 
 def write_report(directory: str | Path) -> Path:
@@ -107,13 +116,14 @@ def write_report(directory: str | Path) -> Path:
 
 
 def _page(sections: list[Section]) -> str:
-    task = tasks.load(sections[0].manifest["task"])
-    is_ioi = task is tasks.ioi  # what the paper claims is about this task
+    manifest = sections[0].manifest
+    is_papers = manifest["task"] == TASK
     return _template().render(
-        task=task,
-        is_ioi=is_ioi,
-        claims=_claims(sections) if is_ioi else None,
-        summaries=_summaries(sections) if is_ioi else [],
+        task=manifest["task"],
+        task_texts=manifest["task_texts"],
+        is_papers=is_papers,
+        claims=_claims(sections) if is_papers else None,
+        summaries=_summaries(sections) if is_papers else [],
         warnings=list(dict.fromkeys(section.warning for section in sections if section.warning)),
         sections=sections,
         provenance=provenance.lines([section.manifest for section in sections]),
@@ -146,10 +156,10 @@ def save_charts(directory: str | Path, form: str) -> list[Path]:
                 else vl_convert.vegalite_to_png(spec, _VEGALITE, scale=2)
             )
         except ValueError as error:  # as on the page: one chart must not cost the others
-            warnings.warn(f"The chart of {section.module.NAME} cannot be written: {_reason(error)}", stacklevel=2)
+            warnings.warn(f"The chart of {section.experiment.name} cannot be written: {_reason(error)}", stacklevel=2)
             continue
         model = re.sub(r"[^\w.-]", "-", _short_name(section.manifest["model"]["id"]))
-        target = folder / f"{section.module.NAME}-of-{model}.{form}"
+        target = folder / f"{section.experiment.name}-of-{model}.{form}"
         with written_whole(target) as path:
             path.write_bytes(image)
         written.append(target)
@@ -175,7 +185,7 @@ def _sections(directory: Path) -> list[Section]:
 
 
 def _drawn(
-    module: ModuleType,
+    experiment: Experiment | Summary,
     manifest: dict[str, Any],
     table: pd.DataFrame,
     code: str,
@@ -184,25 +194,26 @@ def _drawn(
 ) -> Section:
     """The section of a table. trouble: why there is no table to be drawn, None where there is one."""
     spec, findings = None, []
-    trouble = trouble or _what_is_wrong(module, table)
-    if trouble is None and baseline.means_nothing(module, manifest):
+    trouble = trouble or _what_is_wrong(experiment, table)
+    if trouble is None and isinstance(experiment, Experiment) and baseline.means_nothing(experiment, manifest):
         trouble = (
             "No chart is drawn: it would show changes of what this model does on the task, which it cannot do. "
-            f"The numbers are in {module.NAME}.parquet, the first of them below."
+            f"The numbers are in {experiment.name}.parquet, the first of them below."
         )
     elif trouble is None:
         # One experiment's table must not cost the page, whatever it holds.
         try:
-            findings = list(map(str, module.findings(table)))
+            findings = list(map(str, experiment.findings(table)))
         except Exception as error:
             trouble = f"The table could not be put into words. {_reason(error)}"
         try:
-            spec = script_json(chart_spec(module.chart(table)))
+            spec = script_json(chart_spec(experiment.chart(table)))
         except Exception as error:
             trouble = f"The chart could not be drawn. {_reason(error)}"
     head = table.head(n_preview)
     return Section(
-        module=module,
+        experiment=experiment,
+        texts=experiment.texts(manifest.get("task_texts", NO_TEXTS)["varies"]),
         manifest=manifest,
         table=table,
         spec=spec,
@@ -217,12 +228,12 @@ def _drawn(
     )
 
 
-def _what_is_wrong(module: ModuleType, table: pd.DataFrame) -> str | None:
+def _what_is_wrong(experiment: Experiment | Summary, table: pd.DataFrame) -> str | None:
     """Why a table holds nothing to be drawn, in a sentence; None where it may."""
-    again = f"run {module.NAME} again"
-    missing = [name for name in getattr(module, "COLUMNS", ()) if name not in table]
+    again = f"run {experiment.name} again"
+    missing = [name for name in experiment.required if name not in table]
     if missing:
-        return f"The table is not one of {module.NAME}: it has no column {missing[0]!r}. To have it, {again}."
+        return f"The table is not one of {experiment.name}: it has no column {missing[0]!r}. To have it, {again}."
     if table.empty:
         return f"The table has no rows: nothing was measured. To have some, {again}."
     numbers = table.select_dtypes("float")
@@ -260,7 +271,18 @@ def _complete(manifest: dict[str, Any]) -> dict[str, Any]:
         for example in whole["examples"]
     ):
         whole["examples"] = []
-    return whole | {"task": whole["task"] if whole["task"] in tasks.available() else tasks.ioi.TASK}
+    return whole | {"task_texts": _task_texts(whole)}
+
+
+def _task_texts(manifest: dict[str, Any]) -> dict[str, str]:
+    """The words of the task that a manifest is of: its own, or where it has none, those of the task of that name."""
+    texts = manifest.get("task_texts")
+    if isinstance(texts, dict) and all(isinstance(texts.get(name), str) for name in NO_TEXTS):
+        return texts
+    if manifest["task"] not in tasks.available():
+        return NO_TEXTS
+    task = tasks.load(manifest["task"])
+    return {"title": task.title, "varies": task.varies}
 
 
 def _if_like(value: Any, other: Any) -> Any:
@@ -271,7 +293,7 @@ def _if_like(value: Any, other: Any) -> Any:
 
 def _claims(sections: list[Section]) -> dict[str, Any]:
     """The claims of the paper on this run: sentences and two tables, or the trouble there was."""
-    manifests = {section.module.NAME: section.manifest for section in sections}
+    manifests = {section.experiment.name: section.manifest for section in sections}
     found = {"trouble": None, "about": [], "judged": [], "others": []}
     table, trouble = _of_whole_tables(
         sections, lambda tables: compare.evaluate(tables, {name: manifests[name] for name in tables})
@@ -290,7 +312,7 @@ def _claims(sections: list[Section]) -> dict[str, Any]:
 
 def _of_whole_tables(sections: list[Section], work: Any) -> tuple[Any, str]:
     """What `work` makes of the tables by name, without those it fails on, and a sentence on these; None of no table."""
-    tables = {section.module.NAME: section.table for section in sections if not section.is_broken}
+    tables = {section.experiment.name: section.table for section in sections if not section.is_broken}
     try:
         return (work(tables) if tables else None), ""
     except Exception:  # as for a section: what cannot be judged must not cost the page
@@ -310,13 +332,16 @@ def _of_whole_tables(sections: list[Section], work: Any) -> tuple[Any, str]:
 
 def _summaries(sections: list[Section]) -> list[Section]:
     """A section of each summary of which at least one line could be read off the tables that mean something."""
-    telling = [section for section in sections if not baseline.means_nothing(section.module, section.manifest)]
-    drawn = []
-    for module in (names_summary,):
-        table, _ = _of_whole_tables(telling, module.summarize)  # a table's own section says what is wrong with it
-        if table is not None and table["value"].notna().any():
-            drawn.append(_drawn(module, {}, table, summary_code(module.NAME), len(table)))
-    return drawn
+    telling = [
+        section
+        for section in sections
+        if isinstance(section.experiment, Experiment)
+        and not baseline.means_nothing(section.experiment, section.manifest)
+    ]
+    table, _ = _of_whole_tables(telling, names_summary.summarize)  # a table's own section says what is wrong with it
+    if table is None or not table["value"].notna().any():
+        return []
+    return [_drawn(names_summary.SUMMARY, {}, table, SUMMARY_CODE, len(table))]
 
 
 def chart_spec(chart: Any) -> dict[str, Any]:
@@ -345,18 +370,6 @@ def notebook_code(name: str) -> str:
         "import ioi_mamba as im\n\n"
         f'result = im.open_result(".", "{name}")  # the folder of this page\n'
         "result.chart()  # also .findings(), .to_frame() and .manifest"
-    )
-
-
-def summary_code(name: str) -> str:
-    """Python that makes a summary's table and chart again."""
-    module = name.replace("-", "_")
-    return (
-        "import ioi_mamba as im\n"
-        f"from analyses import {module}\n\n"
-        'results = im.open_results(".")  # the folder of this page\n'
-        f"table = {module}.summarize({{name: result.to_frame() for name, result in results.items()}})\n"
-        f"{module}.chart(table)"
     )
 
 

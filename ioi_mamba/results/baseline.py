@@ -7,13 +7,13 @@ accuracy in each manifest; where it is below the bound, a report says so loudly 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 import nnsight
 import torch
 from torch import Tensor
 
+from ioi_mamba.experiments.experiment import Experiment, Need
 from ioi_mamba.model.jobs import call, device_of
 from ioi_mamba.passes.metrics import accuracy
 from ioi_mamba.passes.sweep import plain_logits
@@ -51,12 +51,12 @@ def is_below(manifest: Mapping[str, Any]) -> bool:
     return clean is not None and clean["accuracy"] < clean["bound"]
 
 
-def means_nothing(module: ModuleType, manifest: Mapping[str, Any]) -> bool:
+def means_nothing(experiment: Experiment, manifest: Mapping[str, Any]) -> bool:
     """Whether an experiment measures changes of what a model does, and the model of this run does not do it.
 
-    True of every experiment below the bound but those that say NEEDS_TASK = False.
+    True below the bound of every experiment that needs a model which is able.
     """
-    return is_below(manifest) and getattr(module, "NEEDS_TASK", True)
+    return is_below(manifest) and Need.ABLE in experiment.needs
 
 
 def note(manifest: Mapping[str, Any]) -> str:

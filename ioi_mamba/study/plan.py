@@ -2,65 +2,109 @@
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pandas as pd
 
-from ioi_mamba import analyses, tasks
+from ioi_mamba import analyses
+from ioi_mamba.analyses.layer_ablation import bottleneck
 from ioi_mamba.errors import InputError
+from ioi_mamba.experiments.experiment import Experiment, Need
+from ioi_mamba.experiments.options import made, options_of, read_option
 from ioi_mamba.model.jobs import config_of
-from ioi_mamba.study.options import check_options, options_of
 from ioi_mamba.tasks.base import Pairs
 from ioi_mamba.tasks.prompts import is_name
+from ioi_mamba.tasks.task import Task
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One experiment, ready to run. held_out: what it is to judge on, if it asks for that."""
+    """One experiment, ready to run. held_out: what it is to judge on, if it asks for that; given: the user's options."""
 
-    module: ModuleType
+    experiment: Experiment
     pairs: Pairs
     held_out: Pairs | None
-    options: dict[str, Any]
+    given: Mapping[str, Any]
+
+    def with_options(self, values: Mapping[str, Any]) -> Plan:
+        """The plan with these options too."""
+        return replace(self, given={**self.given, **values})
+
+    @property
+    def options(self) -> Any:
+        """An instance of the experiment's options."""
+        return made(self.experiment.options, self.given, self.experiment.name)
+
+    @property
+    def needs_layer(self) -> bool:
+        """Whether the experiment is on one layer and the user named none."""
+        return Need.LAYER in self.experiment.needs and "layer" not in self.given
+
+
+def in_order(experiments: Iterable[Experiment]) -> list[Experiment]:
+    """The experiments, each once: those of the paper in its order, then the others as they are given."""
+    known = {name: k for k, name in enumerate(analyses.ORDER)}
+    once = {experiment.name: experiment for experiment in experiments}
+    return sorted(once.values(), key=lambda experiment: known.get(experiment.name, len(known)))
 
 
 def plans_of(
-    model,
-    names,
-    task: ModuleType,
+    model: Any,
+    experiments: Sequence[Experiment],
+    task: Task,
     pairs: Pairs | None,
     held_out: Pairs | None,
     n_pairs: int | None,
     seed: int,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
 ) -> list[Plan]:
-    """One plan an experiment, in the paper's order; arguments and errors as those of `study.run_study`."""
-    modules = {name: analyses.load(name) for name in names}
-    check_options(list(modules.values()), options)
+    """One plan an experiment, in order; arguments and errors as those of `runs.run_study`."""
+    check_options(experiments, options)
     for given in (pairs, held_out):
         if given is not None:
             given.check_vocab(config_of(model).vocab_size)
     plans = []
-    for name in sorted(modules, key=analyses.ORDER.index):
-        module = modules[name]
-        judges = "held_out" in inspect.signature(module.run).parameters
+    for experiment in in_order(experiments):
+        own = {key: value for key, value in options.items() if key in options_of(experiment.options)}
+        made(experiment.options, own, experiment.name)
+        judges = Need.HELD_OUT in experiment.needs
         if pairs is None:
-            chosen = _draw(module, task, model.tokenizer, n_pairs, seed)
-            other = _draw(module, task, model.tokenizer, n_pairs, seed + 1) if judges else None
+            chosen = experiment.draw(model.tokenizer, n_pairs, seed, task)
+            other = experiment.draw(model.tokenizer, n_pairs, seed + 1, task) if judges else None
         elif judges and held_out is None:
-            chosen, other = _halves(pairs, name)
+            chosen, other = _halves(pairs, experiment.name)
         else:
             chosen, other = pairs, held_out if judges else None
-        if getattr(module, "NEEDS_NAMES", False) and not any(map(is_name, chosen.roles)):
-            raise InputError(f"{name} is about names, and these prompts have none: leave it out.")
+        if Need.NAMES in experiment.needs and not any(map(is_name, chosen.roles)):
+            raise InputError(f"{experiment.name} is about names, and these prompts have none: leave it out.")
         chosen.check_vocab(config_of(model).vocab_size)
-        own = {key: value for key, value in options.items() if key in options_of(module)}
-        plans.append(Plan(module, chosen, other, own))
+        plans.append(Plan(experiment, chosen, other, own))
     return plans
+
+
+def check_options(experiments: Sequence[Experiment], options: Iterable[str]) -> None:
+    """Raise InputError for an option that none of the experiments takes."""
+    for key in options:
+        if not any(key in options_of(experiment.options) for experiment in experiments):
+            known = [f"{each.name}: {', '.join(options_of(each.options)) or 'none'}" for each in experiments]
+            raise InputError(f"Unknown option {key!r}: the options are {'; '.join(known)}.")
+
+
+def parse_options(experiments: Sequence[Experiment], texts: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE texts as the values that the experiments take. Raises InputError for a bad one."""
+    pieces = [text.partition("=") for text in texts]
+    for key, equals, _ in pieces:
+        if not equals or not key:
+            raise InputError(f"--option {key!r} has no value: write it as KEY=VALUE.")
+    check_options(experiments, [key for key, _, _ in pieces])
+    options = {}
+    for key, _, value in pieces:
+        experiment = next(each for each in experiments if key in options_of(each.options))
+        options[key] = read_option(options_of(experiment.options)[key], value)
+    return options
 
 
 def _halves(pairs: Pairs, name: str) -> tuple[Pairs, Pairs]:
@@ -70,25 +114,9 @@ def _halves(pairs: Pairs, name: str) -> tuple[Pairs, Pairs]:
     return pairs[::2], pairs[1::2]
 
 
-def _draw(module: ModuleType, task: ModuleType, tokenizer, n_pairs: int | None, seed: int) -> Pairs:
-    """The experiment's own choice of IOI prompts, as in the paper; of another task the same kind of pairs for all."""
-    if task is tasks.ioi:
-        return module.default_pairs(tokenizer, n_pairs, seed)
-    most = min(task.DEFAULT_PAIRS, getattr(module, "DEFAULT_PAIRS", task.DEFAULT_PAIRS))
-    return task.generate(tokenizer, n_pairs or most, seed)
-
-
-def needs_bottleneck(plan: Plan) -> bool:
-    """Whether the experiment is on one layer and the user named none."""
-    parameter = options_of(plan.module).get("layer")
-    return parameter is not None and parameter.default is None and "layer" not in plan.options
-
-
 def bottleneck_of(plan: Plan, out: Path) -> dict[str, int]:
     """The layer this run's layer-ablation found, for an experiment on one layer when the user named none."""
-    if not needs_bottleneck(plan):
-        return {}
     source = out / "layer-ablation.parquet"
-    if not source.is_file():
+    if not plan.needs_layer or not source.is_file():
         return {}
-    return {"layer": int(analyses.load("layer-ablation").bottleneck(pd.read_parquet(source)))}
+    return {"layer": bottleneck(pd.read_parquet(source))}

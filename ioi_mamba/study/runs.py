@@ -8,7 +8,6 @@ written whole or not at all; a run that was cut off is taken up again with `resu
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import platform
@@ -16,19 +15,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from ioi_mamba import paper, tasks
-from ioi_mamba.circuits.attribution import remembered
+from ioi_mamba import analyses, paper, tasks
 from ioi_mamba.errors import InputError, Submitted
+from ioi_mamba.experiments.experiment import Context, Experiment, Need, resolved
 from ioi_mamba.files import MINI, sha256_of, written_whole
 from ioi_mamba.model.jobs import config_of, runs_here
 from ioi_mamba.model.memory import check_fits
@@ -37,9 +35,9 @@ from ioi_mamba.report import pages
 from ioi_mamba.results.baseline import clean_accuracies, clean_means
 from ioi_mamba.results.lock import only_run
 from ioi_mamba.results.stored import read_manifest
-from ioi_mamba.study.options import options_of
-from ioi_mamba.study.plan import Plan, bottleneck_of, needs_bottleneck, plans_of
+from ioi_mamba.study.plan import Plan, bottleneck_of, plans_of
 from ioi_mamba.tasks.base import Pairs
+from ioi_mamba.tasks.task import Task
 from ioi_mamba.versions import versions
 
 try:
@@ -50,10 +48,10 @@ except ImportError:  # Windows has none
 
 def run_study(
     model,
-    names: Sequence[str],
+    experiments: Sequence[str | Path | Experiment],
     out_dir: str | Path,
     *,
-    task: str = "ioi",
+    task: str | Path | Task = "ioi",
     pairs: Pairs | None = None,
     held_out: Pairs | None = None,
     n_pairs: int | None = None,
@@ -65,8 +63,8 @@ def run_study(
 ) -> Path:
     """Run experiments and write their tables, manifests and report into `out_dir`; returns the report's path.
 
-    names: of `analyses.ORDER`, run in that order. task: of `tasks.available()`, what the prompts ask, also
-    those of `pairs`. pairs: the prompts of every experiment; None lets each
+    experiments: names (`analyses.available()`), files or records; those of the paper run in its order, then the others.
+    task: a name (`tasks.available()`), a file or a record: what the prompts ask, also those of `pairs`. pairs: the prompts of every experiment; None lets each
     choose its own from `n_pairs` (None: its default) and `seed`. held_out: beside `pairs`, on what experiments that
     choose something judge it; None: every second of `pairs`, which is then not chosen on. Without `pairs` these are
     drawn from the next seed. options: for every named experiment that takes them.
@@ -78,38 +76,38 @@ def run_study(
     With a model on a server, finished requests are kept in `out_dir/jobs` until their experiment is done. Raises
     ServerError for a server that fails, and Submitted where requests were handed over and not waited for.
     """
-    if not names:
-        raise InputError("names is empty: give at least one experiment, `ioi-mamba run --help` lists them.")
+    if not experiments:
+        raise InputError("No experiment is named: give at least one, `ioi-mamba run --help` lists them.")
     out = Path(out_dir)
     check_out_dir(out)
-    chosen = tasks.load(task)
-    plans = plans_of(model, names, chosen, pairs, held_out, n_pairs, seed, dict(options or {}))
+    chosen = tasks.known(task)
+    found = [analyses.known(each) for each in experiments]
+    plans = plans_of(model, found, chosen, pairs, held_out, n_pairs, seed, dict(options or {}))
     with only_run(out):
-        return _run_plans(model, plans, out, task, seed, model_id, resume, progress)
+        return _run_plans(model, plans, out, chosen, seed, model_id, resume, progress)
 
 
 def _run_plans(
-    model, plans: list[Plan], out: Path, task: str, seed: int, model_id: str | None, resume: bool, progress: bool
+    model, plans: list[Plan], out: Path, task: Task, seed: int, model_id: str | None, resume: bool, progress: bool
 ) -> Path:
     found = probe(model)
     # A server that does not show its weights is taken at its word: one name, one model.
     weights = found["weights_sha256"] or hashlib.sha256(model.jobs.model_key.encode()).hexdigest()
-    _refuse_other_run(out, weights, task)
+    _refuse_other_run(out, weights, task.name)
     about = describe_model(model, model_id) | {"weights_sha256": weights}
     # Asked for by the first experiment that is not finished yet, and then for all of them at once.
-    clean = cache(lambda: _clean_scores(model, tasks.load(task), plans))
+    clean = cache(lambda: _clean_scores(model, task, plans))
     run = _Run(model, out, about, found, task, clean, seed, resume, progress)
     if not resume and not runs_here(model):
         model.jobs.forget(out / "jobs")
     done, waiting = False, []
     try:
-        with remembered():
-            for plan in plans:
-                try:
-                    run.one(plan, waiting)
-                    done = True
-                except Submitted as job:
-                    waiting.append((plan.module.NAME, str(job)))
+        for plan in plans:
+            try:
+                run.one(plan, waiting)
+                done = True
+            except Submitted as job:
+                waiting.append((plan.experiment.name, str(job)))
     finally:
         if done:
             page = pages.write_report(out)
@@ -129,16 +127,16 @@ def check_out_dir(out: Path) -> None:
         raise InputError(f"The out directory {str(out)!r} cannot be written: choose one that you may write.")
 
 
-def _clean_scores(model, task: ModuleType, plans: Sequence[Plan]) -> dict[str, dict[str, Any]]:
+def _clean_scores(model, task: Task, plans: Sequence[Plan]) -> dict[str, dict[str, Any]]:
     """What the unpatched model does on the pairs of each experiment, by its name: accuracy and the task's own measures.
 
     Equal pairs are measured once.
     """
     sets = {plan.pairs.hash(): plan.pairs for plan in plans}
     found = dict(zip(sets, clean_accuracies(model, list(sets.values())), strict=True))
-    if hasattr(task, "measures"):
+    if task.measures is not None:
         found = {key: found[key] | clean_means(model, pairs, task.measures) for key, pairs in sets.items()}
-    return {plan.module.NAME: found[plan.pairs.hash()] for plan in plans}
+    return {plan.experiment.name: found[plan.pairs.hash()] for plan in plans}
 
 
 def _examples(pairs: Pairs, tokenizer) -> list[dict[str, Any]]:
@@ -167,53 +165,49 @@ class _Run:
     out: Path
     about: dict[str, Any]
     found: dict[str, Any]
-    task: str
+    task: Task
     clean: Callable[[], dict[str, dict[str, Any]]]
     seed: int
     resume: bool
     progress: bool
+    attributions: dict[Any, Any] = field(default_factory=dict)
 
     def one(self, plan: Plan, waiting: list[tuple[str, str]]) -> None:
         """Run one experiment and write its table and manifest. waiting: (name, job) of those not finished."""
-        module = plan.module
-        if needs_bottleneck(plan) and any(name == "layer-ablation" for name, _ in waiting):
+        experiment = plan.experiment
+        if plan.needs_layer and any(name == "layer-ablation" for name, _ in waiting):
             raise Submitted("waits for layer-ablation, which finds its layer")
-        options = plan.options | bottleneck_of(plan, self.out) | self._without_gradients(plan)
+        plan = plan.with_options(bottleneck_of(plan, self.out) | self._without_gradients(plan))
+        options = plan.options
         identity = {
-            "analysis": module.NAME,
+            "analysis": experiment.name,
             "model": self.about,
             "seed": self.seed,
             "pairs_sha256": plan.pairs.hash(),
             "held_out_sha256": None if plan.held_out is None else plan.held_out.hash(),
-            "options": {key: value if _is_plain(value) else str(value) for key, value in options.items()},
+            "options": resolved(options),
         }
         if self.resume and _is_finished(self.out, identity):
             if self.progress:
-                print(f"{module.NAME}: finished before, kept", file=sys.stderr)
+                print(f"{experiment.name}: finished before, kept", file=sys.stderr)
             return
-        arguments: dict[str, Any] = dict(options)
-        parameters = inspect.signature(module.run).parameters
-        if "held_out" in parameters:
-            arguments["held_out"] = plan.held_out
-        if "seed" in parameters:
-            arguments["seed"] = self.seed
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         if runs_here(self.model) and self.about["architecture"] == "mamba":
-            kind = "part gradients" if "method" in options_of(module) else "sweep"
-            check_fits(self.model, len(plan.pairs), plan.pairs.clean.shape[1], kind, module.NAME)
+            kind = "part gradients" if Need.GRADIENTS in experiment.needs else "sweep"
+            check_fits(self.model, len(plan.pairs), plan.pairs.clean.shape[1], kind, experiment.name)
         started = time.perf_counter()
-        with _progress_bar(module.NAME, self.progress) as advance, self._jobs() as requests:
-            table = module.run(self.model, plan.pairs, progress=advance, **arguments)
+        with _progress_bar(experiment.name, self.progress) as advance, self._jobs() as requests:
+            table = experiment.table(
+                Context(self.model, plan.pairs, options, plan.held_out, self.seed, advance, self.attributions)
+            )
         seconds = time.perf_counter() - started
         with self._jobs():
-            clean = self.clean()[module.NAME]
-        missing = [column for column in module.COLUMNS if column not in table]
-        if missing:
-            raise RuntimeError(f"{module.NAME} made a table without the column {missing[0]!r}.")
+            clean = self.clean()[experiment.name]
         manifest = identity | {
-            "paper": module.PAPER,
-            "task": self.task,
+            "paper": experiment.paper,
+            "task": self.task.name,
+            "task_texts": {"title": self.task.title, "varies": self.task.varies},
             "clean": clean,
             "examples": _examples(plan.pairs, self.model.tokenizer),
             "backend": "local" if runs_here(self.model) else self.model.jobs.backend,
@@ -236,10 +230,10 @@ class _Run:
             manifest["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
         self.out.mkdir(parents=True, exist_ok=True)
         # The manifest vouches for the table by its hash: a table without its manifest counts as unfinished.
-        with written_whole(self.out / f"{module.NAME}.parquet") as path:
+        with written_whole(self.out / f"{experiment.name}.parquet") as path:
             table.to_parquet(path, index=False)
             manifest["table_sha256"] = sha256_of(path)
-        with written_whole(self.out / f"{module.NAME}.json") as path:
+        with written_whole(self.out / f"{experiment.name}.json") as path:
             path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if not runs_here(self.model):
             self.model.jobs.forget(self.out / "jobs")
@@ -261,10 +255,10 @@ class _Run:
 
     def _without_gradients(self, plan: Plan) -> dict[str, Any]:
         """On a server that gives no gradients: the method that needs none, unless the user named one."""
-        if self.found["gradients"] or "method" not in options_of(plan.module) or "method" in plan.options:
+        if self.found["gradients"] or Need.GRADIENTS not in plan.experiment.needs or "method" in plan.given:
             return {}
         if self.progress:
-            print(f"{plan.module.NAME}: no gradients on this server; each item is patched instead", file=sys.stderr)
+            print(f"{plan.experiment.name}: no gradients on this server; each item is patched instead", file=sys.stderr)
         return {"method": "exact"}
 
 
@@ -273,10 +267,6 @@ def _sums(requests: list[dict[str, Any]]) -> dict[str, Any]:
     names = ("bytes_up", "bytes_down", "queue_seconds", "run_seconds", "transfer_seconds", "retries")
     sums = {name: sum(request.get(name, 0) for request in requests) for name in names}
     return {"count": len(requests)} | {name: round(value, 3) for name, value in sums.items()}
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str | list)
 
 
 def _is_finished(out: Path, identity: Mapping[str, Any]) -> bool:

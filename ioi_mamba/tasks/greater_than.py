@@ -27,11 +27,7 @@ from torch import Tensor
 from ioi_mamba.errors import InputError
 from ioi_mamba.tasks.base import ABSENT, Pairs
 from ioi_mamba.tasks.prompts import Prompt, check_drawn, following_ids, read
-
-TASK = "greater-than"
-TITLE = "How the model works out which year is later"
-VARIES = "the last two digits of the first year"
-DEFAULT_PAIRS = 100
+from ioi_mamba.tasks.task import Task
 
 START, MIDDLE = "The {noun} lasted from the year {century}", " to the year {century}"
 CENTURIES = tuple(range(11, 18))
@@ -182,3 +178,17 @@ def _years(tokenizer: Any, endings: Mapping[int, list[list[int]]], rank: Mapping
             "such as GPT-NeoX's."
         )
     return found
+
+
+TASK = Task(
+    name="greater-than",
+    title="How the model works out which year is later",
+    varies="the last two digits of the first year",
+    generate=generate,
+    default_pairs=100,
+    measures=measures,
+    roles={
+        "noun, century, year": "the words of the first date that vary",
+        "out": "the last token, where the answer is read",
+    },
+)

@@ -18,10 +18,7 @@ from typing import Any
 from ioi_mamba.errors import InputError
 from ioi_mamba.tasks.base import Pairs
 from ioi_mamba.tasks.prompts import PromptPair, check_drawn, single_token_ids
-
-TASK = "ioi"
-TITLE = "How the model works out who is given something"
-VARIES = "a name"
+from ioi_mamba.tasks.task import Task
 
 NAME, PLACE, OBJECT = "[NAME]", "[PLACE]", "[OBJECT]"
 
@@ -174,3 +171,16 @@ def _fill(template: str, names: Sequence[str], place: str, thing: str) -> str:
     for name in names:
         text = text.replace(NAME, name, 1)
     return text
+
+
+TASK = Task(
+    name="ioi",
+    title="How the model works out who is given something",
+    varies="a name",
+    generate=generate,
+    roles={
+        "n1, n2, ...": "the names in order of mention",
+        "place, object": "the two other words that vary",
+        "out": "the last token, where the answer is read",
+    },
+)
