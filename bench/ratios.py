@@ -131,7 +131,7 @@ class Bench:
 
     def candidates(self):
         def work(tick) -> float:
-            table = cross_talk.run(self.model, self.few, threshold=1.0, progress=tick)
+            table = cross_talk.EXPERIMENT(self.model, self.few, threshold=1.0, progress=tick)
             return int((table["step"] > 0).sum())
 
         return self.forward(self.few), work, self._warm, f"every step to the end, {len(self.few)} pairs"

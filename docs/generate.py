@@ -6,11 +6,15 @@ In a page, a line `<!-- from the code: NAME -->` becomes the text that the funct
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import jupytext
 
 from ioi_mamba import analyses, tasks
+from ioi_mamba.analyses import output_ablation as shortest
+from ioi_mamba.experiments.experiment import Experiment
+from ioi_mamba.experiments.options import options_of
 from ioi_mamba.model import glossary
 from ioi_mamba.model.sites import MODEL_SITES, SITES
 
@@ -67,7 +71,10 @@ def experiments() -> str:
 
 def task_table() -> str:
     """The built-in tasks."""
-    rows = [(f"`{name}`", module.TITLE, module.VARIES) for name, module in tasks.available().items()]
+    rows = [
+        (f"`{name}`", task.title, task.varies)
+        for name, task in ((name, tasks.load(name)) for name in tasks.available())
+    ]
     return _table(("task", "what a report of it is about", "the prompts of a pair differ in"), rows)
 
 
@@ -78,8 +85,7 @@ def greater_than() -> str:
 
 def output_ablation() -> str:
     """The source of the shortest experiment."""
-    module = analyses.load("output-ablation")
-    return f"```python\n{Path(module.__file__).read_text(encoding='utf-8')}```"
+    return f"```python\n{Path(shortest.__file__).read_text(encoding='utf-8')}```"
 
 
 PARTS = {
@@ -88,22 +94,26 @@ PARTS = {
 }
 
 
-def _experiment(module) -> str:
+def _experiment(experiment: Experiment) -> str:
+    module = import_module(experiment.run.__module__)
     about = (module.__doc__ or "").partition("\n\n")[2].strip()
-    method = "\n".join(f"{k}. {line.strip()}" for k, line in enumerate(module.METHOD.strip().splitlines(), 1))
-    options = ", ".join(f"`{name}`" for name in _options(module)) or "none"
+    texts = experiment.texts(tasks.ioi.TASK.varies)
+    method = "\n".join(f"{k}. {line.strip()}" for k, line in enumerate(texts["method"].strip().splitlines(), 1))
+    options = [
+        (f"`{option.name}`", f"`{option.default}`", option.described, option.help)
+        for option in options_of(experiment.options).values()
+    ]
+    columns = [
+        (f"`{column.name}`", column.kind + (", may be empty" if column.nullable else ""), column.meaning)
+        for column in experiment.columns
+    ]
+    shown = _table(("option", "default", "what it takes", "what it does"), options) if options else "It has no options."
     return (
-        f"## {module.TITLE}\n\n`ioi-mamba run {module.NAME}` · paper {module.PAPER}\n\n"
-        f"**{module.QUESTION}**\n\n{method}\n\n*What to look for.* {module.LOOK_FOR}\n\n{about}\n\n"
-        f"Options (`--option KEY=VALUE`): {options}. Columns: {', '.join(f'`{c}`' for c in module.COLUMNS)}.\n\n"
-        f"::: analyses.{module.NAME.replace('-', '_')}.run\n    options:\n      heading_level: 3\n"
+        f"## {texts['title']}\n\n`ioi-mamba run {experiment.name}` · paper {experiment.paper}\n\n"
+        f"**{texts['question']}**\n\n{method}\n\n*What to look for.* {texts['look_for']}\n\n{about}\n\n"
+        f"{shown}\n\n{_table(('column', 'type', 'meaning'), columns)}\n\n"
+        f"::: {module.__name__}.run\n    options:\n      heading_level: 3\n"
     )
-
-
-def _options(module) -> list[str]:
-    from ioi_mamba.study.options import options_of
-
-    return list(options_of(module))
 
 
 def _cell(cell) -> str:

@@ -15,7 +15,7 @@ def draw(n_pairs: int, path: Path) -> None:
         im.ioi.generate(model.tokenizer, n_pairs, 27, templates=im.ioi.ALIGNED_TEMPLATES, corruptions=[corruption])
         for corruption in CORRUPTIONS
     ]
-    table = layer_ablation.run(model, im.Pairs.concat(sets))
+    table = layer_ablation.EXPERIMENT(model, im.Pairs.concat(sets))
     chart = layer_ablation.chart(table).properties(
         title="mini (not mamba-370m): effect of resampling one layer's input at one position"
     )

@@ -114,7 +114,7 @@ print("Leah read as Mary:  ", im.steer(model, prompt, {"n3": "Mary"}, max_new_to
 # `im.open_result("DIR", "layer-ablation")` then has the same chart, findings and table.
 
 # %%
-table = layer_ablation.run(model, pairs)
+table = layer_ablation.EXPERIMENT(model, pairs)
 print("\n".join(layer_ablation.findings(table)))
 layer_ablation.chart(table)
 
@@ -139,7 +139,7 @@ scores = im.evaluate(model, pairs, circuit)
 # %% [markdown]
 # ## Draw the circuit
 #
-# Left the node an edge comes from, right the one it goes to. `edge_attribution.run` makes the whole table of an
+# Left the node an edge comes from, right the one it goes to. `edge_attribution.EXPERIMENT` makes the whole table of an
 # experiment, and its `chart` the matrix of all edges.
 
 # %%

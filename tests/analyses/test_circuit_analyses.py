@@ -18,6 +18,7 @@ from ioi_mamba.circuits.graph import Circuit, Item, Universe, items_of, universe
 from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.errors import InputError
 from ioi_mamba.report.pages import chart_spec
+from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 
 NAMES = ("edge-attribution", "positional-attribution", "circuit-search")
@@ -26,7 +27,7 @@ NAMES = ("edge-attribution", "positional-attribution", "circuit-search")
 @pytest.fixture(scope="module")
 def sets(mini):
     module = load("edge-attribution")
-    return tuple(module.default_pairs(mini.tokenizer, 3, seed) for seed in (27, 28))
+    return tuple(module.draw(mini.tokenizer, 3, seed, ioi.TASK) for seed in (27, 28))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def tables(mini, sets):
 
 def make_tables(mini, sets):
     options = {"edge-attribution": {"exact_prompts": 4}, "circuit-search": {"compare_prompts": 4}}
-    return {name: load(name).run(mini, sets[0], held_out=sets[1], **options.get(name, {})) for name in NAMES}
+    return {name: load(name)(mini, sets[0], held_out=sets[1], **options.get(name, {})) for name in NAMES}
 
 
 def kept_circuit(mini, sets, table, **universe):
@@ -54,7 +55,7 @@ def value(table, circuit, measure, sample="held out"):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_table_has_its_columns_a_chart_and_sentences(tables, name):
     module = load(name)
-    assert set(module.COLUMNS) <= set(tables[name].columns)
+    assert set(module.required) <= set(tables[name].columns)
     assert chart_spec(module.chart(tables[name]))["$schema"]
     assert all(isinstance(s, str) and s.endswith(".") and "nan" not in s for s in module.findings(tables[name]))
 
@@ -210,7 +211,7 @@ def test_a_pruned_circuit_is_filled_up_to_its_size():
 
 def test_without_the_comparison_the_search_stands_alone(mini, sets):
     module = load("circuit-search")
-    table = module.run(mini, sets[0][:2], compare_prompts=0)
+    table = module(mini, sets[0][:2], compare_prompts=0)
     assert table["threshold"].isna().all()
     assert len(module.findings(table)) == 5
     assert module.chart(table).to_dict()
@@ -238,10 +239,10 @@ def test_removing_early_output_leaves_the_last_position_of_the_bottleneck(mini, 
 
 def test_a_bottleneck_that_is_given_is_used_and_a_layer_that_is_not_there_refused(mini, sets):
     module = load("positional-attribution")
-    table = module.run(mini, sets[0][:2], layer=2)
+    table = module(mini, sets[0][:2], layer=2)
     assert set(table["bottleneck"].dropna()) == {2}
     with pytest.raises(InputError, match="layers 0 to 7, not 8"):
-        module.run(mini, sets[0], layer=8)
+        module(mini, sets[0], layer=8)
 
 
 def test_held_out_prompts_of_another_layout_have_no_positions_in_common(mini, sets):
@@ -249,7 +250,7 @@ def test_held_out_prompts_of_another_layout_have_no_positions_in_common(mini, se
         *(side[:, :-1] for side in (sets[1].clean, sets[1].corrupted)), sets[1].answer, sets[1].wrong
     )
     with pytest.raises(InputError, match="No held-out prompt has the layout of the pairs"):
-        load("positional-attribution").run(mini, sets[0], held_out=shorter)
+        load("positional-attribution")(mini, sets[0], held_out=shorter)
 
 
 def test_the_areas_of_the_benchmark_are_those_of_its_sizes_and_rankings(mini, sets, tables):
@@ -282,7 +283,7 @@ def test_the_jaccard_is_of_circuits_that_halves_of_the_prompts_choose(mini, sets
 @pytest.mark.parametrize("name", NAMES)
 def test_a_target_that_no_circuit_reaches_is_said(mini, sets, tables, name):
     options = {"compare_prompts": 0} if name == "circuit-search" else {"steps": 2}
-    table = load(name).run(mini, sets[0], held_out=sets[1], target=1.0, **options)
+    table = load(name)(mini, sets[0], held_out=sets[1], target=1.0, **options)
     items = _circuits.item_rows(table)
     assert not items["reached"].any()
     assert set(items["target_accuracy"]) == {1.0}
@@ -302,7 +303,7 @@ def ragged(mini):
 def test_positions_are_those_of_the_commonest_layout_and_the_rest_is_counted(mini, ragged):
     module = load("positional-attribution")
     own = max(ragged.layouts(), key=len)
-    got, want = (module.run(mini, pairs, held_out=ragged, steps=2) for pairs in (ragged, own))
+    got, want = (module(mini, pairs, held_out=ragged, steps=2) for pairs in (ragged, own))
     assert set(_circuits.item_rows(got)["other_layouts"]) == {2 * (len(ragged) - len(own))}
     same = ["source", "target", "position", "score", "kept", "value"]
     pd.testing.assert_frame_equal(got[same], want[same])
@@ -327,7 +328,7 @@ def test_scores_and_circuits_at_positions_refuse_prompts_of_several_layouts(mini
 
 
 def test_scores_of_edges_at_positions_are_means_over_the_same_word(mini, ragged):
-    table = load("edge-attribution").run(mini, ragged, steps=2, exact_prompts=2)
+    table = load("edge-attribution")(mini, ragged, steps=2, exact_prompts=2)
     at = _circuits.item_rows(table)
     at = at[at["label"].notna() & (at["source"] == "embed") & (at["target"] == "0")].set_index("label")
     per_pair = im.attribute(mini, ragged, positions=True, per_pair=True, steps=2)

@@ -84,8 +84,8 @@ def check(table, model, pairs, threshold):
 @pytest.mark.parametrize("ragged", [False, True])
 def test_every_candidate_of_every_step_is_that_of_the_exhaustive_search(tiny_mamba, ragged):
     pairs = make_pairs(tiny_mamba, ragged=ragged)
-    table = cross_talk.run(tiny_mamba, pairs, threshold=0.95)
-    assert tuple(table.columns) == (*cross_talk.COLUMNS, *cross_talk.FURTHER)
+    table = cross_talk.EXPERIMENT(tiny_mamba, pairs, threshold=0.95)
+    assert tuple(table.columns) == tuple(column.name for column in cross_talk.COLUMNS)
     sizes = []
     for template, part in pairs.by("template").items():
         own = table[table["template"] == template].assign(layer=lambda t: t["layer"].astype(float))
@@ -100,8 +100,8 @@ def test_every_candidate_of_every_step_is_that_of_the_exhaustive_search(tiny_mam
 
 def test_prompts_split_over_passes_give_the_same_table(tiny_mamba):
     pairs = make_pairs(tiny_mamba, ragged=True)
-    whole = cross_talk.run(tiny_mamba, pairs)
-    split = cross_talk.run(tiny_mamba, pairs, rows=5)
+    whole = cross_talk.EXPERIMENT(tiny_mamba, pairs)
+    split = cross_talk.EXPERIMENT(tiny_mamba, pairs, rows=5)
     assert whole.drop(columns="probability").equals(split.drop(columns="probability"))
     assert list(whole["probability"]) == pytest.approx(
         list(split["probability"]), abs=logit_rounding(tiny_mamba, pairs.clean)
@@ -110,7 +110,7 @@ def test_prompts_split_over_passes_give_the_same_table(tiny_mamba):
 
 def test_a_threshold_out_of_reach_leaves_the_circuit_with_the_best_accuracy(tiny_mamba):
     pairs = make_pairs(tiny_mamba, answerable=False, labelled=False)
-    table = cross_talk.run(tiny_mamba, pairs, threshold=1.0)
+    table = cross_talk.EXPERIMENT(tiny_mamba, pairs, threshold=1.0)
     assert set(table["template"]) == {cross_talk.UNLABELLED}
     assert not table["reached"].any()
     path = table[table["chosen"] | (table["step"] == 0)].sort_values("step")
@@ -127,13 +127,13 @@ def test_equal_candidates_are_given_back_in_the_order_of_the_layers(tiny_mamba_d
     pairs = make_pairs(model, n_pairs=6, answerable=False, labelled=False)
     # Without layers the logits are those of the last token, which has to differ for the pairs to have a range.
     pairs.corrupted[:, -1] = (pairs.clean[:, -1] + 1) % VOCAB
-    table = cross_talk.run(model, pairs, threshold=1.0)
+    table = cross_talk.EXPERIMENT(model, pairs, threshold=1.0)
     assert list(table.loc[table["chosen"], "layer"]) == [0, 1, 2, 3]
 
 
 def test_a_model_that_needs_no_cross_talk_has_an_empty_circuit(tiny_mamba):
     pairs = make_pairs(tiny_mamba, labelled=False)
-    table = cross_talk.run(tiny_mamba, pairs, threshold=0.0)
+    table = cross_talk.EXPERIMENT(tiny_mamba, pairs, threshold=0.0)
     assert len(table) == 1
     assert table["reached"].all()
     assert not table["in_circuit"].any()
@@ -145,16 +145,16 @@ def test_equal_prompts_need_no_layer_and_are_no_evidence_that_none_is_needed(tin
     pairs = make_pairs(tiny_mamba, labelled=False)
     same = Pairs(pairs.clean, pairs.clean, pairs.answer, pairs.wrong, candidates=pairs.candidates)
     with pytest.raises(InputError, match="None of the 24 pairs has a range"):
-        cross_talk.run(tiny_mamba, same)
-    both = cross_talk.run(tiny_mamba, Pairs.concat([same[:10], pairs]), threshold=0.95)
-    alone = cross_talk.run(tiny_mamba, pairs, threshold=0.95)
+        cross_talk.EXPERIMENT(tiny_mamba, same)
+    both = cross_talk.EXPERIMENT(tiny_mamba, Pairs.concat([same[:10], pairs]), threshold=0.95)
+    alone = cross_talk.EXPERIMENT(tiny_mamba, pairs, threshold=0.95)
     assert set(both["left_out"]) == {10}
     assert "10 prompts were left out" in " ".join(cross_talk.findings(both))
     assert both["accuracy"].tolist() == pytest.approx(alone["accuracy"].tolist())
 
 
 def test_the_chart_and_the_findings_count_the_circuits(tiny_mamba):
-    table = cross_talk.run(tiny_mamba, make_pairs(tiny_mamba), threshold=0.95)
+    table = cross_talk.EXPERIMENT(tiny_mamba, make_pairs(tiny_mamba), threshold=0.95)
     spec = cross_talk.chart(table).to_dict()
     bars = next(iter(spec["datasets"].values()))
     layers = table[table["chosen"] & table["in_circuit"]]["layer"]
@@ -166,7 +166,7 @@ def test_the_chart_and_the_findings_count_the_circuits(tiny_mamba):
 
 def test_progress_ends_at_the_total(tiny_mamba):
     calls = []
-    cross_talk.run(tiny_mamba, make_pairs(tiny_mamba), progress=lambda *call: calls.append(call))
+    cross_talk.EXPERIMENT(tiny_mamba, make_pairs(tiny_mamba), progress=lambda *call: calls.append(call))
     assert calls[-1][0] == calls[-1][1]
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
 
@@ -174,7 +174,7 @@ def test_progress_ends_at_the_total(tiny_mamba):
 @pytest.mark.parametrize(("option", "message"), [({"threshold": 1.5}, "threshold is 1.5"), ({"rows": 0}, "rows is 0")])
 def test_options_out_of_range_are_refused(tiny_mamba, option, message):
     with pytest.raises(InputError, match=message):
-        cross_talk.run(tiny_mamba, make_pairs(tiny_mamba), **option)
+        cross_talk.EXPERIMENT(tiny_mamba, make_pairs(tiny_mamba), **option)
 
 
 def test_the_default_pairs_are_twenty_combinations_drawn_apart_the_first_from_the_seed_itself(mini):
@@ -189,7 +189,7 @@ def test_the_default_pairs_are_twenty_combinations_drawn_apart_the_first_from_th
 
 
 def test_an_accuracy_has_an_interval_by_pair(tiny_mamba):
-    table = cross_talk.run(tiny_mamba, make_pairs(tiny_mamba), threshold=0.95)
+    table = cross_talk.EXPERIMENT(tiny_mamba, make_pairs(tiny_mamba), threshold=0.95)
     assert (table["low"] <= table["accuracy"]).all()
     assert (table["accuracy"] <= table["high"]).all()
     assert (table["high"] > table["low"]).all()

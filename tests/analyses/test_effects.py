@@ -17,7 +17,7 @@ SITES = {"layer-ablation": "layer_input", "state-ablation": "h", "output-ablatio
 
 @pytest.fixture(scope="module")
 def pairs(mini):
-    return load("layer-ablation").default_pairs(mini.tokenizer, 1, 27)
+    return load("layer-ablation").draw(mini.tokenizer, 1, 27, ioi.TASK)
 
 
 def one_patch(model, pairs, edits):
@@ -39,7 +39,7 @@ def cell(table, corruption, layer, position):
 def test_a_cell_is_the_mean_effect_of_patches_made_one_at_a_time(mini, pairs, name, position):
     module, site = load(name), SITES[name]
     with torch.no_grad():
-        table = module.run(mini, pairs)
+        table = module(mini, pairs)
         for layer in (0, 5):
             hook = f"blocks.{layer}.hook_{site}"
             source = im.read(mini, pairs.corrupted, [hook])[hook]
@@ -54,13 +54,13 @@ def test_a_cell_is_the_mean_effect_of_patches_made_one_at_a_time(mini, pairs, na
                 got = cell(table, corruption, layer, position)
                 assert got["effect"] == pytest.approx(float(want[here].mean()), abs=1e-4)
                 assert got["n"] == len(part)
-    assert set(module.COLUMNS) <= set(table.columns)
+    assert set(module.required) <= set(table.columns)
     assert module.chart(table).to_dict()["$schema"]
     assert all(isinstance(sentence, str) and sentence for sentence in module.findings(table))
 
 
 def test_conv_shift_patches_one_slice_at_its_output_position(mini, pairs):
-    table = load("conv-shift").run(mini, pairs, layer=0)
+    table = load("conv-shift")(mini, pairs, layer=0)
     strongest = table.loc[table["effect"].abs().idxmax()]
     p, hook = int(strongest["position"]), f"blocks.0.hook_conv_slice.{strongest['slice']}"
     source = im.read(mini, pairs.corrupted, [hook])[hook]
@@ -78,8 +78,8 @@ def test_conv_shift_patches_one_slice_at_its_output_position(mini, pairs):
 def test_a_state_with_its_conv_inputs_replaced_forgets_all_before_it(mini):
     pairs = ioi.generate(mini.tokenizer, 2, 27, templates=ioi.ALIGNED_TEMPLATES, corruptions=ioi.CORRUPTIONS[:1])
     with torch.no_grad():
-        plain = load("state-ablation").run(mini, pairs)
-        forgot = load("state-ablation").run(mini, pairs, with_conv=True)
+        plain = load("state-ablation")(mini, pairs)
+        forgot = load("state-ablation")(mini, pairs, with_conv=True)
         corruption = pairs.labels["corruption"][0]
         # Layer 0 reads embeddings, which agree everywhere but at the name (position 3): from 3 on, exchanging state
         # and taps is exchanging all that its outputs after 3 depend on.
@@ -95,7 +95,7 @@ def test_a_state_with_its_conv_inputs_replaced_forgets_all_before_it(mini):
 def test_templates_with_names_elsewhere_are_averaged_by_role(mini):
     pairs = ioi.generate(mini.tokenizer, 12, 27, corruptions=ioi.CORRUPTIONS[:1])
     assert len(pairs.layouts()) == 2
-    table = load("layer-ablation").run(mini, pairs)
+    table = load("layer-ablation")(mini, pairs)
     first_names = table[(table["label"] == "n1") & (table["layer"] == 0)]
     assert first_names["n"].tolist() == [len(pairs)]
 
@@ -107,7 +107,7 @@ def test_a_position_without_a_role_is_that_of_the_longest_layout_alone(mini):
     pairs = replace(pairs, roles={role: pairs.roles[role] for role in ("n1", "n2", "n3", "n4", "n5", "out")})
     longest = max(pairs.layouts(), key=lambda part: part.clean.shape[1])
     module = load("layer-ablation")
-    table, alone = (module.run(mini, each) for each in (pairs, longest))
+    table, alone = (module(mini, each) for each in (pairs, longest))
     unnamed = [label for label in longest.position_labels() if label.isdigit()]
     got, want = (t[t["label"].isin(unnamed)] for t in (table, alone))
     assert set(got["n"]) == {len(longest)}
@@ -121,14 +121,14 @@ def test_intervals_of_effects_are_those_of_pairs(mini):
     pairs = ioi.generate(mini.tokenizer, 6, 27, templates=ioi.ALIGNED_TEMPLATES, corruptions=ioi.CORRUPTIONS[:1])
     diffs = swept_logit_diffs(mini, pairs, "layer_input", layers=[6], positions=[15])
     values = metrics.effect(**diffs)[0, 0].view(2, 6).mean(0).numpy()
-    row = cell(load("layer-ablation").run(mini, pairs), ioi.CORRUPTIONS[0], 6, 15)
+    row = cell(load("layer-ablation")(mini, pairs), ioi.CORRUPTIONS[0], 6, 15)
     want = stats.t.interval(0.95, 5, values.mean(), stats.sem(values))
     assert (row["low"], row["high"]) == pytest.approx(want, abs=1e-4)
 
 
 def test_the_bottleneck_is_the_layer_after_the_first_with_the_strongest_cells(mini, pairs):
     module = load("layer-ablation")
-    table = module.run(mini, pairs)
+    table = module(mini, pairs)
     forced = table.copy()
     forced.loc[(forced["layer"] == 6) & (forced["position"] == 7), "effect"] = -0.9
     forced.loc[(forced["layer"] == 4) & (forced["position"] == 19), "effect"] = 5.0
@@ -153,7 +153,7 @@ def test_cross_talk_equals_an_exhaustive_slow_search(tiny_mamba):
         labels={"template": ["T"] * 12, "corruption": ["c"] * 12},
     )
     with torch.no_grad():
-        table = module.run(tiny_mamba, pairs)
+        table = module(tiny_mamba, pairs)
         hooks = [f"blocks.{i}.hook_in_proj" for i in range(n_layers)]
         source = im.read(tiny_mamba, pairs.corrupted, hooks)
         rows, patched = torch.arange(12), set(range(n_layers))

@@ -103,7 +103,7 @@ def oracle_greedy(torch_model, pairs, held_out, steps):
 
 def test_single_removals_are_those_of_the_oracle(model):
     pairs = random_pairs(5)
-    table = layer_removal.run(model, pairs, steps=1)
+    table = layer_removal.EXPERIMENT(model, pairs, steps=1)
     none = table[table["mode"] == "none"].iloc[0]
     assert (none["accuracy"], none["probability"]) == pytest.approx(oracle(model._module, pairs, []), abs=1e-5)
     single = table[table["mode"] == "single"]
@@ -116,7 +116,7 @@ def test_single_removals_are_those_of_the_oracle(model):
 
 def test_greedy_removal_is_that_of_the_oracle_on_train_and_held_out(model):
     pairs, held_out = random_pairs(6), random_pairs(5, seed=1)
-    table = layer_removal.run(model, pairs, held_out=held_out)
+    table = layer_removal.EXPERIMENT(model, pairs, held_out=held_out)
     greedy = table[table["mode"] == "greedy"]
     rows = list(greedy[["layer", "accuracy", "probability", "valid_accuracy"]].itertuples(index=False, name=None))
     expected = oracle_greedy(model._module, pairs, held_out, model.config.num_hidden_layers - 1)
@@ -129,7 +129,7 @@ def test_greedy_removal_is_that_of_the_oracle_on_train_and_held_out(model):
 
 def test_ragged_prompts_are_read_at_their_own_last_token(model):
     pairs = random_pairs(4, ragged=True)
-    table = layer_removal.run(model, pairs, steps=1)
+    table = layer_removal.EXPERIMENT(model, pairs, steps=1)
     for _, row in table[table["mode"] == "single"].iterrows():
         expected = oracle(model._module, pairs, [row["layer"]])
         assert (row["accuracy"], row["probability"]) == pytest.approx(expected, abs=1e-5)
@@ -138,8 +138,8 @@ def test_ragged_prompts_are_read_at_their_own_last_token(model):
 @pytest.mark.parametrize("rows", [1, 5, 20, 1000])
 def test_the_rows_of_a_pass_do_not_change_the_table(tiny_mamba, rows):
     pairs = random_pairs(8)
-    whole = layer_removal.run(tiny_mamba, pairs)
-    split = layer_removal.run(tiny_mamba, pairs, rows=rows)
+    whole = layer_removal.EXPERIMENT(tiny_mamba, pairs)
+    split = layer_removal.EXPERIMENT(tiny_mamba, pairs, rows=rows)
     assert list(whole["layer"]) == list(split["layer"])
     assert list(whole["probability"]) == pytest.approx(
         list(split["probability"]), abs=logit_rounding(tiny_mamba, pairs.clean)
@@ -150,18 +150,18 @@ def test_equal_candidates_go_in_the_order_of_the_layers(tiny_mamba_dir):
     model = im.open_model(str(tiny_mamba_dir), device="cpu")
     for block in model._module.backbone.layers:
         block.mixer.out_proj.weight.data.zero_()
-    table = layer_removal.run(model, random_pairs(4))
+    table = layer_removal.EXPERIMENT(model, random_pairs(4))
     assert list(table.loc[table["mode"] == "greedy", "layer"]) == [0, 1, 2]
 
 
 def test_the_table_has_the_promised_columns_and_is_the_same_twice(tiny_mamba):
     calls = []
     pairs = random_pairs(6)
-    table = layer_removal.run(tiny_mamba, pairs, progress=lambda done, total: calls.append((done, total)))
-    assert tuple(table.columns) == (*layer_removal.COLUMNS, *layer_removal.FURTHER)
+    table = layer_removal.EXPERIMENT(tiny_mamba, pairs, progress=lambda done, total: calls.append((done, total)))
+    assert tuple(table.columns) == tuple(column.name for column in layer_removal.COLUMNS)
     assert table["valid_accuracy"].isna().all()
     assert (table["n"] == 6).all()
-    assert table.equals(layer_removal.run(tiny_mamba, pairs))
+    assert table.equals(layer_removal.EXPERIMENT(tiny_mamba, pairs))
     assert calls[-1][0] == calls[-1][1]
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
 
@@ -171,17 +171,17 @@ def test_a_model_without_a_known_list_of_blocks_is_refused():
         _module = torch.nn.Linear(2, 2)
 
     with pytest.raises(InputError, match="keeps its layers at none of"):
-        layer_removal.run(Envoy(), random_pairs(2))
+        layer_removal.EXPERIMENT(Envoy(), random_pairs(2))
 
 
 @pytest.mark.parametrize("option", [{"rows": 0}, {"steps": 0}])
 def test_options_below_one_are_refused(tiny_mamba, option):
     with pytest.raises(InputError, match="at least 1"):
-        layer_removal.run(tiny_mamba, random_pairs(2), **option)
+        layer_removal.EXPERIMENT(tiny_mamba, random_pairs(2), **option)
 
 
 def test_findings_name_the_worst_layer_and_count_the_spare_ones(tiny_mamba):
-    table = layer_removal.run(tiny_mamba, random_pairs(10), held_out=random_pairs(10, seed=1))
+    table = layer_removal.EXPERIMENT(tiny_mamba, random_pairs(10), held_out=random_pairs(10, seed=1))
     single = table[table["mode"] == "single"]
     worst = single.loc[single["probability"].idxmin(), "layer"]
     found = layer_removal.findings(table)
@@ -193,7 +193,7 @@ def test_an_accuracy_has_an_interval_by_pair(tiny_mamba):
     alone = random_pairs(6)
     # The other directions are the same prompts, with the answers they had.
     twice = Pairs.concat([alone, alone])
-    once, again = (layer_removal.run(tiny_mamba, pairs, steps=1) for pairs in (alone, twice))
+    once, again = (layer_removal.EXPERIMENT(tiny_mamba, pairs, steps=1) for pairs in (alone, twice))
     for table in (once, again):
         assert (table["low"] <= table["accuracy"]).all()
         assert (table["accuracy"] <= table["high"]).all()

@@ -188,8 +188,10 @@ def share_of(pairs, outcomes):
 
 
 def test_every_cell_is_that_of_prompts_steered_one_at_a_time(mini, pairs, place, vectors):
-    table = name_steering.run(mini, pairs, layer=place.layer, offset=place.offset, per_cell=4, seed=5, leave_out=False)
-    assert tuple(table.columns) == (*name_steering.COLUMNS, *name_steering.FURTHER)
+    table = name_steering.EXPERIMENT(
+        mini, pairs, layer=place.layer, offset=place.offset, per_cell=4, seed=5, leave_out=False
+    )
+    assert tuple(table.columns) == tuple(column.name for column in name_steering.COLUMNS)
     assert len(table) == 50
     seen, blocks = distinct_rows(pairs, 4, 5), {}
     for cell in table.itertuples():
@@ -209,7 +211,7 @@ def test_every_cell_is_that_of_prompts_steered_one_at_a_time(mini, pairs, place,
 
 def test_a_prompt_drawn_many_times_is_one_outcome(mini, pairs, place):
     few = pairs[[0, 1, 2, 60, 61, 62]]
-    table = name_steering.run(mini, few, layer=place.layer, offset=place.offset, leave_out=False)
+    table = name_steering.EXPERIMENT(mini, few, layer=place.layer, offset=place.offset, leave_out=False)
     assert table["n"].max() <= 6
     assert table["block_n"].max() <= 6
     # Three pairs that all win say no more than three draws.
@@ -218,7 +220,7 @@ def test_a_prompt_drawn_many_times_is_one_outcome(mini, pairs, place):
 
 def test_a_test_prompts_own_pair_is_in_none_of_the_averages_it_is_steered_with(mini, place):
     pairs = im.ioi.generate(mini.tokenizer, 40, 27)
-    table = name_steering.run(mini, pairs, layer=place.layer, offset=place.offset, per_cell=6, seed=5)
+    table = name_steering.EXPERIMENT(mini, pairs, layer=place.layer, offset=place.offset, per_cell=6, seed=5)
     assert table["leave_out"].all()
     assert set(table["prompts_a_name"]) == {80 / len(set(names_in(pairs)))}
     seen = distinct_rows(pairs, 6, 5)
@@ -251,8 +253,8 @@ def test_with_enough_prompts_a_name_the_averages_are_the_published_ones(mini, pl
     pairs = im.ioi.generate(mini.tokenizer, 10, 27)
     with monkeypatch.context() as patch:
         patch.setattr(name_steering, "ENOUGH", 0.1)
-        many = name_steering.run(mini, pairs, layer=place.layer, offset=place.offset, per_cell=2)
-    few = name_steering.run(mini, pairs, layer=place.layer, offset=place.offset, per_cell=2)
+        many = name_steering.EXPERIMENT(mini, pairs, layer=place.layer, offset=place.offset, per_cell=2)
+    few = name_steering.EXPERIMENT(mini, pairs, layer=place.layer, offset=place.offset, per_cell=2)
     assert not many["leave_out"].any()
     assert few["leave_out"].all()
     assert "test prompts included" in name_steering.findings(many)[0]
@@ -345,7 +347,7 @@ def test_after_the_weights_changed_the_averages_and_the_layer_are_those_of_the_n
 
 
 def test_the_bottleneck_is_the_one_of_layer_ablation(mini):
-    table = layer_ablation.run(mini, layer_ablation.default_pairs(mini.tokenizer, 8, 27))
+    table = layer_ablation.EXPERIMENT(mini, layer_ablation.default_pairs(mini.tokenizer, 8, 27))
     assert bottleneck.find_layer(mini) == layer_ablation.bottleneck(table)
 
 
@@ -411,17 +413,17 @@ def test_other_bad_input_is_refused(mini, pairs, place, averages, tiny_mamba):
     with pytest.raises(InputError, match="add words"):
         steer.steer(mini, f"Then, {known}", {"n1": "Mary"}, averages=later)
     with pytest.raises(InputError, match="per_cell"):
-        name_steering.run(mini, pairs, layer=0, per_cell=0)
+        name_steering.EXPERIMENT(mini, pairs, layer=0, per_cell=0)
     tokens = torch.ones(2, 4, dtype=torch.int64)
     nameless = Pairs(tokens, tokens, tokens[:, 0], tokens[:, 0])
     with pytest.raises(InputError, match="no roles n1"):
-        name_steering.run(tiny_mamba, nameless, layer=0)
+        name_steering.EXPERIMENT(tiny_mamba, nameless, layer=0)
 
 
 def test_few_pairs_leave_cells_without_prompts_and_the_findings_say_so(mini):
     one = im.ioi.generate(mini.tokenizer, 1, 27, corruptions=[im.ioi.CORRUPTIONS[0]])
     calls = []
-    table = name_steering.run(mini, one, layer=0, per_cell=2, progress=lambda *call: calls.append(call))
+    table = name_steering.EXPERIMENT(mini, one, layer=0, per_cell=2, progress=lambda *call: calls.append(call))
     # Only the first name ever is the answer.
     assert (table[table["slot"].isin([2, 3])]["n"] == 0).all()
     assert table[table["n"] == 0]["success"].isna().all()

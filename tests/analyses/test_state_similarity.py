@@ -56,8 +56,8 @@ def pairs():
 
 @pytest.mark.parametrize("layer", [0, 2])
 def test_all_measures_are_those_of_the_definition(tiny_mamba, pairs, layer):
-    table = ss.run(tiny_mamba, pairs, layer=layer)
-    assert tuple(table.columns) == ss.COLUMNS
+    table = ss.EXPERIMENT(tiny_mamba, pairs, layer=layer)
+    assert tuple(table.columns) == tuple(column.name for column in ss.COLUMNS)
     assert len(table) == 4 * (7 * 7 + 5 * 5)
     for row, (_, own) in enumerate(table.groupby("prompt", sort=False)):
         expected = oracle(tiny_mamba, pairs.clean[row, : int(pairs.last[row]) + 1], layer)
@@ -71,7 +71,7 @@ def test_a_vector_of_zeros_is_similar_to_nothing():
 
 
 def test_rows_after_names_are_marked_from_the_roles(tiny_mamba, pairs):
-    table = ss.run(tiny_mamba, pairs, layer=1)
+    table = ss.EXPERIMENT(tiny_mamba, pairs, layer=1)
     marked = table[table["after_name"]].groupby("prompt", sort=False)["row"].unique()
     assert [sorted(rows) for rows in marked] == [[2, 4], [2]]
     labels = table.drop_duplicates(["prompt", "row"])["row_label"]
@@ -79,14 +79,14 @@ def test_rows_after_names_are_marked_from_the_roles(tiny_mamba, pairs):
 
 
 def test_a_name_of_several_tokens_is_marked_after_its_first(tiny_mamba, pairs):
-    table = ss.run(tiny_mamba, pairs, layer=1, prompt="5 17 18 9 3 17 18 7", names=["17 18"])
+    table = ss.EXPERIMENT(tiny_mamba, pairs, layer=1, prompt="5 17 18 9 3 17 18 7", names=["17 18"])
     # BOS is 0, so the name begins at tokens 2 and 6.
     assert sorted(table.loc[table["after_name"], "row"].unique()) == [3, 7]
     assert set(table["prompt"]) == {"5 17 18 9 3 17 18 7"}
 
 
 def test_lines_are_means_over_later_states_and_the_findings_name_the_strongest(tiny_mamba, pairs):
-    table = ss.run(tiny_mamba, pairs, layer=1)
+    table = ss.EXPERIMENT(tiny_mamba, pairs, layer=1)
     expected = oracle(tiny_mamba, pairs.clean[0], 1)[ss.CONTRIBUTION_STATE]
     first = ss.lines(table)
     first = first[first["prompt"] == table["prompt"].iloc[0]].set_index("row")["mean"]
@@ -103,7 +103,7 @@ def test_the_chart_names_both_axes_and_stays_within_its_size(mini):
     assert pairs.texts is not None
     assert pairs.texts[0][0].startswith("Friends Donovan, Isabel and Leah went to the office.")
     calls = []
-    table = ss.run(mini, pairs, layer=0, progress=lambda *call: calls.append(call))
+    table = ss.EXPERIMENT(mini, pairs, layer=0, progress=lambda *call: calls.append(call))
     assert calls == [(1, 3), (2, 3), (3, 3)]
     spec = ss.chart(table).to_dict()
     assert sum(len(rows) for rows in spec["datasets"].values()) <= 5000
@@ -114,6 +114,6 @@ def test_the_chart_names_both_axes_and_stays_within_its_size(mini):
 
 def test_a_layer_or_a_prompt_that_is_not_there_is_refused(tiny_mamba, pairs):
     with pytest.raises(InputError, match="layers 0 to 3"):
-        ss.run(tiny_mamba, pairs, layer=4)
+        ss.EXPERIMENT(tiny_mamba, pairs, layer=4)
     with pytest.raises(InputError, match="empty"):
-        ss.run(tiny_mamba, pairs, layer=0, prompt="")
+        ss.EXPERIMENT(tiny_mamba, pairs, layer=0, prompt="")

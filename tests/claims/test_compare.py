@@ -15,8 +15,10 @@ from ioi_mamba.analyses.positional_attribution import LAST_ONLY, LOST
 from ioi_mamba.claims import compare
 from ioi_mamba.cli.main import main
 from ioi_mamba.errors import InputError
+from ioi_mamba.experiments.experiment import resolved
 from ioi_mamba.report import pages
 from ioi_mamba.study import runs
+from ioi_mamba.tasks import ioi
 
 UNMEASURED = {"gpt2_small_removal", "steer_counts"}
 TOO_FEW = {"model_accuracy", "cos_lines"}
@@ -199,7 +201,7 @@ CASES = [((claim,), *case) for claim, case in SPOILT.items()] + [(key, *case) fo
 def test_the_made_up_run_has_the_columns_of_every_experiment(published):
     assert set(published) == set(analyses.available())
     for name, table in published.items():
-        assert set(analyses.load(name).COLUMNS) <= set(table.columns)
+        assert set(analyses.load(name).required) <= set(table.columns)
 
 
 def test_of_the_published_values_every_claim_holds_or_has_too_few_prompts(published):
@@ -258,7 +260,7 @@ def test_an_experiment_that_asked_something_else_is_not_judged(published):
 
 def test_the_papers_options_are_the_defaults_of_the_experiments():
     for name, options in compare.QUESTION.items():
-        defaults = analyses.load(name).run.__kwdefaults__
+        defaults = resolved(analyses.load(name).options())
         assert {key: defaults[key] for key in options} == options
 
 
@@ -600,21 +602,21 @@ def test_a_loss_of_exactly_three_hundredths_is_spare(published):
 
 def test_the_published_prompts_are_told_by_their_texts_and_not_by_seed_and_number(mini, tmp_path):
     sha256 = paper.table("prompts").set_index("name")["sha256"]
-    drawn = analyses.load("layer-removal").default_pairs(mini.tokenizer, 10, 27)
+    drawn = analyses.load("layer-removal").draw(mini.tokenizer, 10, 27, ioi.TASK)
     found = paper.prompts_sha256(drawn)
     assert found["all"] == sha256["layer removal, notebook"]
     assert paper.prompts_sha256(drawn[torch.randperm(len(drawn))])["all"] == found["all"]
     assert paper.prompts_sha256(drawn[:-1])["all"] != found["all"]
-    search = analyses.load("cross-talk").default_pairs(mini.tokenizer, None, 27)
+    search = analyses.load("cross-talk").draw(mini.tokenizer, None, 27, ioi.TASK)
     assert paper.prompts_sha256(search)["Then: CAB AB C -> DAB AB D"] == sha256["cross-talk, notebook"]
-    edges = analyses.load("edge-attribution").default_pairs(mini.tokenizer, None, 27)
+    edges = analyses.load("edge-attribution").draw(mini.tokenizer, None, 27, ioi.TASK)
     assert paper.prompts_sha256(edges)["all"] == sha256["edges, training"]
     assert paper.prompts_sha256(edges.without_text()) is None
 
 
 def test_a_run_on_a_file_of_prompts_does_not_pass_as_the_published_one(mini, tmp_path):
     """20 prompts, and a seed of 27 that nothing was drawn from."""
-    own = analyses.load("layer-removal").default_pairs(mini.tokenizer, 10, 5)
+    own = analyses.load("layer-removal").draw(mini.tokenizer, 10, 5, ioi.TASK)
     runs.run_study(mini, ["layer-removal"], tmp_path, pairs=own, held_out=own, seed=27, options={"steps": 1})
     made = json.loads((tmp_path / "layer-removal.json").read_text())
     assert (made["seed"], made["n_pairs"]) == (27, 20)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -19,9 +20,10 @@ from ioi_mamba import analyses, versions
 from ioi_mamba.analyses import layer_removal
 from ioi_mamba.cli import doctor
 from ioi_mamba.cli.main import _columns, _default_out, main
+from ioi_mamba.experiments import options
+from ioi_mamba.experiments.experiment import Need
 from ioi_mamba.model import sites
 from ioi_mamba.model.sites import SITES
-from ioi_mamba.study import options
 from ioi_mamba.tasks.base import Pairs
 
 
@@ -72,7 +74,7 @@ def test_without_resume_points_the_same_table_is_made_the_plain_way(tiny_mamba, 
         arguments = ["--model", str(tiny_mamba_dir), "--pairs", str(path), "--out", str(tmp_path / name)]
         assert main(["run", "layer-ablation", *arguments, *flags]) == 0
         options = json.loads((tmp_path / name / "layer-ablation.json").read_text())["options"]
-        assert options == ({"resume": False} if flags else {})
+        assert options == {"site": "layer_input", "resume": not flags}
         tables[name] = pd.read_parquet(tmp_path / name / "layer-ablation.parquet")
     assert_same_effects(tables["resumed"], tables["plain"], tiny_mamba, pairs)
 
@@ -159,7 +161,8 @@ def test_bad_input_is_one_sentence_and_exit_2(
 
 
 def test_a_model_that_is_no_mamba_is_refused_where_one_is_needed(tiny_gpt2_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(layer_removal, "NEEDS_MAMBA", True)
+    needs = layer_removal.EXPERIMENT.needs | {Need.SITES}
+    monkeypatch.setattr(layer_removal, "EXPERIMENT", replace(layer_removal.EXPERIMENT, needs=needs))
     out = tmp_path / "out"
     assert main(["run", "layer-removal", "--model", str(tiny_gpt2_dir), "--out", str(out)]) == 2
     assert "is a gpt2 model, not a Mamba" in capsys.readouterr().err
@@ -210,7 +213,8 @@ def test_the_default_directory_names_model_and_time():
     ],
 )
 def test_option_texts_become_what_the_experiment_asks_for(text, hint, value):
-    assert options._coerce("key", text, hint) == value
+    wanted = options.Option("key", hint, None, "", None, None, ())
+    assert options.read_option(wanted, text) == value
 
 
 def test_sites_lists_every_hook(capsys):
@@ -282,9 +286,9 @@ def test_the_registry_knows_only_modules_that_are_there():
     assert "layer-removal" in analyses.available()
     for name in analyses.available():
         module = analyses.load(name)
-        assert name == module.NAME
-        assert set(module.COLUMNS)
-        assert len(module.METHOD.strip().splitlines()) == 3
+        assert name == module.name
+        assert set(module.required)
+        assert len(module.method.strip().splitlines()) >= 3
 
 
 @pytest.mark.parametrize("command", [["sites"], ["--help"], ["compare", "DIR"]])

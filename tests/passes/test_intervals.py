@@ -11,6 +11,7 @@ import ioi_mamba as im
 from ioi_mamba.passes import intervals
 from ioi_mamba.passes.intervals import Mean, Resampled
 from ioi_mamba.passes.metrics import wilson_interval
+from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 
 ALONE = torch.arange(58)
@@ -158,4 +159,4 @@ def test_corruptions_are_drawn_apart_the_first_from_the_seed_itself(mini):
 def effects_pairs(mini):
     from ioi_mamba.analyses import load
 
-    return load("layer-ablation").default_pairs(mini.tokenizer, 4, 27).by("corruption")
+    return load("layer-ablation").draw(mini.tokenizer, 4, 27, ioi.TASK).by("corruption")

@@ -124,7 +124,7 @@ def test_the_bottleneck_is_found_as_without_them(mini, plain, mixed):
 def test_an_experiment_gives_the_table_without_them_and_counts_them(mini, plain, mixed, name):
     module = load(name)
     options = {"layer": 0} if module is conv_shift else {}
-    got, want = (module.run(mini, pairs, **options) for pairs in (mixed, plain))
+    got, want = (module(mini, pairs, **options) for pairs in (mixed, plain))
     value = "accuracy" if module is cross_talk else "effect"
     assert set(got["left_out"]) == {2}
     assert set(want["left_out"]) == {0}
@@ -138,7 +138,7 @@ def test_an_experiment_gives_the_table_without_them_and_counts_them(mini, plain,
 def test_a_circuit_experiment_gives_the_scores_without_them_and_counts_them(mini, plain, mixed, name):
     module = load(name)
     options = {"compare_prompts": 0} if name == "circuit-search" else {"steps": 2}
-    got, want = (module.run(mini, pairs, held_out=plain, **options) for pairs in (mixed, plain))
+    got, want = (module(mini, pairs, held_out=plain, **options) for pairs in (mixed, plain))
     assert set(got["left_out"]) == {2}
     items = [table[table["what"] == "item"] for table in (got, want)]
     assert items[0]["score"].tolist() == pytest.approx(items[1]["score"].tolist(), abs=1e-4)
@@ -151,14 +151,14 @@ CALLS = {
     "exact": lambda model, pairs: im.attribute(model, pairs, method="exact"),
     "acdc": lambda model, pairs: im.acdc(model, pairs),
     "evaluate": lambda model, pairs: im.evaluate(model, pairs, Circuit.full(universe_of(model))),
-    "layer-ablation": lambda model, pairs: load("layer-ablation").run(model, pairs),
-    "conv-shift": lambda model, pairs: load("conv-shift").run(model, pairs, layer=0),
-    "state-ablation": lambda model, pairs: load("state-ablation").run(model, pairs),
-    "output-ablation": lambda model, pairs: load("output-ablation").run(model, pairs),
-    "cross-talk": lambda model, pairs: load("cross-talk").run(model, pairs),
-    "edge-attribution": lambda model, pairs: load("edge-attribution").run(model, pairs),
-    "circuit-search": lambda model, pairs: load("circuit-search").run(model, pairs),
-    "positional-attribution": lambda model, pairs: load("positional-attribution").run(model, pairs),
+    "layer-ablation": lambda model, pairs: load("layer-ablation")(model, pairs),
+    "conv-shift": lambda model, pairs: load("conv-shift")(model, pairs, layer=0),
+    "state-ablation": lambda model, pairs: load("state-ablation")(model, pairs),
+    "output-ablation": lambda model, pairs: load("output-ablation")(model, pairs),
+    "cross-talk": lambda model, pairs: load("cross-talk")(model, pairs),
+    "edge-attribution": lambda model, pairs: load("edge-attribution")(model, pairs),
+    "circuit-search": lambda model, pairs: load("circuit-search")(model, pairs),
+    "positional-attribution": lambda model, pairs: load("positional-attribution")(model, pairs),
 }
 
 

@@ -5,7 +5,6 @@ The servers run on loopback (tests/ndif_server). They are started once, so the t
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import signal
@@ -26,6 +25,7 @@ from ioi_mamba.circuits.attribution import attribute
 from ioi_mamba.circuits.faithfulness import rank_correlation
 from ioi_mamba.cli import main
 from ioi_mamba.errors import InputError, ServerError
+from ioi_mamba.experiments.experiment import Need
 from ioi_mamba.passes.probe import probe
 from ioi_mamba.study import runs
 from ioi_mamba.tasks import ioi
@@ -68,11 +68,11 @@ def few_pairs(local):
 def result(model, name, local, **options):
     """An experiment's table with few pairs, the same ones for every model."""
     module = analyses.load(name)
-    pairs = module.default_pairs(local.tokenizer, PAIRS.get(name, 2), 27)
+    pairs = module.draw(local.tokenizer, PAIRS.get(name, 2), 27, ioi.TASK)
     pairs = pairs[:16] if name == "cross-talk" else pairs
-    if "held_out" in inspect.signature(module.run).parameters:
-        options["held_out"] = module.default_pairs(local.tokenizer, PAIRS.get(name, 2), 28)
-    return module.run(model, pairs, **OPTIONS.get(name, {}), **options)
+    if Need.HELD_OUT in module.needs:
+        options["held_out"] = module.draw(local.tokenizer, PAIRS.get(name, 2), 28, ioi.TASK)
+    return module(model, pairs, **OPTIONS.get(name, {}), **options)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ KEY = "Zk3key-0123456789abcdef-must-stay-unwritten"
 CHILD = """
 import os, sys
 import nnsight
-from ioi_mamba import cli, remote
+from ioi_mamba.cli import main as cli
+from ioi_mamba.remote import client as remote
 
 model, pairs, url, address, key = sys.argv[1:]
 if key:

@@ -16,7 +16,7 @@ from pyarrow import parquet
 from test_report import HEATMAP, LAYER_REMOVAL, own_part, put
 
 import ioi_mamba
-from ioi_mamba import analyses
+from ioi_mamba import analyses, files
 from ioi_mamba.circuits import graph
 from ioi_mamba.circuits.graph import Circuit, Universe
 from ioi_mamba.cli.main import _default_out, main
@@ -31,10 +31,10 @@ ROOTS = [Path(ioi_mamba.__file__).parent, Path(analyses.__file__).parent]
 SOURCES = [path for root in ROOTS for path in sorted(root.rglob("*.py"))]
 # client.py: what a server sends in, in a protocol that torch's safe loader does not read, through an unpickler that
 # builds nothing but plain values; checkpoints.py names only an error.
-MAY_NAME_PICKLE = {"remote.py": {"Unpickler", "UnpicklingError"}, "checkpoints.py": {"UnpicklingError"}}
+MAY_NAME_PICKLE = {"client.py": {"Unpickler", "UnpicklingError"}, "checkpoints.py": {"UnpicklingError"}}
 CODE = {"eval", "exec", "compile", "__import__"}
 # Our own classes, rebuilt from our own source where a server has no such module; both are sent, and never read here.
-MAY_RUN = {"portable.py": {"exec", "compile"}, "remote.py": {"__import__"}}
+MAY_RUN = {"portable.py": {"exec", "compile"}}
 
 
 def calls(tree):
@@ -56,7 +56,7 @@ def test_no_source_loads_code_from_a_file(path, tried):
         assert not {"trust_remote_code", "allow_pickle"} & set(keywords)
         assert name not in ("np.load", "numpy.load", "pd.read_pickle", "pandas.read_pickle", "torch.jit.load")
         if name == "torch.load" and keywords.get("weights_only") != "True":
-            assert path.name == "remote.py"
+            assert path.name == "client.py"
             assert keywords.get("pickle_module") == "_ENVELOPE"
     tried("a source file searched for what would run a file's code", 1)
 
@@ -113,7 +113,7 @@ def test_a_name_in_a_manifest_or_on_the_command_line_is_no_path(name, tmp_path, 
 
 def test_a_table_that_would_unpack_to_more_than_memory_is_refused_before(tmp_path, tried):
     path = tmp_path / "layer-removal.parquet"
-    n = stored.MAX_CELLS + 1
+    n = files.MAX_CELLS + 1
     column = pa.DictionaryArray.from_arrays(np.zeros(n, dtype=np.int8), ["a"])
     parquet.write_table(pa.table({"mode": column}), path)
     assert path.stat().st_size < 1e6

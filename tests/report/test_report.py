@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import subprocess
-from types import SimpleNamespace
+from dataclasses import replace
 
 import deep
 import pandas as pd
@@ -12,7 +12,7 @@ import paper_run
 import pytest
 
 from ioi_mamba import analyses, versions
-from ioi_mamba.analyses import layer_removal, state_similarity
+from ioi_mamba.analyses import layer_removal, state_ablation, state_similarity
 from ioi_mamba.analyses.state_similarity import MEASURES
 from ioi_mamba.charts import drawing
 from ioi_mamba.errors import InputError
@@ -35,7 +35,7 @@ LAYER_REMOVAL = pd.DataFrame(
         ("single", 1, 1, 1.0, 0.89, 8, None),
         ("greedy", 1, 1, 1.0, 0.89, 8, 0.875),
     ],
-    columns=list(layer_removal.COLUMNS),
+    columns=list(layer_removal.EXPERIMENT.required),
 ).astype({"layer": "Int64", "valid_accuracy": "Float64"})
 
 HEATMAP = pd.DataFrame(
@@ -79,20 +79,20 @@ def put(directory, name, table, model_id="some/model", **manifest):
 @pytest.fixture
 def heatmap_module(monkeypatch):
     """An experiment whose texts and tokens try to break the page, registered as state-ablation."""
-    module = SimpleNamespace(
-        NAME="state-ablation",
-        TITLE=f"Title {HOSTILE[0]}",
-        PAPER="4.4",
-        QUESTION=f"Question {HOSTILE[3]}",
-        LOOK_FOR=HOSTILE[4],
-        METHOD="\n".join(HOSTILE[:3]),
+    experiment = replace(
+        state_ablation.EXPERIMENT,
+        title=f"Title {HOSTILE[0]}",
+        paper="4.4",
+        question=f"Question {HOSTILE[3]}",
+        look_for=HOSTILE[4],
+        method="\n".join(HOSTILE[:3]),
         chart=drawing.position_heatmap,
         findings=lambda table: list(HOSTILE),
     )
     load = analyses.load
     monkeypatch.setattr(analyses, "available", lambda: ("layer-removal", "state-ablation"))
-    monkeypatch.setattr(analyses, "load", lambda name: module if name == "state-ablation" else load(name))
-    return module
+    monkeypatch.setattr(analyses, "load", lambda name: experiment if name == "state-ablation" else load(name))
+    return experiment
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_sections_stand_in_the_papers_order_with_all_their_parts(directory):
     page = own_part(pages.write_report(directory).read_text())
     assert re.findall(r'<section id="([^"]+)"', page) == ["claims", "layer-removal", "state-ablation"]
     for part in (
-        layer_removal.TITLE,
+        layer_removal.EXPERIMENT.title,
         layer_removal.QUESTION,
         layer_removal.LOOK_FOR,
         "Removing layer 0 costs most",
@@ -398,7 +398,7 @@ BELOW = {"accuracy": 0.5, "n": 8, "bound": 0.75}
 def test_of_a_model_that_guesses_no_chart_of_what_it_answers_is_on_the_page(tmp_path):
     similarity = pd.DataFrame(
         [("a b", measure, i, j, 0.5, "a", "b", False, 1) for measure in MEASURES for i in range(2) for j in range(2)],
-        columns=list(state_similarity.COLUMNS),
+        columns=list(state_similarity.EXPERIMENT.required),
     )
     put(tmp_path, "layer-removal", LAYER_REMOVAL, clean=BELOW)
     put(tmp_path, "layer-ablation", HEATMAP.assign(low=0.0, high=0.0, left_out=0), clean=BELOW)

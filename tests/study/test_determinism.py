@@ -14,6 +14,7 @@ from conditioning import assert_same_effects, logit_rounding, widest
 import ioi_mamba as im
 from ioi_mamba.analyses import edge_attribution, layer_ablation, layer_removal, name_steering
 from ioi_mamba.study.runs import run_study
+from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 
 DOCUMENTED = {"USE_HUB_KERNELS", "TORCHINDUCTOR_CACHE_DIR"}  # ours, as `models.open_model` says; and torch's own
@@ -49,7 +50,9 @@ def test_a_second_thread_changes_tables_by_no_more_than_rounding(tiny_mamba, tri
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            tables.append((layer_ablation.run(tiny_mamba, given), layer_removal.run(tiny_mamba, given, steps=1)))
+            tables.append(
+                (layer_ablation.EXPERIMENT(tiny_mamba, given), layer_removal.EXPERIMENT(tiny_mamba, given, steps=1))
+            )
     finally:
         torch.set_num_threads(1)
     (effects, removed), (other_effects, other_removed) = tables
@@ -85,7 +88,7 @@ def test_running_touches_no_global_generator_variable_or_default(tiny_mamba_dir,
     im.run(model, pairs().clean, {"blocks.1.hook_B_bar": lambda x: x * 0})
     mini = im.open_model("mini", device="cpu")
     for module in (name_steering, edge_attribution):
-        module.default_pairs(mini.tokenizer, 2, 27)
+        module.draw(mini.tokenizer, 2, 27, ioi.TASK)
     assert before == now()
     tried("global state after opening, running and drawing", 10)
 

@@ -43,7 +43,7 @@ def test_memory_and_handles_stay_flat_over_traces_and_experiments(tiny_mamba, tr
     traces = slope(sizes)
     sizes = []
     for k in range(50):
-        (layer_ablation.run if k % 2 else layer_removal.run)(tiny_mamba, pairs)
+        (layer_ablation.EXPERIMENT if k % 2 else layer_removal.EXPERIMENT)(tiny_mamba, pairs)
         sizes.append(resident_kib())
     experiments = slope(sizes)
     tried("a trace in one process", 1000)

@@ -1,6 +1,7 @@
 """A run: what it leaves behind, what it refuses, and how it is taken up again."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -32,7 +33,7 @@ def run(model, out, **changes):
 def counted(monkeypatch):
     """How often layer-removal ran."""
     calls = []
-    genuine = layer_removal.run
+    genuine = layer_removal.EXPERIMENT
 
     def run(model, pairs, *, held_out=None, steps: int | None = None, rows: int = 128, progress=None):
         calls.append(steps)
@@ -183,7 +184,7 @@ def test_held_out_prompts_come_from_the_next_seed(tiny_mamba, tmp_path, monkeypa
         asked.append((n_pairs, seed))
         return pairs(first=seed, n_pairs=n_pairs)
 
-    monkeypatch.setattr(layer_removal, "default_pairs", drawn)
+    monkeypatch.setattr(layer_removal, "EXPERIMENT", replace(layer_removal.EXPERIMENT, draws={"ioi": drawn}))
     page = run(tiny_mamba, tmp_path, pairs=None, n_pairs=4, seed=5)
     assert asked == [(4, 5), (4, 6)]
     table = pd.read_parquet(page.parent / "layer-removal.parquet")

@@ -133,11 +133,11 @@ def poisoned_pairs(where):
 ANALYSES = {
     "the sweep": lambda model, pairs: swept_logit_diffs(model, pairs, "layer_input"),
     "resample": lambda model, pairs: resample_sweep(model, pairs, "h"),
-    "layer-ablation": lambda model, pairs: layer_ablation.run(model, pairs),
-    "state-ablation": lambda model, pairs: state_ablation.run(model, pairs),
-    "output-ablation": lambda model, pairs: output_ablation.run(model, pairs),
-    "layer-removal": lambda model, pairs: layer_removal.run(model, pairs),
-    "cross-talk": lambda model, pairs: cross_talk.run(model, pairs),
+    "layer-ablation": lambda model, pairs: layer_ablation.EXPERIMENT(model, pairs),
+    "state-ablation": lambda model, pairs: state_ablation.EXPERIMENT(model, pairs),
+    "output-ablation": lambda model, pairs: output_ablation.EXPERIMENT(model, pairs),
+    "layer-removal": lambda model, pairs: layer_removal.EXPERIMENT(model, pairs),
+    "cross-talk": lambda model, pairs: cross_talk.EXPERIMENT(model, pairs),
     "evaluator": lambda model, pairs: Evaluator(model, pairs, universe_of(model), rows=2).scores([[Item("0", "1")]]),
     "exact": lambda model, pairs: im.attribute(model, pairs, method="exact"),
     "eap": lambda model, pairs: im.attribute(model, pairs, method="eap"),
@@ -173,7 +173,7 @@ def test_an_infinite_score_is_no_number_either(value, tried):
 
 def test_a_prompt_whose_states_are_no_numbers_has_no_similarity(poisoned, tried):
     with pytest.raises(InputError, match="not finite"):
-        state_similarity.run(poisoned, poisoned_pairs("clean"), layer=1, prompt="3 13 5")
+        state_similarity.EXPERIMENT(poisoned, poisoned_pairs("clean"), layer=1, prompt="3 13 5")
     tried("a prompt whose scores are not numbers", 1)
 
 
@@ -182,14 +182,14 @@ def test_ranges_that_vanish_are_counted_left_out_and_told(tiny_mamba, tried):
     answer = torch.arange(4) + 14
     pairs = widest(tiny_mamba, Pairs(clean=tokens, corrupted=tokens.flip(1), answer=answer, wrong=answer + 9))
     pairs.corrupted[1] = tokens[1]
-    table = layer_ablation.run(tiny_mamba, pairs)
+    table = layer_ablation.EXPERIMENT(tiny_mamba, pairs)
     assert set(table["left_out"]) == {1}
     assert set(table["n"]) == {3}
     assert any("no range to normalise by" in sentence for sentence in layer_ablation.findings(table))
     rest = pairs[[0, 2, 3]]
     assert_same_effects(
         table.drop(columns="left_out"),
-        layer_ablation.run(tiny_mamba, rest).drop(columns="left_out"),
+        layer_ablation.EXPERIMENT(tiny_mamba, rest).drop(columns="left_out"),
         tiny_mamba,
         rest,
     )

@@ -16,8 +16,10 @@ from ioi_mamba.analyses import conv_shift
 from ioi_mamba.claims import compare
 from ioi_mamba.cli.main import main
 from ioi_mamba.errors import InputError
+from ioi_mamba.experiments.experiment import Need
 from ioi_mamba.report import pages
 from ioi_mamba.results import baseline
+from ioi_mamba.results.baseline import clean_means
 from ioi_mamba.results.stored import read_manifest
 from ioi_mamba.study import runs
 from ioi_mamba.tasks import greater_than as task
@@ -150,11 +152,12 @@ def test_measures_agree_with_stock_logits(knows_years):
     pairs = task.generate(knows_years.tokenizer, 10, 27)
     logits = im.run(knows_years, pairs.clean, {})[torch.arange(10), pairs.last]
     expected = task.probability_difference(logits, pairs, task.year_tokens(knows_years.tokenizer)).mean()
-    assert task.measures(knows_years, pairs)["probability difference"] == pytest.approx(float(expected), abs=1e-6)
+    measured = clean_means(knows_years, pairs, task.measures)["probability difference"]
+    assert measured == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_every_experiment_that_needs_no_names_runs_on_it(knows_years, tmp_path):
-    names = [name for name in analyses.available() if not getattr(analyses.load(name), "NEEDS_NAMES", False)]
+    names = [name for name in analyses.available() if Need.NAMES not in analyses.load(name).needs]
     options = {"target": 0.0}
     page = runs.run_study(knows_years, names, tmp_path, task="greater-than", n_pairs=6, options=options, progress=False)
     text = page.read_text()
@@ -169,7 +172,7 @@ def test_every_experiment_that_needs_no_names_runs_on_it(knows_years, tmp_path):
         assert f"rows of <code>{name}.parquet</code>" in text
         assert pages.chart_spec(analyses.load(name).chart(pd.read_parquet(tmp_path / f"{name}.parquet")))
     assert "could not be drawn" not in text.split("<main")[1].split("</main>")[0]
-    assert task.TITLE in text
+    assert task.TASK.title in text
     assert 'id="claims"' not in text
     verdicts = compare.compare(tmp_path)["verdict"]
     assert not set(verdicts) & {compare.HOLDS, compare.FAILS}
@@ -188,7 +191,7 @@ def test_names_and_other_tasks_tables_are_refused(knows_years, tmp_path):
 def test_the_bottleneck_is_looked_for_on_the_pairs_given(knows_years):
     """The random model has no names, so that looking on IOI prompts would fail."""
     pairs = task.generate(knows_years.tokenizer, 4, 27)
-    table = conv_shift.run(knows_years, pairs)
+    table = conv_shift.EXPERIMENT(knows_years, pairs)
     assert table["layer"].between(1, 2).all()
 
 
@@ -250,12 +253,13 @@ def test_compare_without_a_directory_takes_the_newest_run(mini, tmp_path, monkey
 
 
 def test_a_task_offers_what_is_asked_of_one():
-    for name, module in tasks.available().items():
-        assert name == module.TASK
-        assert module.TITLE
-        assert module.VARIES
-        assert list(inspect.signature(module.generate).parameters)[:3] == ["tokenizer", "n_pairs", "seed"]
-        assert module is tasks.ioi or module.DEFAULT_PAIRS > 0
+    for name in tasks.available():
+        record = tasks.load(name)
+        assert name == record.name
+        assert record.title
+        assert record.varies
+        assert list(inspect.signature(record.generate).parameters)[:3] == ["tokenizer", "n_pairs", "seed"]
+        assert record.default_pairs > 0
 
 
 @pytest.mark.remote

@@ -12,7 +12,7 @@ import ioi_mamba as im
 from ioi_mamba.analyses import state_similarity
 from ioi_mamba.errors import InputError
 from ioi_mamba.steering import steer
-from ioi_mamba.tasks import Pairs, ioi
+from ioi_mamba.tasks import Pairs, ioi, prompts
 from ioi_mamba.tasks import greater_than as years
 from ioi_mamba.tasks.prompts import PromptPair, single_token_ids
 
@@ -101,8 +101,8 @@ def test_a_name_in_a_script_with_vowel_signs_keeps_its_roles():
 
 def test_a_name_before_an_accent_is_no_mention_of_the_name_without_it():
     text = "Then, Evax\u0302, Eva and Ivan went to the office."  # x with a circumflex has no composed form
-    (prompt,) = im.tasks.prompts.read(prepend_replace(WORDS), [text.replace("Evax\u0302", "Eva\u0323\u0302b")])
-    assert len([role for role in im.tasks.prompts.find_roles(prompt, ["Eva"]) if role[1:].isdigit()]) == 1
+    (prompt,) = prompts.read(prepend_replace(WORDS), [text.replace("Evax\u0302", "Eva\u0323\u0302b")])
+    assert len([role for role in prompts.find_roles(prompt, ["Eva"]) if role[1:].isdigit()]) == 1
 
 
 def test_two_names_that_a_tokenizer_does_not_tell_apart_are_refused():
@@ -156,7 +156,7 @@ def test_steering_and_similarity_find_names_with_any_tokenizer(which, tmp_path):
     assert all(index == int(pairs.roles[role][0]) for role, index in roles.items())
     assert {"n1", "n2", "n3", "n4", "n5"} <= roles.keys()
     assert isinstance(im.steer(model, text, {"n4": new}, averages=averages, max_new_tokens=1), str)
-    table = state_similarity.run(model, pairs, layer=0, prompt=text)
+    table = state_similarity.EXPERIMENT(model, pairs, layer=0, prompt=text)
     after = sorted(set(table.loc[table["after_name"], "row"]))
     assert after == sorted(int(pairs.roles[f"n{k}"][0]) + 1 for k in range(1, 6))
     assert torch.equal(tokens, pairs.clean[0, : pairs.last[0] + 1])
