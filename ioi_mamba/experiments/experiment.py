@@ -99,7 +99,7 @@ def share_of(progress: Progress | None, begin: float, end: float) -> Progress | 
     return lambda done, total: progress(round(1000 * (begin + (end - begin) * done / total)), 1000)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Experiment:
     """One experiment.
 
@@ -126,14 +126,17 @@ class Experiment:
     look_for: str
     method: str
     columns: tuple[Column, ...]
-    run: Callable[[Context], pd.DataFrame] = field(repr=False)
-    chart: Callable[[pd.DataFrame], Any] = field(repr=False)
-    findings: Callable[[pd.DataFrame], list[str]] = field(repr=False)
+    run: Callable[[Context], pd.DataFrame]
+    chart: Callable[[pd.DataFrame], Any]
+    findings: Callable[[pd.DataFrame], list[str]]
     paper: str = ""
     needs: frozenset[Need] = frozenset({Need.SITES, Need.ABLE})
     options: type = NoOptions
-    draws: Mapping[str, Draw] = field(default_factory=dict, repr=False)
+    draws: Mapping[str, Draw] = field(default_factory=dict)
     most_pairs: int | None = None
+
+    def __repr__(self) -> str:
+        return f"<Experiment {self.name}: {self.title}>"
 
     def __call__(
         self,

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 import ioi_mamba as im
-from ioi_mamba.analyses import _circuits, load
+from ioi_mamba.analyses import _circuits, circuit_search, load
 from ioi_mamba.analyses.circuit_search import RANKINGS, SEARCH, first_pruned, less_search
 from ioi_mamba.analyses.positional_attribution import LAST_ONLY, LOST, busiest_layer, without_early_output
 from ioi_mamba.circuits.attribution import ranked
@@ -17,6 +17,7 @@ from ioi_mamba.circuits.faithfulness import MIB_FRACTIONS, areas, size_curve, sp
 from ioi_mamba.circuits.graph import Circuit, Item, Universe, items_of, universe_of
 from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.errors import InputError
+from ioi_mamba.experiments.experiment import Context
 from ioi_mamba.report.pages import chart_spec
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
@@ -34,7 +35,7 @@ def sets(mini):
 def tables(mini, sets):
     """The three tables; search and attribution are compared at one threshold, to be quick."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load("circuit-search"), "THRESHOLDS", (1e-1,))
+        patch.setattr(circuit_search, "THRESHOLDS", (1e-1,))
         yield make_tables(mini, sets)
 
 
@@ -166,7 +167,7 @@ def test_intervals_of_scores_are_those_of_the_means_of_symmetric_pairs(mini, set
 def test_the_search_decides_among_the_items_it_began_with(mini, sets, tables):
     table = tables["circuit-search"]
     circuit = kept_circuit(mini, sets, table, parts=True)
-    start = load("circuit-search").starting_circuit(mini, sets[0], 0.85)
+    start = circuit_search.starting_circuit(Context(mini, sets[0], circuit_search.Options()), sets[0])
     assert circuit.items <= start.items
     items = table[table["what"] == "item"]
     assert set(items_of(items[items["started"]])) == start.items

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 import ioi_mamba as im
-from ioi_mamba.analyses import load
+from ioi_mamba.analyses import layer_ablation, load
 from ioi_mamba.passes import metrics
 from ioi_mamba.passes.sweep import swept_logit_diffs
 from ioi_mamba.tasks import ioi
@@ -132,7 +132,7 @@ def test_the_bottleneck_is_the_layer_after_the_first_with_the_strongest_cells(mi
     forced = table.copy()
     forced.loc[(forced["layer"] == 6) & (forced["position"] == 7), "effect"] = -0.9
     forced.loc[(forced["layer"] == 4) & (forced["position"] == 19), "effect"] = 5.0
-    assert module.bottleneck(forced) == 6
+    assert layer_ablation.bottleneck(forced) == 6
 
 
 def test_cross_talk_equals_an_exhaustive_slow_search(tiny_mamba):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ioi_mamba import analyses, claims, paper
+from ioi_mamba.analyses import layer_ablation
 from ioi_mamba.analyses.positional_attribution import LAST_ONLY, LOST
 from ioi_mamba.claims import compare
 from ioi_mamba.cli.main import main
@@ -348,7 +349,7 @@ def test_mini_is_asked_relative_claims_and_never_passed_off(mini, tmp_path, caps
     assert (judged["verdict"] == compare.UNDECIDED).all()
     assert (judged["why"] == "4 prompts are too few: 20 are needed").all()
     assert "measured, for each corruption, at the layer that the prompts of the other corruptions choose" in printed
-    layer = analyses.load("layer-ablation").bottleneck(pd.read_parquet(out / "layer-ablation.parquet"))
+    layer = layer_ablation.bottleneck(pd.read_parquet(out / "layer-ablation.parquet"))
     assert (judged["layer"] == layer).all()
     assert (judged["model"] == "mini").all()
     assert "mini is not mamba-370m" in printed

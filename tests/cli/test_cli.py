@@ -89,7 +89,7 @@ def test_an_interrupt_is_one_sentence_and_130(tiny_mamba_dir, pairs_file, tmp_pa
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(layer_removal, "run", interrupted)
+    monkeypatch.setattr(layer_removal, "EXPERIMENT", replace(layer_removal.EXPERIMENT, run=interrupted))
     arguments = ["--model", str(tiny_mamba_dir), "--pairs", str(pairs_file), "--out", str(tmp_path / "out")]
     assert main(["run", "layer-removal", *arguments]) == 130
     assert "interrupted" in capsys.readouterr().err.splitlines()[-1]
@@ -108,7 +108,7 @@ BAD = {
     "no threads": ([*RUN, "--threads", "0"], "--threads is 0"),
     "an unknown option": ([*RUN, "--option", "row=3"], "Unknown option 'row'"),
     "an option without value": ([*RUN, "--option", "rows"], "has no value"),
-    "an option of another kind": ([*RUN, "--option", "rows=x"], "rows takes int"),
+    "an option of another kind": ([*RUN, "--option", "rows=x"], "rows takes a whole number of at least 1"),
     "an option out of range": (
         [*RUN, "--model", "TINY", "--pairs", "PAIRS", "--option", "rows=0"],
         "at least 1",

@@ -116,8 +116,8 @@ def test_sections_stand_in_the_papers_order_with_all_their_parts(directory):
     assert re.findall(r'<section id="([^"]+)"', page) == ["claims", "layer-removal", "state-ablation"]
     for part in (
         layer_removal.EXPERIMENT.title,
-        layer_removal.QUESTION,
-        layer_removal.LOOK_FOR,
+        layer_removal.EXPERIMENT.question,
+        layer_removal.EXPERIMENT.look_for,
         "Removing layer 0 costs most",
         "im.open_result",
         "The first 4 of 4 rows",
@@ -172,7 +172,7 @@ def test_a_chart_that_cannot_be_drawn_costs_only_itself(directory, heatmap_modul
     def broken(table):
         raise KeyError("</script>")
 
-    heatmap_module.chart = broken
+    object.__setattr__(heatmap_module, "chart", broken)  # a record is frozen
     page = own_part(pages.write_report(directory).read_text())
     assert "The chart could not be drawn" in page
     assert page.count('class="chart"') == 1
@@ -218,7 +218,7 @@ def test_a_chart_of_too_many_rows_is_refused():
 
 @pytest.mark.parametrize(
     ("code", "shown"),
-    [(pages.notebook_code("layer-removal"), "vconcat"), (pages.summary_code("names-summary"), "spec")],
+    [(pages.notebook_code("layer-removal"), "vconcat"), (pages.SUMMARY_CODE, "spec")],
 )
 def test_the_notebook_code_draws_the_chart(tmp_path, monkeypatch, code, shown):
     paper_run.write(

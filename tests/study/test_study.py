@@ -33,13 +33,12 @@ def run(model, out, **changes):
 def counted(monkeypatch):
     """How often layer-removal ran."""
     calls = []
-    genuine = layer_removal.EXPERIMENT
 
-    def run(model, pairs, *, held_out=None, steps: int | None = None, rows: int = 128, progress=None):
-        calls.append(steps)
-        return genuine(model, pairs, held_out=held_out, steps=steps, rows=rows, progress=progress)
+    def run(context):
+        calls.append(context.options.steps)
+        return layer_removal.run(context)
 
-    monkeypatch.setattr(layer_removal, "run", run)
+    monkeypatch.setattr(layer_removal, "EXPERIMENT", replace(layer_removal.EXPERIMENT, run=run))
     return calls
 
 
@@ -51,7 +50,7 @@ def test_the_manifest_says_where_the_table_comes_from(tiny_mamba, tmp_path):
     assert len(manifest["model"]["weights_sha256"]) == 64
     assert (manifest["pairs_sha256"], manifest["n_pairs"]) == (pairs()[::2].hash(), 2)
     assert manifest["held_out_sha256"] == pairs()[1::2].hash()
-    assert manifest["options"] == {"steps": 1}
+    assert manifest["options"] == {"steps": 1, "rows": 128}
     assert (manifest["device"], manifest["dtype"], manifest["kernels"]) == ("cpu", "float32", [])
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["wall_seconds"] > 0
@@ -133,7 +132,7 @@ def test_a_directory_of_another_model_is_refused(tiny_mamba, tiny_gpt2_dir, tmp_
 
 
 def test_no_experiment_at_all_is_refused_before_anything_is_written(tiny_mamba, tmp_path):
-    with pytest.raises(InputError, match="names is empty: give at least one experiment"):
+    with pytest.raises(InputError, match="No experiment is named: give at least one"):
         runs.run_study(tiny_mamba, [], tmp_path / "out", pairs=pairs(), progress=False)
     assert not (tmp_path / "out").exists()
 
