@@ -8,7 +8,9 @@ notebook `ioi_mamba.register` adds one. `docs/extending.md` shows how.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from ioi_mamba import tasks
 from ioi_mamba.experiments.experiment import Experiment
 from ioi_mamba.registry import Registry
 
@@ -44,6 +46,18 @@ def available() -> tuple[str, ...]:
 def known(experiment: str | Path | Experiment) -> Experiment:
     """As `load`, also of a record, which is registered by that: a report of its table then finds it."""
     return EXPERIMENTS.known(experiment)
+
+
+def register(record: Any) -> Any:
+    """Make an experiment or a task known under its name for as long as this process runs; gives it back.
+
+    Args:
+        record: An `ioi_mamba.Experiment` or an `ioi_mamba.Task`.
+
+    Raises:
+        InputError: For what is neither, and for a name that one of our own has.
+    """
+    return (tasks.TASKS if isinstance(record, tasks.Task) else EXPERIMENTS).register(record)
 
 
 def load(name: str | Path) -> Experiment:

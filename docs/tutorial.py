@@ -115,8 +115,8 @@ print("Leah read as Mary:  ", im.steer(model, prompt, {"n3": "Mary"}, max_new_to
 
 # %%
 table = layer_ablation.EXPERIMENT(model, pairs)
-print("\n".join(layer_ablation.findings(table)))
-layer_ablation.chart(table)
+print("\n".join(layer_ablation.EXPERIMENT.findings(table)))
+layer_ablation.EXPERIMENT.chart(table)
 
 # %% [markdown]
 # ## Attribute edges
@@ -155,8 +155,8 @@ alt.Chart(ends).mark_line(point=True).encode(
 ).transform_calculate(size="abs(datum.score)").properties(width=220, height=260, title="The ten strongest edges")
 
 # %%
-print(edge_attribution.QUESTION)
-print(edge_attribution.METHOD)
+print(edge_attribution.EXPERIMENT.question)
+print(edge_attribution.EXPERIMENT.method)
 
 # %% [markdown]
 # ## The same remotely

@@ -1,26 +1,68 @@
-"""Take a Mamba apart: read and write every value inside the mixer, run the IOI experiments, find circuits."""
+"""Take a Mamba apart: read and write every value inside the mixer, run the IOI experiments, find circuits.
 
-import sys
+A name is imported when it is first used, so that `import ioi_mamba` does not load torch.
+"""
+
 from importlib import import_module
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from ioi_mamba.circuits.attribution import attribute
-from ioi_mamba.circuits.faithfulness import evaluate
-from ioi_mamba.circuits.graph import Circuit
-from ioi_mamba.circuits.patching import patch_edges
-from ioi_mamba.circuits.search import acdc
-from ioi_mamba.errors import InputError
-from ioi_mamba.model.opening import open_model
-from ioi_mamba.passes.forward import mixer, read, run
-from ioi_mamba.results.stored import open_result, open_results
-from ioi_mamba.steering.steer import steer
-from ioi_mamba.tasks import greater_than, ioi
-from ioi_mamba.tasks.base import Pairs
+if TYPE_CHECKING:
+    from ioi_mamba.analyses import register
+    from ioi_mamba.circuits.attribution import attribute
+    from ioi_mamba.circuits.faithfulness import evaluate
+    from ioi_mamba.circuits.graph import Circuit
+    from ioi_mamba.circuits.patching import patch_edges
+    from ioi_mamba.circuits.search import acdc
+    from ioi_mamba.errors import InputError
+    from ioi_mamba.experiments.experiment import Column, Context, Experiment, Need
+    from ioi_mamba.experiments.options import option
+    from ioi_mamba.model.opening import open_model
+    from ioi_mamba.passes.forward import mixer, read, run
+    from ioi_mamba.results.stored import open_result, open_results
+    from ioi_mamba.steering.steer import steer
+    from ioi_mamba.tasks import greater_than, ioi
+    from ioi_mamba.tasks.base import Pairs
+    from ioi_mamba.tasks.task import Task
+    from ioi_mamba.versions import __version__
+
+_HOMES = {
+    "Circuit": "circuits.graph",
+    "Column": "experiments.experiment",
+    "Context": "experiments.experiment",
+    "Experiment": "experiments.experiment",
+    "InputError": "errors",
+    "Need": "experiments.experiment",
+    "Pairs": "tasks.base",
+    "Task": "tasks.task",
+    "__version__": "versions",
+    "acdc": "circuits.search",
+    "attribute": "circuits.attribution",
+    "evaluate": "circuits.faithfulness",
+    "greater_than": "tasks",
+    "ioi": "tasks",
+    "mixer": "passes.forward",
+    "open_model": "model.opening",
+    "open_result": "results.stored",
+    "open_results": "results.stored",
+    "option": "experiments.options",
+    "patch_edges": "circuits.patching",
+    "read": "passes.forward",
+    "register": "analyses",
+    "run": "passes.forward",
+    "steer": "steering.steer",
+}
+"""Where each public name is; the block above says the same to type checkers."""
 
 __all__ = [
     "Circuit",
+    "Column",
+    "Context",
+    "Experiment",
     "InputError",
+    "Need",
     "Pairs",
+    "Task",
+    "__version__",
     "acdc",
     "attribute",
     "evaluate",
@@ -30,18 +72,22 @@ __all__ = [
     "open_model",
     "open_result",
     "open_results",
+    "option",
     "patch_edges",
     "read",
+    "register",
     "run",
     "steer",
 ]
 
 
-class Package(ModuleType):
-    """This package as a value: every serialiser takes it by its name, also after its code was made to travel."""
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
 
-    def __reduce__(self):
-        return import_module, (self.__name__,)
 
-
-sys.modules[__name__].__class__ = Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

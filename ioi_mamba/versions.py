@@ -7,6 +7,8 @@ import platform
 
 from packaging.requirements import Requirement
 
+__all__ = ["__version__", "requirements", "version", "versions"]
+
 
 def version(package: str) -> str | None:
     """The installed version of a distribution, None if it is not there."""
@@ -34,3 +36,6 @@ def requirements() -> list[Requirement]:
     except importlib.metadata.PackageNotFoundError:
         return []
     return [each for each in found if each.marker is None or each.marker.evaluate({"extra": ""})]
+
+
+__version__ = version("ioi-mamba") or "0+sources"

@@ -23,9 +23,6 @@ path then interpolates the conv slices as well, as the published notebook does, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import NamedTuple
 
 import pandas as pd
@@ -38,7 +35,6 @@ from ioi_mamba.circuits.scoring import Evaluator, check_one_layout
 from ioi_mamba.errors import InputError
 from ioi_mamba.model.jobs import call
 from ioi_mamba.model.memory import rows_per_pass
-from ioi_mamba.passes.probe import weights_of
 from ioi_mamba.passes.ranges import usable
 from ioi_mamba.passes.sweep import Progress, pair_named
 from ioi_mamba.tasks.base import Pairs
@@ -47,20 +43,6 @@ METHODS = ("eap", "eap-ig", "exact")
 VARIANTS = ("paper", "detached", "clean-difference")
 
 _Attributions = tuple[list[tuple[str, str, str | None]], Tensor]
-_remembered: ContextVar[dict[tuple, _Attributions] | None] = ContextVar("remembered", default=None)
-
-
-@contextmanager
-def remembered() -> Iterator[None]:
-    """Within the block, `attributions` of the same model, pairs and options are computed once.
-
-    For experiments in a row, which ask for the same ones.
-    """
-    token = _remembered.set({})
-    try:
-        yield
-    finally:
-        _remembered.reset(token)
 
 
 def attribute(
@@ -116,16 +98,6 @@ def attributions(model, pairs: Pairs, options: Options, progress: Progress | Non
 
     The axis of positions has length 1 without `positions`, that of pairs without `per_pair`.
     """
-    known = _remembered.get()
-    if known is None:
-        return _attributions(model, pairs, options, progress)
-    key = (weights_of(model), pairs.hash(), options)
-    if key not in known:
-        known[key] = _attributions(model, pairs, options, progress)
-    return known[key]
-
-
-def _attributions(model, pairs: Pairs, options: Options, progress: Progress | None) -> _Attributions:
     method, variant, steps, positions, parts, per_pair, pairs_per_pass = options
     _check(options)
     if pairs_per_pass is None:

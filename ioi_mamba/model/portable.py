@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import linecache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Class = TypeVar("Class", bound=type)
 
@@ -19,35 +18,51 @@ def portable(cls: Class) -> Class:
 
     A field's `default_factory` must be a builtin type, such as `dict`.
     """
-    named_tuple = issubclass(cls, tuple)
-    generated = cls.__new__ if named_tuple else cls.__init__
-    parameters = list(inspect.signature(generated).parameters)[1:]
-    factories = {}
-    if named_tuple:
-        name, first = "__new__", "cls"
-        body = [f"return tuple.__new__(cls, ({', '.join(parameters)},))"]
-        defaults = dict(cls._field_defaults)  # type: ignore[attr-defined]
+    generated = cls.__new__ if issubclass(cls, tuple) else cls.__init__
+    parameters = list(inspect.signature(generated).parameters.values())[1:]
+    # Plain tables: what `dataclasses` keeps of its fields is told apart by identity, which is lost on the way.
+    if issubclass(cls, tuple):
+        defaults, factories = dict(cls._field_defaults), {}  # type: ignore[attr-defined]
     else:
-        name, first = "__init__", "self"
         fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        missing = dataclasses.MISSING
+        defaults = {name: field.default for name, field in fields.items() if field.default is not missing}
         factories = {
-            key: field.default_factory
-            for key, field in fields.items()
-            if field.default_factory is not dataclasses.MISSING
+            name: field.default_factory for name, field in fields.items() if field.default_factory is not missing
         }
-        defaults = {key: field.default for key, field in fields.items() if field.default is not dataclasses.MISSING}
-        body = [f"if {key} is None: {key} = {factory.__name__}()" for key, factory in factories.items()]
-        body += [f"object.__setattr__(self, {key!r}, {key})" for key in parameters]
-        body += ["self.__post_init__()"] if hasattr(cls, "__post_init__") else []
-    defaults |= dict.fromkeys(factories)
-    source = f"def {name}({', '.join([first, *parameters])}):\n" + "".join(f"    {line}\n" for line in body)
-    filename = f"<{cls.__module__}.{cls.__qualname__}.{name}>"
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    namespace: dict = {}
-    exec(compile(source, filename, "exec"), namespace)
-    constructor = namespace[name]
-    constructor.__defaults__ = tuple(defaults[key] for key in parameters if key in defaults)
-    constructor.__module__, constructor.__qualname__ = cls.__module__, f"{cls.__qualname__}.{name}"
-    constructor.__annotations__ = generated.__annotations__
-    setattr(cls, name, constructor)
+    cls.__construction__ = (tuple(each.name for each in parameters), defaults, factories)  # type: ignore[attr-defined]
+    cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what editors show
+    if issubclass(cls, tuple):
+        cls.__new__ = _new  # type: ignore[assignment]
+    else:
+        cls.__init__ = _init  # type: ignore[misc]
     return cls
+
+
+def _arguments(cls: Any, values: tuple, named: dict[str, Any]) -> list[Any]:
+    """The value of each field, in order. Raises TypeError for arguments that the class does not take."""
+    names, defaults, factories = cls.__construction__
+    if len(values) > len(names):
+        raise TypeError(f"{cls.__name__} takes {len(names)} arguments, not {len(values)}")
+    given = dict(zip(names, values, strict=False))
+    for name in named:
+        if name not in names or name in given:
+            raise TypeError(f"{cls.__name__} got {name!r} {'twice' if name in given else 'and has no such argument'}")
+    given |= named
+    for name in names:
+        if name not in given:
+            if name not in defaults and name not in factories:
+                raise TypeError(f"{cls.__name__} lacks the argument {name!r}")
+            given[name] = defaults[name] if name in defaults else factories[name]()
+    return [given[name] for name in names]
+
+
+def _init(self: Any, *values: Any, **named: Any) -> None:
+    for name, value in zip(type(self).__construction__[0], _arguments(type(self), values, named), strict=True):
+        object.__setattr__(self, name, value)
+    if hasattr(self, "__post_init__"):
+        self.__post_init__()
+
+
+def _new(cls: Any, *values: Any, **named: Any) -> Any:
+    return tuple.__new__(cls, _arguments(cls, values, named))

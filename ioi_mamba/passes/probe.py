@@ -54,11 +54,11 @@ def _probe(model, *, progress=None) -> dict[str, Any]:
 
 
 def weights_of(model) -> str:
-    """What tells a model's weights from others: their SHA-256 as they now are, or of a server's model which one it is.
+    """What tells a model's weights from what they were before: their SHA-256; those on a server cannot be edited.
 
-    Whatever is kept of a model is kept under this: an edit of its weights makes it another.
+    Whatever is kept of a model is kept with this: after an edit of its weights it is made anew.
     """
-    return weights_digest(model._module.state_dict()) if runs_here(model) else f"the model {id(model)} of a server"
+    return weights_digest(model._module.state_dict()) if runs_here(model) else "on a server"
 
 
 def weights_digest(tensors: dict[str, torch.Tensor]) -> str:

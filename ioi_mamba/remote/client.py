@@ -17,7 +17,7 @@ from collections import ChainMap
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import nnsight
@@ -34,6 +34,8 @@ from ioi_mamba.files import written_whole
 PACKAGE = "ioi_mamba"
 IN_A_TRACE = ("mixer", "InputError")
 """What of the package itself, `im`, goes along with a block that mentions it: all that can be used inside a trace."""
+_MODULE = CustomCloudPickler.dispatch_table[ModuleType]
+"""How nnsight sends any other module."""
 MIB = 2**20
 
 _TRANSIENT = (
@@ -64,15 +66,17 @@ _ENVELOPE = SimpleNamespace(Unpickler=_EnvelopeUnpickler, load=None, __name__="e
 def _send_by_value() -> None:
     """Have nnsight's serialiser take this package's code along by value.
 
-    The package itself, which a block calls `im`, becomes a namespace of IN_A_TRACE there, and only there.
+    The package itself, which a block calls `im`, becomes a namespace of IN_A_TRACE there; docs/remote.md says so.
     """
     nnsight.register(PACKAGE)
-    ours = sys.modules[PACKAGE]
+    if _reduced is not CustomCloudPickler.dispatch_table[ModuleType]:
+        CustomCloudPickler.dispatch_table = ChainMap({ModuleType: _reduced}, CustomCloudPickler.dispatch_table)
 
-    def reduced(module):
+
+def _reduced(module: ModuleType) -> tuple:
+    if module.__name__ == PACKAGE:
         return SimpleNamespace, (), {name: getattr(module, name) for name in IN_A_TRACE}
-
-    CustomCloudPickler.dispatch_table = ChainMap({type(ours): reduced}, CustomCloudPickler.dispatch_table)
+    return _MODULE(module)
 
 
 class _Courier(RemoteBackend):

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from ioi_mamba import analyses
+from ioi_mamba.charts.theme import themed
 from ioi_mamba.errors import InputError
 from ioi_mamba.files import read_table, sha256_of
 
@@ -36,7 +37,7 @@ class Result:
 
     def chart(self) -> Any:
         """The chart of the report, an Altair chart; `.save("x.svg")` or `.save("x.png")` writes it."""
-        return analyses.load(self.name).chart(self.table)
+        return themed(analyses.load(self.name).chart(self.table))
 
     def findings(self) -> list[str]:
         """What the table says, in the sentences of the report."""

@@ -147,10 +147,17 @@ def test_the_baseline_is_drawn_and_named():
 
 
 def test_the_theme_takes_the_colours_of_the_page():
-    assert alt.theme.active == "ioi-mamba"
     config = theme.theme()["config"]
     assert config["background"] == "transparent"
     assert config["axis"]["labelColor"] == "currentColor"
+
+
+def test_charts_carry_the_theme_and_leave_the_active_one_alone():
+    assert alt.theme.active == "default"
+    plain = drawing.position_heatmap(heatmap_table())
+    assert theme.themed(plain).to_dict()["config"] == theme.theme()["config"]
+    assert plain.to_dict()["config"] != theme.theme()["config"]
+    assert alt.theme.active == "default"
 
 
 @pytest.mark.parametrize("kind", ["svg", "png"])

@@ -9,7 +9,7 @@ import torch
 from golden import NODES, relative_error
 
 import ioi_mamba as im
-from ioi_mamba.circuits.attribution import VARIANTS, Options, attributions, ranked, remembered
+from ioi_mamba.circuits.attribution import VARIANTS, ranked
 from ioi_mamba.errors import InputError
 from ioi_mamba.passes.forward import forward
 from ioi_mamba.passes.metrics import logit_diff, normalized_logit_diff
@@ -274,18 +274,3 @@ def test_a_ranking_orders_by_importance_and_keeps_ties_in_the_order_of_the_table
 def test_another_ranking_is_refused():
     with pytest.raises(InputError, match="'random' is unknown"):
         ranked(TABLE, "random")
-
-
-def test_remembered_attributions_are_those_of_the_same_question_only():
-    model, pairs = golden.odd_model(), golden.random_pairs("odd")
-    with remembered():
-        first, parts, other = (
-            attributions(model, p, Options(positions=True, parts=parts))[1]
-            for p, parts in ((pairs, False), (pairs, True), (pairs[[1, 0, 2, 3]], False))
-        )
-        assert attributions(model, pairs, Options(positions=True))[1] is first
-        assert len(parts) > len(first)
-        assert not torch.equal(other, first)
-    again = attributions(model, pairs, Options(positions=True))[1]
-    assert again is not first
-    assert torch.equal(again, first)

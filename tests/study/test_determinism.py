@@ -88,7 +88,7 @@ def test_running_touches_no_global_generator_variable_or_default(tiny_mamba_dir,
     im.run(model, pairs().clean, {"blocks.1.hook_B_bar": lambda x: x * 0})
     mini = im.open_model("mini", device="cpu")
     for module in (name_steering, edge_attribution):
-        module.draw(mini.tokenizer, 2, 27, ioi.TASK)
+        module.EXPERIMENT.draw(mini.tokenizer, 2, 27, ioi.TASK)
     assert before == now()
     tried("global state after opening, running and drawing", 10)
 
