@@ -17,9 +17,11 @@ import pandas as pd
 from torch import Tensor
 
 from ioi_mamba.circuits import faithfulness
-from ioi_mamba.circuits.attribution import Options, attributions, ranked
+from ioi_mamba.circuits.attribution import attributions
 from ioi_mamba.circuits.faithfulness import estimates, random_circuits
-from ioi_mamba.circuits.graph import Circuit, items_of
+from ioi_mamba.circuits.graph import Circuit, items_of, universe_of
+from ioi_mamba.circuits.methods import METHODS, Options
+from ioi_mamba.circuits.ranking import Ranking
 from ioi_mamba.circuits.scoring import Evaluator, chosen_sizes
 from ioi_mamba.experiments.experiment import Column, Context, Need
 from ioi_mamba.passes.intervals import Estimate, Resampled, mean_interval
@@ -61,7 +63,7 @@ MIB_GRID = "MIB grid"
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
     """200 pairs of all five corruptions and the three aligned templates (400 evaluated prompts)."""
-    return ioi.generate(tokenizer, n_pairs or 200, seed, templates=ioi.ALIGNED_TEMPLATES)
+    return ioi.generate(tokenizer, n_pairs or 200, seed, templates=ioi.ALIGNED_TEMPLATES, symmetric=True)
 
 
 def with_range(model, pairs: Pairs, held_out: Pairs | None) -> tuple[Pairs, Pairs, int]:
@@ -70,10 +72,10 @@ def with_range(model, pairs: Pairs, held_out: Pairs | None) -> tuple[Pairs, Pair
     return sets[0].pairs, sets[-1].pairs, sum(each.left_out for each in sets)
 
 
-def chosen_circuit(train: Evaluator, ranking: pd.DataFrame, target: float) -> Circuit:
+def chosen_circuit(train: Evaluator, ranking: Ranking, target: float) -> Circuit:
     """The smallest circuit of first items of a ranking with a train accuracy above `target`, as `smallest` finds it."""
-    (size,) = chosen_sizes(train, [train.rows_kept], [items_of(ranking)], target)
-    return faithfulness.top(ranking, size, train.universe)
+    (size,) = chosen_sizes(train, [train.rows_kept], [ranking.items], target)
+    return ranking.top(size)
 
 
 def some_of(pairs: Pairs, n: int) -> Pairs:
@@ -97,13 +99,11 @@ def attributed(
     return pd.DataFrame(kinds, columns=["source", "target", "part"]), scores
 
 
-def scored(
-    context: Context, pairs: Pairs, *, method: str, parts: bool, progress: Progress | None = None
-) -> pd.DataFrame:
-    """All items and their `score` over all positions, the mean over pairs; the passes are those of `attributed`."""
-    options = Options(method, positions=method != "exact", parts=parts)
+def scored(context: Context, pairs: Pairs, *, method: str, parts: bool, progress: Progress | None = None) -> Ranking:
+    """All items by their score over all positions, the mean over pairs; the passes are those of `attributed`."""
+    options = Options(method, positions=METHODS[method].by_position, parts=parts)
     items, per_pair = attributed(context, pairs, options, progress)
-    return items.assign(score=per_pair.sum(1).mean(-1).numpy())
+    return Ranking.of(items_of(items), per_pair.sum(1).mean(-1), universe_of(context.model, parts=parts))
 
 
 def how_scored(table: pd.DataFrame) -> list[str]:
@@ -149,7 +149,7 @@ def faithfulness_rows(
     train: Evaluator,
     held: Evaluator,
     circuit: Circuit,
-    ranking: pd.DataFrame | None = None,
+    ranking: Ranking | None = None,
     progress: Progress | None = None,
 ) -> list[dict]:
     """How the circuit does: itself, its complement, random ones, and with a ranking the curves of the first k items."""
@@ -162,11 +162,11 @@ def faithfulness_rows(
     if ranking is None:
         return rows
     few = Evaluator(held.model, some_of(held.pairs, CURVE_PROMPTS), circuit.universe)
-    n_items, own = len(ranking), items_of(ranking)
+    n_items = len(ranking)
     sizes, on_grid = sizes_of_curve(n_items, len(circuit)), faithfulness.mib_sizes(n_items)
     # The grid has sizes in common, with itself where items are few; each circuit is evaluated once.
-    orders = {measure: items_of(ranked(ranking, order)) for measure, order in AREAS.items()}
-    sets = [own[k:] for k in sizes] + [order[k:] for order in orders.values() for k in sorted(set(on_grid))]
+    orders = [Ranking.of(ranking.items, ranking.scores, ranking.universe, order) for order in AREAS.values()]
+    sets = ranking.cut(sizes) + [items for order in orders for items in order.cut(sorted(set(on_grid)))]
     curves = estimates(few, sets, progress=progress)
     fine = {measure: estimate[: len(sizes)] for measure, estimate in curves.items()}
     rows += circuit_rows("first k", sizes, "held out", fine, len(few.rows_kept))

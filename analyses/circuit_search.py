@@ -21,9 +21,10 @@ import pandas as pd
 from ioi_mamba.analyses import _circuits
 from ioi_mamba.charts import circuit_charts
 from ioi_mamba.charts.drawing import matrix_heatmap
-from ioi_mamba.circuits.attribution import METHODS, ranked
 from ioi_mamba.circuits.faithfulness import estimates, random_circuits
-from ioi_mamba.circuits.graph import Circuit, Universe, items_of, universe_of
+from ioi_mamba.circuits.graph import Circuit, items_of, universe_of
+from ioi_mamba.circuits.methods import EAP, EAP_IG, EXACT, METHODS
+from ioi_mamba.circuits.ranking import Ranking
 from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.circuits.search import acdc
 from ioi_mamba.experiments.experiment import Column, Context, Experiment, share_of
@@ -35,8 +36,8 @@ from ioi_mamba.tasks.base import Pairs
 
 SEARCH = "search"
 STARTED = "started with"
-RANKINGS = {"eap-ig": "EAP-IG", "eap": "EAP", "exact": "exact effects"}
-"""Circuits of the comparison: what a search keeps, and the first items of a ranking by one of the methods."""
+RANKINGS = tuple(method.label for method in (EAP_IG, EAP, EXACT))
+"""Circuits of the comparison, beside what a search keeps: the first items of a ranking by one of the methods."""
 N_RANDOM = 3
 THRESHOLDS = (1e-3, 1e-2, 1e-1)
 """Thresholds of the searches that are compared: each keeps another number of items."""
@@ -60,19 +61,18 @@ class Options:
 def starting_circuit(context: Context, pairs: Pairs) -> Circuit:
     """The smallest EAP-IG circuit of edges above the target, pruned, with every part of every layer."""
     model, options = context.model, context.options
-    edges = ranked(_circuits.scored(context, pairs, method=options.method, parts=False))
+    edges = _circuits.scored(context, pairs, method=options.method, parts=False)
     circuit = _circuits.chosen_circuit(Evaluator(model, pairs, universe_of(model)), edges, options.target)
     universe = universe_of(model, parts=True)
     parts = {item for item in universe.items() if item.part is not None}
     return Circuit(circuit.pruned().items | parts, universe)
 
 
-def first_pruned(ranking: pd.DataFrame, size: int, universe: Universe) -> Circuit:
+def first_pruned(ranking: Ranking, size: int) -> Circuit:
     """The first items of a ranking, as many as leave at most `size` when pruned to paths from embed to output."""
-    items = items_of(ranking)
-    best = Circuit(frozenset(), universe)
-    for k in range(size, len(items) + 1):
-        circuit = Circuit(frozenset(items[:k]), universe).pruned()
+    best = ranking.top(0)
+    for k in range(size, len(ranking) + 1):
+        circuit = ranking.top(k).pruned()
         if len(circuit) > size:
             break
         best = circuit
@@ -89,10 +89,10 @@ def run(context: Context) -> pd.DataFrame:
     some = _circuits.some_of(pairs, _circuits.PART_PROMPTS)
     scores = _circuits.scored(context, some, method=options.method, parts=True, progress=stage(0, 0.1))
     start = starting_circuit(context, pairs)
-    table = acdc(
+    search = acdc(
         model, pairs, start=start, threshold=options.threshold, resume=options.resume, progress=stage(0.1, 0.4)
     )
-    circuit = Circuit(frozenset(items_of(table[table["kept"]])), start.universe)
+    table, circuit = search.table, search.circuit()
     train, held = (Evaluator(model, p, start.universe) for p in (pairs, held_out))
     rows = _circuits.faithfulness_rows(train, held, circuit)
     rows += _circuits.circuit_rows(STARTED, len(start), "train", estimates(train, [start.patched()]), len(pairs))
@@ -102,8 +102,11 @@ def run(context: Context) -> pd.DataFrame:
     )
     if options.compare_prompts:
         rows += compare(context, _circuits.some_of(pairs, options.compare_prompts), held, stage(0.4, 1))
-    started = [i in start for i in items_of(table)]
-    out = table.drop(columns="position").assign(score=scores["score"], started=started, method=options.method)
+    listed, score_of = items_of(table), dict(zip(scores.items, scores.scores, strict=True))
+    started = [item in start for item in listed]
+    out = table.drop(columns="position").assign(
+        score=[score_of[item] for item in listed], started=started, method=options.method
+    )
     out = _circuits.with_target(out, rows, options.target, STARTED)
     return _circuits.table_of(out, rows, columns=("threshold",)).assign(left_out=left_out)
 
@@ -118,18 +121,17 @@ def compare(context: Context, pairs: Pairs, held: Evaluator, progress: Progress 
 
     The rankings are those of the option `method`, and beside EAP-IG that of plain EAP, which takes a quarter of its passes.
     """
-    universe, method = held.universe, context.options.method
+    method = context.options.method
     rankings = {
-        RANKINGS[each]: ranked(_circuits.scored(context, pairs, method=each, parts=True))
+        METHODS[each].label: _circuits.scored(context, pairs, method=each, parts=True)
         for each in dict.fromkeys((method, *(["eap"] if method == "eap-ig" else [])))
     }
     rows = []
     for k, threshold in enumerate(THRESHOLDS):
         report = share_of(progress, k / len(THRESHOLDS), (k + 1) / len(THRESHOLDS))
-        found = acdc(context.model, pairs, threshold=threshold, progress=report)
-        searched = Circuit(frozenset(items_of(found[found["kept"]])), universe)
+        searched = acdc(context.model, pairs, threshold=threshold, progress=report).circuit()
         circuits = {SEARCH: searched}
-        circuits |= {name: first_pruned(ranking, len(searched), universe) for name, ranking in rankings.items()}
+        circuits |= {name: first_pruned(ranking, len(searched)) for name, ranking in rankings.items()}
         drawn = random_circuits(searched, N_RANDOM)
         scores = estimates(held, [circuit.patched() for circuit in (*circuits.values(), *drawn)])
         one = {name: {m: e[[i]] for m, e in scores.items()} for i, name in enumerate(circuits)}
@@ -173,7 +175,7 @@ def chart(table: pd.DataFrame):
     charts = [heatmap, circuit_charts.searched_edges(edges)]
     compared = table[table["threshold"].notna()]
     if len(compared):
-        is_difference = compared["circuit"].isin(map(less_search, RANKINGS.values()))
+        is_difference = compared["circuit"].isin(map(less_search, RANKINGS))
         charts.append(circuit_charts.same_size(compared[~is_difference], compared[is_difference]))
     return alt.vconcat(*charts, spacing=36).resolve_scale(color="independent", shape="independent")
 
@@ -207,7 +209,7 @@ def _comparison(table: pd.DataFrame) -> str:
     """Which is closer to the model at one size, search or a ranking, or that their intervals do not tell."""
     one = lambda name, measure, sample="held out": _circuits.of_circuit(table, name, measure, sample).iloc[0]
     search, compared = one(SEARCH, "f"), []
-    for name in (name for name in RANKINGS.values() if name in set(table["circuit"])):
+    for name in (name for name in RANKINGS if name in set(table["circuit"])):
         f, accuracy = one(less_search(name), "f"), one(less_search(name), "accuracy")
         if one(name, "overlap", "train")["value"] == 1:
             compared.append(f"{name} chooses the same items")

@@ -26,10 +26,12 @@ from torch import Tensor
 from ioi_mamba.analyses import _circuits
 from ioi_mamba.analyses._effects import shared_positions
 from ioi_mamba.charts import circuit_charts
-from ioi_mamba.circuits import attribution
-from ioi_mamba.circuits.attribution import METHODS, VARIANTS
+from ioi_mamba.circuits.attribution import ranked
 from ioi_mamba.circuits.faithfulness import rank_correlation
 from ioi_mamba.circuits.graph import items_of, universe_of
+from ioi_mamba.circuits.methods import METHODS, VARIANTS
+from ioi_mamba.circuits.methods import Options as Scoring
+from ioi_mamba.circuits.ranking import Ranking
 from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.experiments.experiment import Context, Experiment
 from ioi_mamba.experiments.options import option
@@ -70,7 +72,7 @@ def run(context: Context) -> pd.DataFrame:
     model, options = context.model, context.options
     pairs, held_out, left_out = _circuits.with_range(model, context.pairs, context.held_out)
     stage, method = context.stage, options.method
-    scoring = attribution.Options(method, options.variant, options.steps, positions=method != "exact")
+    scoring = Scoring(method, options.variant, options.steps, positions=METHODS[method].by_position)
     items, per_pair = _circuits.attributed(context, pairs, scoring, stage(0, 0.4))
     some = _circuits.some_of(pairs, options.part_prompts)
     inner, per_part = _circuits.attributed(context, some, scoring._replace(parts=True), stage(0.4, 0.5))
@@ -100,17 +102,18 @@ def run(context: Context) -> pd.DataFrame:
         ignore_index=True,
     ).assign(n_exact=len(few))
     is_edge = totals["part"].isna()
-    edges = attribution.ranked(totals[is_edge], options.ranking)
+    edges = ranked(totals[is_edge], options.ranking)
     train = Evaluator(model, pairs, universe_of(model))
-    circuit = _circuits.chosen_circuit(train, edges, options.target)
+    order = Ranking(tuple(items_of(edges)), edges["score"].to_numpy(), train.universe)
+    circuit = _circuits.chosen_circuit(train, order, options.target)
     edges["kept"] = edges["rank"] <= len(circuit)
     held = train if held_out is pairs else Evaluator(model, held_out, train.universe)
-    rows = _circuits.faithfulness_rows(train, held, circuit, edges, stage(0.8, 1))
+    rows = _circuits.faithfulness_rows(train, held, circuit, order, stage(0.8, 1))
     rows += _circuits.jaccard_rows(train, items, everywhere, options.target, options.ranking)
     large = edges[edges["exact"].abs() >= LARGE]
     for name, chosen in (("edges", edges), (LARGE_EDGES, large), ("edges and parts", totals)):
         rows += [_spearman_row(name, chosen)] if len(chosen) > 2 else []
-    by_position = [_by_position(items, per_pair, pairs)] if method != "exact" else []
+    by_position = [_by_position(items, per_pair, pairs)] if METHODS[method].by_position else []
     table = pd.concat([edges, totals[~is_edge], *by_position], ignore_index=True)
     table = table.reindex(columns=dict.fromkeys((*table, "position", "label")))
     table = _circuits.with_target(table.assign(ranking=options.ranking, method=method), rows, options.target)

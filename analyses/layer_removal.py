@@ -63,7 +63,7 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
 
     n_pairs None: 40. The paper's notebook has 10.
     """
-    return ioi.generate(tokenizer, DEFAULT_PAIRS if n_pairs is None else n_pairs, seed)
+    return ioi.generate(tokenizer, DEFAULT_PAIRS if n_pairs is None else n_pairs, seed, symmetric=True)
 
 
 def run(context: Context) -> pd.DataFrame:

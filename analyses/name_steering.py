@@ -93,7 +93,7 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
 
     n_pairs None: the paper's 10,000. With few pairs a name may never be in a slot, which costs test prompts.
     """
-    return ioi.generate(tokenizer, DEFAULT_PAIRS if n_pairs is None else n_pairs, seed)
+    return ioi.generate(tokenizer, DEFAULT_PAIRS if n_pairs is None else n_pairs, seed, symmetric=True)
 
 
 def run(context: Context) -> pd.DataFrame:

@@ -18,10 +18,12 @@ import pandas as pd
 
 from ioi_mamba.analyses import _circuits, _missing_names
 from ioi_mamba.charts import circuit_charts, position_charts
-from ioi_mamba.circuits import attribution
-from ioi_mamba.circuits.attribution import METHODS, VARIANTS
+from ioi_mamba.circuits.attribution import ranked
 from ioi_mamba.circuits.faithfulness import estimates
-from ioi_mamba.circuits.graph import Circuit, universe_of
+from ioi_mamba.circuits.graph import Circuit, items_of, universe_of
+from ioi_mamba.circuits.methods import METHODS, VARIANTS
+from ioi_mamba.circuits.methods import Options as Scoring
+from ioi_mamba.circuits.ranking import Ranking
 from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.errors import InputError
 from ioi_mamba.experiments.experiment import Context, Experiment, Need
@@ -68,21 +70,22 @@ def run(context: Context) -> pd.DataFrame:
     pairs, held_out = _one_layout(pairs, held_out)
     other_layouts = given - len(pairs) - (0 if held_out is None else len(held_out))
     pairs, held_out, left_out = _circuits.with_range(model, pairs, held_out)
-    scoring = attribution.Options(method, options.variant, options.steps, positions=True)
+    scoring = Scoring(method, options.variant, options.steps, positions=True)
     items, per_pair = _circuits.attributed(context, pairs, scoring, context.stage(0, 0.7))
     n_items, n_positions, _ = per_pair.shape
     each = items.drop(columns="part").loc[items.index.repeat(n_positions)].reset_index(drop=True)
     each["position"] = list(range(n_positions)) * n_items
     each["label"] = pairs.position_labels() * n_items
     per_item = per_pair.flatten(0, 1)
-    table = attribution.ranked(_circuits.with_scores(each, per_item, pairs.clusters), ranking)
+    table = ranked(_circuits.with_scores(each, per_item, pairs.clusters), ranking)
     universe = universe_of(model, n_positions=n_positions)
     train = Evaluator(model, pairs, universe)
-    circuit = _circuits.chosen_circuit(train, table, target)
+    order = Ranking(tuple(items_of(table)), table["score"].to_numpy(), universe)
+    circuit = _circuits.chosen_circuit(train, order, target)
     table["kept"] = table["rank"] <= len(circuit)
     table["bottleneck"] = busiest_layer(table) if layer is None else layer
     held = train if held_out is pairs else Evaluator(model, held_out, universe)
-    rows = _circuits.faithfulness_rows(train, held, circuit, table, context.stage(0.7, 1))
+    rows = _circuits.faithfulness_rows(train, held, circuit, order, context.stage(0.7, 1))
     rows += _circuits.jaccard_rows(train, each, per_item, target, ranking)
     reduced = without_early_output(circuit, table["bottleneck"].iloc[0])
     for sample, evaluator in (("train", train), ("held out", held)):

@@ -22,10 +22,11 @@ ATTRIBUTIONS = ({"steps": 5}, {"steps": 3}, {"method": "eap"})
 def line_of(model, pairs, what: str, threshold: float) -> str:
     """One row: the search, and each attribution as a share of its seconds."""
     options, found = UNIVERSES[what], []
-    exact = timing.seconds_of(lambda: found.append(im.acdc(model, pairs, threshold=threshold, **options)))
+    exact = timing.seconds_of(lambda: found.append(im.acdc(model, pairs, threshold=threshold, **options).table))
     table = found[0]
     first, *others = (
-        timing.seconds_of(lambda more=more: im.attribute(model, pairs, **options, **more)) for more in ATTRIBUTIONS
+        timing.seconds_of(lambda more=more: im.attribute(model, pairs, **options, **more).table)
+        for more in ATTRIBUTIONS
     )
     shares = " | ".join(f"1/{exact / seconds:.1f}" for seconds in (first, *others))
     return (

@@ -122,7 +122,7 @@ class Bench:
         pairs = _circuits.default_pairs(self.model.tokenizer, 8, 27) if self.shape == "mini" else self.pairs
 
         def work(tick) -> float:
-            table = im.acdc(self.model, pairs, threshold=1e-3, progress=tick, resume=self.resume, **options)
+            table = im.acdc(self.model, pairs, threshold=1e-3, progress=tick, resume=self.resume, **options).table
             tests, kept = table.attrs["tests"], table["kept"].sum()
             note["text"] = f"whole search, {len(pairs)} pairs, {len(table)} items, {kept} kept, {tests} tests"
             return tests

@@ -31,10 +31,10 @@ def main() -> None:
     tokenizer = model.tokenizer
     layer = find_layer(model)
     offset = find_offset(model, layer)
-    means = averages(model, ioi.generate(tokenizer, 2000, 27), layer, offset=offset)
+    means = averages(model, ioi.generate(tokenizer, 2000, 27, symmetric=True), layer, offset=offset)
     names = [tokenizer.decode([name]).strip() for name in means.names.tolist()]
     rng = random.Random(28)
-    pairs = ioi.generate(tokenizer, options.prompts // 2 + 1, 28)[: options.prompts]
+    pairs = ioi.generate(tokenizer, options.prompts // 2 + 1, 28, symmetric=True)[: options.prompts]
     by_slot: dict[str, list[bool]] = {"n1": [], "n2": [], "n3": []}
     for row in tqdm(range(len(pairs)), desc="steer", mininterval=5):
         answer = tokenizer.decode([int(pairs.answer[row])]).strip()

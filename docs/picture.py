@@ -12,7 +12,9 @@ def draw(n_pairs: int, path: Path) -> None:
     """Run the experiment on `n_pairs` pairs a corruption and write its chart as SVG, black on white."""
     model = im.open_model("mini", device="cpu")
     sets = [
-        im.ioi.generate(model.tokenizer, n_pairs, 27, templates=im.ioi.ALIGNED_TEMPLATES, corruptions=[corruption])
+        im.ioi.generate(
+            model.tokenizer, n_pairs, 27, templates=im.ioi.ALIGNED_TEMPLATES, corruptions=[corruption], symmetric=True
+        )
         for corruption in CORRUPTIONS
     ]
     table = layer_ablation.EXPERIMENT(model, im.Pairs.concat(sets))

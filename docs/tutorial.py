@@ -19,14 +19,10 @@
 import os
 
 import altair as alt
-import pandas as pd
 import torch
 
 import ioi_mamba as im
 from ioi_mamba.analyses import edge_attribution, layer_ablation
-from ioi_mamba.circuits.attribution import ranked
-from ioi_mamba.circuits.faithfulness import top
-from ioi_mamba.circuits.graph import universe_of
 from ioi_mamba.passes import metrics
 
 torch.set_num_threads(1)
@@ -65,23 +61,7 @@ values = im.read(model, pairs.clean, ["blocks.0.hook_B_bar", "blocks.0.hook_h", 
 # on the corrupted one.
 
 # %%
-n_layers, rows = model.config.num_hidden_layers, torch.arange(len(pairs))
-before_last = pairs.clean.shape[1] - 2
-states = [f"blocks.{layer}.hook_h.{before_last}" for layer in range(n_layers)]
-corrupted = im.read(model, pairs.corrupted, [*states, "hook_logits"])
-
-
-def difference(logits):
-    return metrics.logit_diff(logits[rows, pairs.last], pairs.answer, pairs.wrong)
-
-
-clean_diff = difference(im.run(model, pairs.clean, {}))
-corrupted_diff = difference(corrupted["hook_logits"])
-effects = [
-    metrics.effect(difference(im.run(model, pairs.clean, {name: corrupted[name]})), clean_diff, corrupted_diff).mean()
-    for name in states
-]
-pd.DataFrame({"layer": range(n_layers), "effect of its state": [round(float(effect), 3) for effect in effects]})
+im.effect(model, pairs, "h", positions=-2)
 
 # %% [markdown]
 # The same by hand, in a plain nnsight trace of the stock model. Inside `with im.mixer(...)` the values can be read,
@@ -93,7 +73,9 @@ with model.trace(pairs.clean, use_cache=False):
         m.B_bar[:, 4] = 0
         m.h[:, 7] *= 0.5
     edited = model.output.logits.save()
-difference(edited) - clean_diff
+rows = torch.arange(len(pairs))
+clean = im.run(model, pairs.clean)
+metrics.logit_diff((edited - clean)[rows, pairs.last], pairs.answer, pairs.wrong)
 
 # %% [markdown]
 # ## Rewrite a name
@@ -125,14 +107,14 @@ layer_ablation.EXPERIMENT.chart(table)
 # passes; a negative score says that patching the edge with the corrupted run hurts.
 
 # %%
-edges = ranked(im.attribute(model, pairs))
-edges[["rank", "source", "target", "score"]].head(8)
+attribution = im.attribute(model, pairs)
+print(attribution)
 
 # %% [markdown]
 # How much of the task do the ten strongest edges carry? Everything else is patched.
 
 # %%
-circuit = top(edges, 10, universe_of(model))
+circuit = attribution.circuit(10)
 scores = im.evaluate(model, pairs, circuit)
 {name: round(float(scores[name]), 3) for name in ("accuracy", "normalized_logit_diff")}
 
@@ -143,8 +125,8 @@ scores = im.evaluate(model, pairs, circuit)
 # experiment, and its `chart` the matrix of all edges.
 
 # %%
-nodes = ["embed", *map(str, range(n_layers)), "output"]
-kept = circuit.to_frame().merge(edges[["source", "target", "score"]])
+nodes = circuit.universe.nodes
+kept = circuit.to_frame().merge(attribution.table[["source", "target", "score"]])
 ends = kept.melt(["score"], ["source", "target"], var_name="end", value_name="node", ignore_index=False).reset_index()
 alt.Chart(ends).mark_line(point=True).encode(
     x=alt.X("end:N", title=None, sort=["source", "target"], axis=alt.Axis(labelAngle=0)),
@@ -168,8 +150,8 @@ print(edge_attribution.EXPERIMENT.method)
 # %%
 host = os.environ.get("NDIF_HOST")
 remote = im.open_model("mini", backend="ndif", host=host) if host else im.open_model("mini", backend="local-serialized")
-there = im.attribute(remote, pairs)
-here = im.attribute(model, pairs)
+there = im.attribute(remote, pairs).table
+here = im.attribute(model, pairs).table
 print("largest difference of a score:", float((there["score"] - here["score"]).abs().max()))
 
 # %% [markdown]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ioi_mamba.experiments.experiment import Column, Context, Experiment, Need
     from ioi_mamba.experiments.options import option
     from ioi_mamba.model.opening import open_model
+    from ioi_mamba.passes.effect import effect
     from ioi_mamba.passes.forward import mixer, read, run
     from ioi_mamba.results.stored import open_result, open_results
     from ioi_mamba.steering.steer import steer
@@ -37,6 +38,7 @@ _HOMES = {
     "__version__": "versions",
     "acdc": "circuits.search",
     "attribute": "circuits.attribution",
+    "effect": "passes.effect",
     "evaluate": "circuits.faithfulness",
     "greater_than": "tasks",
     "ioi": "tasks",
@@ -65,6 +67,7 @@ __all__ = [
     "__version__",
     "acdc",
     "attribute",
+    "effect",
     "evaluate",
     "greater_than",
     "ioi",

@@ -56,7 +56,7 @@ class Pool(NamedTuple):
 
 def pool_of(model, n_pairs: int, seed: int) -> Pool:
     """The outcomes of so many pairs, all five corruptions and the aligned templates."""
-    pairs = im.ioi.generate(model.tokenizer, n_pairs, seed, templates=im.ioi.ALIGNED_TEMPLATES)
+    pairs = im.ioi.generate(model.tokenizer, n_pairs, seed, templates=im.ioi.ALIGNED_TEMPLATES, symmetric=True)
     few = pairs[:20]
     kinds, per_pair = attributions(model, few, Options("eap"))
     order = per_pair.sum(1).mean(-1).argsort().tolist()
@@ -65,7 +65,9 @@ def pool_of(model, n_pairs: int, seed: int) -> Pool:
     scores = evaluator.scores([items[k:] for k in SIZES])
     assert len(evaluator.rows_kept) == len(pairs)
     right = (swept_logit_diffs(model, pairs, "layer_input", layers=[6], positions=CELLS)["patched"][0] > 0).double()
-    one = im.ioi.generate(model.tokenizer, n_pairs, seed, templates=im.ioi.ALIGNED_TEMPLATES, corruptions=[CORRUPTION])
+    one = im.ioi.generate(
+        model.tokenizer, n_pairs, seed, templates=im.ioi.ALIGNED_TEMPLATES, corruptions=[CORRUPTION], symmetric=True
+    )
     effects = effect(**swept_logit_diffs(model, one, "layer_input", layers=[6], positions=CELLS[-1:]))[0, 0]
     _, everywhere = attributions(model, pairs, Options("eap"))
     of_edge = everywhere.sum(1)[order[0]]

@@ -20,9 +20,8 @@ PLOT_WIDTH = 636
 """Pixels: with its axis, a chart of this width fits a page 800 pixels wide."""
 
 
-@alt.theme.register("ioi-mamba", enable=False)
-def theme() -> Any:
-    """The house theme."""
+def config() -> dict[str, Any]:
+    """What the house theme says of fonts, colours and sizes, as Vega-Lite has it."""
     ink = "currentColor"
     axis = {
         "labelColor": ink,
@@ -39,40 +38,44 @@ def theme() -> Any:
         "titlePadding": 8,
     }
     return {
-        "config": {
-            "background": "transparent",
-            "font": FONT,
-            "view": {"stroke": None, "continuousWidth": PLOT_WIDTH, "continuousHeight": 220},
-            "axis": axis,
-            "header": {"labelColor": ink, "titleColor": ink, "labelFontSize": 12, "labelFontWeight": 600},
-            "legend": {
-                "labelColor": ink,
-                "titleColor": ink,
-                "labelFontSize": 11,
-                "titleFontSize": 12,
-                "titleFontWeight": 500,
-                "symbolBaseFillColor": ink,
-                "symbolBaseStrokeColor": ink,
-            },
-            "title": {
-                "color": ink,
-                "subtitleColor": ink,
-                "subtitleFontSize": 11,
-                "subtitlePadding": 4,
-                "fontSize": 13,
-                "fontWeight": 600,
-                "anchor": "start",
-                "offset": 10,
-            },
-            "text": {"color": ink},
-            "rule": {"color": ink},
-            "range": {"category": list(CATEGORIES)},
-        }
+        "background": "transparent",
+        "font": FONT,
+        "view": {"stroke": None, "continuousWidth": PLOT_WIDTH, "continuousHeight": 220},
+        "axis": axis,
+        "header": {"labelColor": ink, "titleColor": ink, "labelFontSize": 12, "labelFontWeight": 600},
+        "legend": {
+            "labelColor": ink,
+            "titleColor": ink,
+            "labelFontSize": 11,
+            "titleFontSize": 12,
+            "titleFontWeight": 500,
+            "symbolBaseFillColor": ink,
+            "symbolBaseStrokeColor": ink,
+        },
+        "title": {
+            "color": ink,
+            "subtitleColor": ink,
+            "subtitleFontSize": 11,
+            "subtitlePadding": 4,
+            "fontSize": 13,
+            "fontWeight": 600,
+            "anchor": "start",
+            "offset": 10,
+        },
+        "text": {"color": ink},
+        "rule": {"color": ink},
+        "range": {"category": list(CATEGORIES)},
     }
+
+
+@alt.theme.register("ioi-mamba", enable=False)
+def theme() -> Any:
+    """The house theme."""
+    return {"config": config()}
 
 
 def themed(chart: Any) -> Any:
     """A copy of an Altair chart that has the house theme in it, whatever theme is active."""
     own = chart.copy()
-    own.config = theme()["config"]
+    own.config = config()
     return own

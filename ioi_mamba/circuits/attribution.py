@@ -23,42 +23,37 @@ path then interpolates the conv slices as well, as the published notebook does, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
-import torch
 from torch import Tensor
 
-from ioi_mamba.circuits import gradients
-from ioi_mamba.circuits.graph import Item, Universe, conv_parts, universe_of
-from ioi_mamba.circuits.scoring import Evaluator, check_one_layout
+from ioi_mamba.charts.notebook import shown
+from ioi_mamba.circuits.graph import Circuit, Universe, items_of, universe_of
+from ioi_mamba.circuits.methods import VARIANTS, Kind, Method, MethodName, Options, Variant, kinds_of, method_of
+from ioi_mamba.circuits.ranking import Ranking, places_of
+from ioi_mamba.circuits.scoring import check_one_layout
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.jobs import call
-from ioi_mamba.model.memory import rows_per_pass
 from ioi_mamba.passes.ranges import usable
-from ioi_mamba.passes.sweep import Progress, pair_named
+from ioi_mamba.passes.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
-
-METHODS = ("eap", "eap-ig", "exact")
-VARIANTS = ("paper", "detached", "clean-difference")
-
-_Attributions = tuple[list[tuple[str, str, str | None]], Tensor]
 
 
 def attribute(
     model,
     pairs: Pairs,
     *,
-    method: str = "eap-ig",
-    variant: str = "paper",
+    method: MethodName | Method = "eap-ig",
+    variant: Variant = "paper",
     steps: int = 5,
     positions: bool = False,
     parts: bool = False,
     per_pair: bool = False,
     pairs_per_pass: int | None = None,
     progress: Progress | None = None,
-) -> pd.DataFrame:
-    """Attribution of every edge (and part): columns source, target, position, part, score (and pair).
+) -> Attribution:
+    """Attribution of every edge (and part); its `table` has columns source, target, position, part, score (and pair).
 
     method: "eap", the gradient at the clean point; "eap-ig", the mean over `steps` points of the path; or "exact",
     which needs no gradients: each item is patched alone, at many times the cost. variant: see the module's table. positions: one score a position, else summed (position is null). parts: score conv
@@ -71,94 +66,83 @@ def attribute(
     which none has a range, and pairs of several layouts where their scores at positions would be averaged.
     """
     options = Options(method, variant, steps, positions, parts, per_pair, pairs_per_pass)
-    _check(options)
+    found_by = _checked(options)
     if positions and not per_pair:
         check_one_layout(pairs)
     found = usable(model, pairs)
     kinds, scores = attributions(model, found.pairs, options, progress)
     table = _to_frame(kinds, scores, positions, found.rows if per_pair else None)
     table.attrs = {"left_out": found.left_out}
-    return table
+    universe = universe_of(model, parts=parts, n_positions=pairs.clean.shape[1] if positions else None)
+    return Attribution(table, universe, found_by.label, len(found.pairs))
 
 
-class Options(NamedTuple):
-    """How `attribute` is to score; fields as its arguments."""
+@dataclass(frozen=True, eq=False, repr=False)
+class Attribution:
+    """What `attribute` found.
 
-    method: str = "eap-ig"
-    variant: str = "paper"
-    steps: int = 5
-    positions: bool = False
-    parts: bool = False
-    per_pair: bool = True
-    pairs_per_pass: int | None = None
+    Attributes:
+        table: Columns source, target, position, part, score (and pair); `attrs` has `left_out`.
+        universe: The graph that was scored.
+        label: The method in words.
+        n: How many pairs the scores are of.
+    """
+
+    table: pd.DataFrame
+    universe: Universe
+    label: str
+    n: int
+
+    def ranking(self, order: str = "signed") -> Ranking:
+        """The items in order of their mean score; order: "signed" as the paper, or "absolute"."""
+        table = self.table
+        if "pair" in table:
+            keys = ["source", "target", "position", "part"]
+            table = pd.DataFrame(table.groupby(keys, as_index=False, sort=False, dropna=False)["score"].mean())
+        return Ranking.of(items_of(table), table["score"].to_numpy(), self.universe, order)
+
+    def circuit(self, k: int, order: str = "signed") -> Circuit:
+        """The circuit of the k most important items. Raises InputError for a k that is not 0 to all items."""
+        return self.ranking(order).top(k)
+
+    def chart(self) -> Any:
+        """The scores: edges as a matrix from source to target, and parts by layer; over positions they are summed."""
+        return self.ranking().chart()
+
+    def __repr__(self) -> str:
+        return f"<Attribution by {self.label} on {self.n} pairs>\n{self.ranking()!r}"
+
+    def _repr_html_(self) -> str:
+        ranking = self.ranking()
+        return shown(f"Attribution by {self.label} on {self.n} pairs", ranking.to_frame(), ranking.chart)
 
 
-def attributions(model, pairs: Pairs, options: Options, progress: Progress | None = None) -> _Attributions:
+def attributions(
+    model: Any, pairs: Pairs, options: Options, progress: Progress | None = None
+) -> tuple[list[Kind], Tensor]:
     """As `attribute`, of pairs that all have a range: (source, target, part) of every item, Float32[item, pos, pair].
 
     The axis of positions has length 1 without `positions`, that of pairs without `per_pair`.
     """
-    method, variant, steps, positions, parts, per_pair, pairs_per_pass = options
-    _check(options)
-    if pairs_per_pass is None:
-        kind = "part gradients" if parts else "gradients"
-        pairs_per_pass = min(64, rows_per_pass(model, pairs.clean.shape[1], kind))
-    universe = universe_of(model, parts=parts, n_positions=pairs.clean.shape[1] if positions else None)
-    kinds = _kinds(universe)
-    if method == "exact":
-        places = range(pairs.clean.shape[1]) if positions else [None]
-        items = [Item(source, target, p, part) for source, target, part in kinds for p in places]
-        scores = Evaluator(model, pairs, universe).exact_effects(items, progress)
-        scores = scores.view(len(kinds), len(places), -1)
-        return kinds, scores if per_pair else scores.mean(-1, keepdim=True)
-    if method == "eap":
-        alphas, steps = [0.0], 1
-    else:
-        alphas = [k / (steps - 1) for k in range(steps)]
-        # At alpha = 1 every sink sees the corrupted run and, undetached, only the output has a gradient. What is left
-        # to add there is embed->output, which is zero where the last token is the same: then the step is not run.
-        rows = torch.arange(len(pairs))
-        same_last = bool((pairs.clean[rows, pairs.last] == pairs.corrupted[rows, pairs.last]).all())
-        alphas = alphas[:-1] if variant == "paper" and same_last else alphas
-    passes = (alphas, steps, variant, parts, positions, per_pair, pairs_per_pass)
-    with pair_named(model, pairs):
-        scores = call(model, gradients.scores, pairs.without_text(), *passes, progress=progress)
-    return kinds, _stacked(scores, universe)
+    method = _checked(options)
+    n_positions = pairs.clean.shape[1] if options.positions else None
+    universe = universe_of(model, parts=options.parts, n_positions=n_positions)
+    return kinds_of(universe), method.run(model, pairs, universe, options, progress)
 
 
-def _check(options: Options) -> None:
-    """Raise InputError for options that mean nothing."""
-    if options.method not in METHODS or options.variant not in VARIANTS:
-        raise InputError(
-            f"method {options.method!r} with variant {options.variant!r} is unknown: methods are {', '.join(METHODS)}, "
-            f"variants {', '.join(VARIANTS)}."
-        )
+def _checked(options: Options) -> Method:
+    """The method. Raises InputError for options that mean nothing."""
+    method = method_of(options.method)
+    if options.variant not in VARIANTS:
+        raise InputError(f"variant {options.variant!r} is unknown: variants are {', '.join(VARIANTS)}.")
     if options.pairs_per_pass is not None and options.pairs_per_pass < 1:
         raise InputError(f"pairs_per_pass must be at least 1, not {options.pairs_per_pass}.")
-    if options.method == "eap-ig" and options.steps < 2:
+    if options.steps < method.least_steps:
         raise InputError(
-            f"eap-ig needs at least 2 steps, not {options.steps}; for one gradient at the clean point use 'eap'."
+            f"{method.name} needs at least {method.least_steps} steps, not {options.steps}; for one gradient at the clean "
+            "point use 'eap'."
         )
-
-
-def _kinds(universe: Universe) -> list[tuple[str, str, str | None]]:
-    """(source, target, part) of the items, in the order of the tables."""
-    nodes = universe.nodes
-    kinds: list[tuple[str, str, str | None]] = [
-        (nodes[i], nodes[j + 1], None) for j in range(universe.n_layers + 1) for i in range(j + 1)
-    ]
-    for i in range(universe.n_layers if universe.parts else 0):
-        kinds += [(str(i), str(i), part) for part in (*conv_parts(universe.conv_width), "ssm", "skip")]
-    return kinds
-
-
-def _stacked(scores: dict[str, Tensor], universe: Universe) -> Tensor:
-    """Scores by kind, as `gradients.scores` gives them, in the order of `_kinds`: [item, pos or 1, pair or 1]."""
-    columns = [scores["edges"][:, i, j] for j in range(universe.n_layers + 1) for i in range(j + 1)]
-    for i in range(universe.n_layers if universe.parts else 0):
-        columns += [scores["conv"][:, i, k] for k in range(universe.conv_width)]
-        columns += [scores[part][:, i] for part in ("ssm", "skip")]
-    return torch.stack(columns).movedim(1, -1)
+    return method
 
 
 def _to_frame(kinds, scores: Tensor, positions: bool, pairs: Tensor | None) -> pd.DataFrame:
@@ -173,14 +157,7 @@ def _to_frame(kinds, scores: Tensor, positions: bool, pairs: Tensor | None) -> p
 
 
 def ranked(table: pd.DataFrame, ranking: str = "signed") -> pd.DataFrame:
-    """The table in order of importance, with a `rank` column from 1.
-
-    ranking: "signed", most negative first, as the paper does; or "absolute", largest |score| first. Ties keep the
-    order of the table. Raises InputError for another ranking.
-    """
-    if ranking not in ("signed", "absolute"):
-        raise InputError(f"ranking {ranking!r} is unknown: use 'signed' (as the paper) or 'absolute'.")
-    key = table["score"] if ranking == "signed" else -table["score"].abs()
-    out = table.iloc[key.argsort(kind="stable")].reset_index(drop=True)
+    """The table in order of importance, with a `rank` column from 1; ranking: "signed" or "absolute" (`ORDERS`)."""
+    out = table.iloc[places_of(table["score"], ranking)].reset_index(drop=True)
     out["rank"] = range(1, len(out) + 1)
     return out

@@ -10,14 +10,16 @@ fractions they are summed over: `MIB_FRACTIONS` are those of the benchmark (`mib
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from ioi_mamba.circuits.graph import Circuit, Item, Universe, items_of, kind_of
+from ioi_mamba.circuits.graph import Circuit, Item, kind_of
+from ioi_mamba.circuits.ranking import Ranking, places_of
 from ioi_mamba.circuits.scoring import SCORES, Evaluator, chosen_sizes, smallest_size
+from ioi_mamba.circuits.search import Search
 from ioi_mamba.errors import InputError
 from ioi_mamba.model.jobs import runs_here
 from ioi_mamba.passes.intervals import Estimate, Mean, Resampled, mean_interval, resampled_means, share_interval
@@ -32,7 +34,7 @@ SHARES = ("accuracy", "full_vocabulary_accuracy")
 def evaluate(
     model,
     pairs: Pairs,
-    circuit: Circuit | pd.DataFrame,
+    circuit: Circuit | Search | pd.DataFrame,
     *,
     necessity: bool = False,
     intervals: bool = False,
@@ -40,12 +42,15 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean scores of a circuit on pairs: those of SCORES, and `f` (MIB's faithfulness), `n`, `left_out`, `size`.
 
-    circuit: a `Circuit`, or a table with a column `kept`, as `im.acdc` gives it. n: the pairs that have a range (`ranges`); left_out: those that have none. necessity: patch the circuit and keep the
+    circuit: a `Circuit`, what `im.acdc` gives, or a table with a column `kept`. n: the pairs that have a range (`ranges`); left_out: those that have none. necessity: patch the circuit and keep the
     rest. intervals: add `{score}_low` and `{score}_high`, 95 % by cluster. seed: of the bootstrap that f has. Raises
     InputError for a circuit of another graph, where no pair has a range, and for a circuit at positions with pairs of
     several layouts.
     """
-    circuit = circuit if isinstance(circuit, Circuit) else Circuit.from_frame(circuit, model)
+    if isinstance(circuit, Search):
+        circuit = circuit.circuit()
+    elif not isinstance(circuit, Circuit):
+        circuit = Circuit.from_frame(circuit, model)
     patched = list(circuit.items) if necessity else circuit.patched()
     evaluator = Evaluator(model, pairs, circuit.universe)
     found = estimates(evaluator, [patched], seed)
@@ -76,19 +81,13 @@ def estimates(
     return out
 
 
-def top(table: pd.DataFrame, k: int, universe: Universe) -> Circuit:
-    """The circuit of the first k items of a ranked table."""
-    return Circuit(frozenset(items_of(table.head(k))), universe)
+def size_curve(evaluator: Evaluator, ranking: Ranking, sizes: Sequence[int]) -> pd.DataFrame:
+    """Scores of the circuits of the first k items of a ranking, one row a size: size, fraction, f, SCORES.
 
-
-def size_curve(evaluator: Evaluator, table: pd.DataFrame, sizes: Sequence[int]) -> pd.DataFrame:
-    """Scores of the circuits of the first k items of a ranked table, one row a size: size, fraction, f, SCORES.
-
-    Items that are not in the table are kept always.
+    Items that are not ranked are kept always.
     """
-    order = items_of(table)
-    scores = evaluator.scores([order[k:] for k in sizes])
-    curve = pd.DataFrame({"size": sizes, "fraction": [k / len(order) for k in sizes]})
+    scores = evaluator.scores(ranking.cut(sizes))
+    curve = pd.DataFrame({"size": sizes, "fraction": [k / len(ranking) for k in sizes]})
     curve["f"] = evaluator.faithfulness(scores["logit_diff"]).cpu().numpy()
     for name, values in scores.items():
         curve[name] = values.mean(1).cpu().numpy()
@@ -114,9 +113,9 @@ def mib_sizes(n_items: int) -> list[int]:
 
 
 def smallest(
-    evaluator: Evaluator, table: pd.DataFrame, target: float, *, metric: str = "accuracy"
+    evaluator: Evaluator, ranking: Ranking, target: float, *, metric: str = "accuracy"
 ) -> tuple[Circuit, pd.DataFrame]:
-    """The smallest k whose circuit (first k of a ranked table) has `metric` > target, by binary search.
+    """The smallest k whose circuit (first k of a ranking) has `metric` > target, by binary search.
 
     As published (`smallest_size`), which assumes a metric that rises with k; the second result has every k tried, with
     `monotonic` False where a smaller circuit scored higher than a larger one. Where no k tried is above the target the
@@ -131,17 +130,17 @@ def smallest(
 
     def value(k: int, ahead: set[int]) -> float:
         if k not in known:
-            for _, row in size_curve(evaluator, table, sorted(({k} | ahead) - set(known))).iterrows():
+            for _, row in size_curve(evaluator, ranking, sorted(({k} | ahead) - set(known))).iterrows():
                 known[int(row["size"])] = row
         tried.add(k)
         return float(known[k][metric])
 
     above = lambda k, low, high: value(k, _middles(low, high, levels)) > target
-    k = smallest_size(len(table), above)
+    k = smallest_size(len(ranking), above)
     value(k, set())
     curve = pd.DataFrame([known[size] for size in sorted(tried)]).astype({"size": int}).reset_index(drop=True)
     curve["monotonic"] = curve[metric] >= curve[metric].cummax().shift(fill_value=float("-inf"))
-    return top(table, k, evaluator.universe), curve
+    return ranking.top(k), curve
 
 
 def _middles(low: int, high: int, levels: int) -> set[int]:
@@ -197,16 +196,14 @@ def split_jaccards(
     n_clusters = int(clusters.max()) + 1
     if n_clusters < 2:
         raise InputError("Pairs that all share a prompt cannot be split in halves; give pairs of different prompts.")
-    key: Callable[[Tensor], Tensor] = (lambda means: -means.abs()) if ranking == "absolute" else (lambda means: means)
     generator = torch.Generator().manual_seed(seed)
     halves, orders = [], []
     for _ in range(n_splits):
         in_first = torch.zeros(n_clusters, dtype=torch.bool)
         in_first[torch.randperm(n_clusters, generator=generator)[: n_clusters // 2]] = True
         for rows in (in_first[clusters].nonzero()[:, 0], (~in_first[clusters]).nonzero()[:, 0]):
-            order = key(per_pair[:, rows].double().mean(1)).argsort(stable=True).tolist()
             halves.append(rows)
-            orders.append([items[k] for k in order])
+            orders.append([items[k] for k in places_of(per_pair[:, rows].double().mean(1), ranking)])
     sizes = chosen_sizes(evaluator, halves, orders, target)
     chosen = [set(order[:size]) for order, size in zip(orders, sizes, strict=True)]
     pairs_of = zip(chosen[::2], chosen[1::2], strict=True)

@@ -22,6 +22,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ioi_mamba.charts.notebook import shown
+from ioi_mamba.circuits.charts import circuit_matrices
 from ioi_mamba.errors import InputError
 from ioi_mamba.files import read_table, written_whole
 from ioi_mamba.model.jobs import config_of
@@ -69,6 +71,12 @@ class Universe(NamedTuple):
                 kinds += [(layer, layer, part) for part in (*conv_parts(self.conv_width), "ssm", "skip")]
         positions = [None] if self.n_positions is None else range(self.n_positions)
         return [Item(s, t, p, part) for s, t, part in kinds for p in positions]
+
+    def count(self) -> int:
+        """How many items there are."""
+        n = self.n_layers
+        inside = n * (self.conv_width + 2) if self.parts else 0
+        return ((n + 1) * (n + 2) // 2 + inside) * (1 if self.n_positions is None else self.n_positions)
 
     def check(self, items: Iterable[Item]) -> None:
         """Raise InputError, naming it, for the first of the items that is not one of this graph's; makes no list."""
@@ -172,7 +180,7 @@ def masks_of(sets: list[Iterable[Item]], universe: Universe, n_positions: int) -
     return masks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Circuit:
     """Items kept clean; every other item of the universe is patched when the circuit is evaluated.
 
@@ -287,9 +295,23 @@ class Circuit:
 
     def to_frame(self) -> pd.DataFrame:
         """Columns source, target, position, part; one row an item, in the order of the universe."""
+        return frame_of(self.listed())
+
+    def listed(self) -> list[Item]:
+        """The items in the order of the universe."""
         order = {item: k for k, item in enumerate(self.universe.items())}
-        table = pd.DataFrame(sorted(self.items, key=order.__getitem__), columns=list(Item._fields))
-        return table.astype({"source": "str", "target": "str", "position": "Int64", "part": "str"})
+        return sorted(self.items, key=order.__getitem__)
+
+    def chart(self) -> Any:
+        """What is kept: edges as a matrix from source to target, and parts by layer; at positions, at how many."""
+        return circuit_matrices(self.to_frame().assign(kept=1.0), "kept")
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.kinds().items())) or "no item"
+        return f"<Circuit of {len(self)} of {self.universe.count()} items: {kinds}>"
+
+    def _repr_html_(self) -> str:
+        return shown(f"Circuit of {len(self)} of {self.universe.count()} items", self.to_frame(), self.chart)
 
     def save(self, path: str | Path) -> None:
         """Write `path`.parquet (the items) and `path`.json (the universe), each beside and then renamed."""
@@ -368,6 +390,12 @@ def kind_of(item: Item) -> str:
     return (
         f"{item.source if item.source == 'embed' else 'layer'}->{item.target if item.target == 'output' else 'layer'}"
     )
+
+
+def frame_of(items: Iterable[Item]) -> pd.DataFrame:
+    """The items as a table with columns source, target, position, part."""
+    table = pd.DataFrame(list(items), columns=list(Item._fields))
+    return table.astype({"source": "str", "target": "str", "position": "Int64", "part": "str"})
 
 
 def items_of(table: pd.DataFrame) -> list[Item]:

@@ -21,10 +21,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from ioi_mamba.circuits.graph import Circuit, Item, Universe, conv_parts, universe_of
+from ioi_mamba.charts.notebook import shown
+from ioi_mamba.circuits.charts import circuit_matrices
+from ioi_mamba.circuits.graph import Circuit, Item, Universe, conv_parts, frame_of, items_of, universe_of
 from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.errors import InputError
 from ioi_mamba.files import written_whole
@@ -189,8 +192,8 @@ def acdc(
     test_mode: bool = False,
     resume: bool = True,
     progress: Progress | None = None,
-) -> pd.DataFrame:
-    """Search for a circuit; columns source, target, position, part, kept, drop, one row an item.
+) -> Search:
+    """Search for a circuit; its `table` has columns source, target, position, part, kept, drop, one row an item.
 
     start: items outside it are removed before the search (its universe is the search's). threshold, rollback: the
     largest drop of the mean normalized logit diff that is accepted, for one set and for sets together (default the
@@ -247,12 +250,40 @@ def acdc(
     for item in _without_effect(state, universe, paper):
         state.kept.pop(item, None)
         state.removed[item] = None
-    table = pd.DataFrame(everything, columns=list(Item._fields)).astype(
-        {"source": "str", "target": "str", "position": "Int64", "part": "str"}
-    )
+    table = frame_of(everything)
     table["kept"] = [item in state.kept for item in everything]
     table["drop"] = [state.kept.get(item, float("nan")) for item in everything]
     final = float(evaluator.normalized([list(state.removed)])[0])
     left_out = len(pairs) - len(evaluator.rows_kept)
     table.attrs = {"score": final, "tests": state.tests, "rounds": state.rounds, "left_out": left_out}
-    return table
+    return Search(table, universe)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Search:
+    """What `acdc` found.
+
+    Attributes:
+        table: Columns source, target, position, part, kept, drop; `attrs` has score, tests, rounds, left_out.
+        universe: The graph that was searched.
+    """
+
+    table: pd.DataFrame
+    universe: Universe
+
+    def circuit(self) -> Circuit:
+        """What is kept."""
+        return Circuit(frozenset(items_of(self.table[self.table["kept"]])), self.universe)
+
+    def chart(self) -> Any:
+        """The drop of every item that is kept: edges as a matrix from source to target, and parts by layer."""
+        return circuit_matrices(self.table[self.table["kept"]], "drop")
+
+    def __repr__(self) -> str:
+        about = self.table.attrs
+        return f"<Search: normalized logit diff {about['score']:.3f} after {about['tests']} tests>\n{self.circuit()!r}"
+
+    def _repr_html_(self) -> str:
+        kept = self.table[self.table["kept"]].sort_values("drop", ascending=False)
+        heading = f"Search: {len(kept)} of {len(self.table)} items kept, largest drops first"
+        return shown(heading, kept.drop(columns="kept"), self.chart)

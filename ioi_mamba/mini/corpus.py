@@ -263,15 +263,17 @@ def evaluation_sets(tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[tuple
     each template with each corruption, then the task with two names.
     """
     sets = {
-        ("Then, Afterwards, Friends", "all five"): ioi.generate(tokenizer, 200, seed, templates=ioi.ALIGNED_TEMPLATES),
-        ("all four", "all five"): ioi.generate(tokenizer, 10, seed),
+        ("Then, Afterwards, Friends", "all five"): ioi.generate(
+            tokenizer, 200, seed, templates=ioi.ALIGNED_TEMPLATES, symmetric=True
+        ),
+        ("all four", "all five"): ioi.generate(tokenizer, 10, seed, symmetric=True),
     }
     for template in ioi.TEMPLATES:
         for corruption in ioi.CORRUPTIONS:
-            pairs = ioi.generate(tokenizer, 200, seed, templates=[template], corruptions=[corruption])
+            pairs = ioi.generate(tokenizer, 200, seed, templates=[template], corruptions=[corruption], symmetric=True)
             sets[pairs.labels["template"][0], corruption] = pairs
     sets["all four, two names", "all three"] = ioi.generate(
-        tokenizer, 200, seed, templates=ioi.TWO_NAME_TEMPLATES, corruptions=ioi.TWO_NAME_CORRUPTIONS
+        tokenizer, 200, seed, templates=ioi.TWO_NAME_TEMPLATES, corruptions=ioi.TWO_NAME_CORRUPTIONS, symmetric=True
     )
     return sets
 
@@ -283,6 +285,6 @@ def held_out_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
         sets = list(evaluation_sets(tokenizer, seed).values())
         for corruption in ioi.CORRUPTIONS:
             three = ioi.ALIGNED_TEMPLATES
-            sets.append(ioi.generate(tokenizer, 40, seed, templates=three, corruptions=[corruption]))
+            sets.append(ioi.generate(tokenizer, 40, seed, templates=three, corruptions=[corruption], symmetric=True))
         texts |= {text for pairs in sets for both in pairs.texts or () for text in both}
     return texts

@@ -310,7 +310,7 @@ def _kept_averages(model, layer: int | None, offset: int | None) -> Averages:
         layer = kept["layer"]
     if (layer, offset) not in kept:
         where = find_offset(model, layer) if offset is None else offset
-        pairs = ioi.generate(model.tokenizer, _PAIRS_FOR_STEER, 27)
+        pairs = ioi.generate(model.tokenizer, _PAIRS_FOR_STEER, 27, symmetric=True)
         kept[layer, offset] = averages(model, pairs, layer, offset=where)
     return kept[layer, offset]
 

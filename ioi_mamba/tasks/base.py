@@ -18,13 +18,14 @@ from ioi_mamba.errors import InputError
 from ioi_mamba.model.portable import portable
 from ioi_mamba.tasks import prompts as text
 from ioi_mamba.tasks.prompts import PromptPair
+from ioi_mamba.tasks.readout import Readout
 
 ABSENT = -1
 """In `candidates` no further choice, in `roles` no such position in this row."""
 
 
 @portable
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Pairs:
     """Prompts in pairs, as token ids. The n-th row of every field belongs to the n-th pair.
 
@@ -39,6 +40,7 @@ class Pairs:
         `n3+1` is the token after `n3` and `n1-1` the one before `n1`, `BOS` is 0 and `out` the last token. A
         word of several tokens has its role on the first of them, so `n1+1` may be the rest of a long name.
     texts: (clean, corrupted) of each pair, or None.
+    readout: how an answer of several tokens is read (`tasks.readout`), or None: one token at the last position.
 
     Raises InputError where shapes, dtypes or values do not fit each other.
     """
@@ -52,6 +54,7 @@ class Pairs:
     labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
     roles: dict[str, Tensor] = field(default_factory=dict)
     texts: tuple[tuple[str, str], ...] | None = None
+    readout: Readout | None = None
 
     def __post_init__(self) -> None:
         for name, tensor in self._tensors():
@@ -89,6 +92,13 @@ class Pairs:
             if tensor is not None and (tensor.min() < low or (high is not None and tensor.max() > high)):
                 upper = "" if high is None else f" and at most {high}"
                 raise InputError(f"{name} has values out of range; they must be at least {low}{upper}.")
+        if self.readout is not None:
+            n_choices = self.readout.tokens.shape[1]
+            if len(self.readout.at) != n_pairs or int(self.readout.at.min()) < 0 or int(self.readout.at.max()) >= n_pos:
+                raise InputError(f"The readout must have positions 0 to {n_pos - 1} for each of the {n_pairs} pairs.")
+            for name in ("answer", "wrong"):
+                if int(getattr(self, name).max()) >= n_choices:
+                    raise InputError(f"{name} must be numbers of the readout's choices, 0 to {n_choices - 1}.")
         texts_of = {f"label {name!r}": column for name, column in self.labels.items()}
         for name, column in (texts_of | ({} if self.texts is None else {"texts": self.texts})).items():
             if len(column) != n_pairs:
@@ -106,6 +116,7 @@ class Pairs:
         lengths: Any = None,
         labels: Mapping[str, Sequence[str]] | None = None,
         roles: Mapping[str, Any] | None = None,
+        readout: Readout | None = None,
     ) -> Pairs:
         """Pairs from token ids: tensors or arrays of any integer type, or (nested) lists, shaped as the fields of `Pairs`.
 
@@ -132,14 +143,78 @@ class Pairs:
             lengths=lengths,
             labels={name: tuple(column) for name, column in (labels or {}).items()},
             roles={name: _integers(f"role {name!r}", value) for name, value in (roles or {}).items()},
+            readout=readout,
         )
+
+    @classmethod
+    def from_texts(
+        cls,
+        clean: str | Sequence[str],
+        corrupted: str | Sequence[str],
+        answer: str | Sequence[str],
+        wrong: str | Sequence[str],
+        tokenizer: Any,
+        *,
+        candidates: Sequence[Sequence[str]] | None = None,
+        labels: Mapping[str, Sequence[str]] | None = None,
+    ) -> Pairs:
+        """Pairs from texts, with BOS in front; roles are the names among the answers and candidates, as `ioi` has them.
+
+        Args:
+            clean: The prompt of each pair; one text is one pair.
+            corrupted: The other prompt of each pair, as many tokens long.
+            answer: What continues each clean prompt: one token, written with or without its leading space.
+            wrong: What continues each corrupted prompt.
+            tokenizer: Any fast Hugging Face tokenizer.
+            candidates: Of each pair, all answers to choose among; default the two.
+            labels: A text of each pair by name, such as "corruption".
+
+        Raises:
+            InputError: For lists of unequal length, and, naming the pair, for answers that are not one token and prompts
+                of unequal length.
+        """
+        columns = {"clean": clean, "corrupted": corrupted, "answer": answer, "wrong": wrong}
+        listed = {name: text.texts_of(name, column) for name, column in columns.items()}
+        n = len(listed["clean"])
+        for name, column in listed.items():
+            if len(column) != n:
+                raise InputError(f"{name} has {len(column)} texts and clean {n}; give one for each pair.")
+        if candidates is not None and len(candidates) != n:
+            raise InputError(f"candidates has {len(candidates)} rows and clean {n}; give one for each pair.")
+        labels = dict(labels or {})
+        for name, column in labels.items():
+            if isinstance(column, str) or len(column) != n:
+                raise InputError(f"label {name!r} must be a list with a text for each of the {n} pairs.")
+        prompts = []
+        for row, (one, other, right, not_right) in enumerate(zip(*listed.values(), strict=True)):
+            names = {
+                right.strip(),
+                not_right.strip(),
+                *(each.strip() for each in (candidates[row] if candidates else ())),
+            }
+            prompts.append(
+                PromptPair(
+                    clean=one,
+                    corrupted=other,
+                    answer=right.strip(),
+                    wrong=not_right.strip(),
+                    names=tuple(sorted(names)),
+                    corruption=str(labels["corruption"][row]) if "corruption" in labels else "given",
+                    source=f"pair {row}",
+                    template=str(labels["template"][row]) if "template" in labels else None,
+                )
+            )
+        pairs = cls.from_prompts(prompts, tokenizer)
+        own = {name: tuple(map(str, column)) for name, column in labels.items()}
+        return replace(pairs, labels=pairs.labels | own)
 
     @classmethod
     def from_jsonl(cls, path: str | Path, tokenizer: Any) -> Pairs:
         """Pairs from a file with one JSON object a line (`.gz` is unpacked), tokenised with BOS in front.
 
-        Keys: uncorrupted, corrupted, answer_uncorrupted, answer_corrupted, incorrect_for_uncorrupted,
-        incorrect_for_corrupted, corruption; `template` (text) is optional, other keys are not read. Rows are
+        Keys: clean, corrupted, answer, wrong, and if wanted candidates (a list) and corruption; or, as the paper's files
+        have them, uncorrupted, corrupted, answer_uncorrupted, answer_corrupted, incorrect_for_uncorrupted,
+        incorrect_for_corrupted, corruption. `template` (text) is optional, other keys are not read. Rows are
         those of the file: `.symmetric()` adds the swapped copies. Roles are read from the text, as
         `ioi.generate` does. Raises InputError with the file and the line.
         """
@@ -201,11 +276,48 @@ class Pairs:
             labels={name: tuple(column[i] for i in order) for name, column in self.labels.items()},
             roles={role: take(indices) for role, indices in self.roles.items()},
             texts=None if self.texts is None else tuple(self.texts[i] for i in order),
+            readout=None if self.readout is None else self.readout.of(index),
         )
+
+    def __repr__(self) -> str:
+        """How many, how long, of what kinds, and the first pair."""
+        n, width = self.clean.shape
+        lengths = sorted({int(last) + 1 for last in self.last})
+        tokens = f"{width} tokens" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]} tokens"
+        kinds = [f"  {name}: {', '.join(map(str, list(dict.fromkeys(c))[:5]))}" for name, c in self.labels.items()]
+        first = self.texts[0] if self.texts else tuple(str(ids[0].tolist()) for ids in (self.clean, self.corrupted))
+        lines = [f"<{n} pair{'' if n == 1 else 's'} of {tokens}", *kinds, f"  clean:     {first[0]}"]
+        return "\n".join([*lines, f"  corrupted: {first[1]}"]) + ">"
+
+    def _repr_html_(self) -> str:
+        """The first prompts, with the words that differ marked."""
+        rows = []
+        for row in range(min(5, len(self))):
+            sides = (
+                self.texts[row]
+                if self.texts
+                else [" ".join(map(str, t[row].tolist())) for t in (self.clean, self.corrupted)]
+            )
+            rows.append("".join(f"<td>{side}</td>" for side in text.marked(*sides)))
+        more = f"<p>The first {len(rows)} of {len(self)} pairs.</p>" if len(rows) < len(self) else ""
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        return f"<table><thead><tr><th>clean</th><th>corrupted</th></tr></thead><tbody>{body}</tbody></table>{more}"
 
     def without_text(self) -> Pairs:
         """The same token ids without labels and texts: all that a computation needs, and less to send."""
         return replace(self, labels={}, texts=None)
+
+    @property
+    def read_at(self) -> Tensor:
+        """Int64[pair, k], the positions where the answer is read: the last one, unless a readout says otherwise."""
+        return self.last[:, None] if self.readout is None else self.readout.at
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """What each choice scores, Float[..., pair, choice], of logits Float[..., pair, k, vocab] at `read_at`.
+
+        Without a readout a choice is a token of the vocabulary and its score its logit.
+        """
+        return logits[..., 0, :] if self.readout is None else self.readout.scores(logits)
 
     @property
     def last(self) -> Tensor:
@@ -279,8 +391,11 @@ class Pairs:
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raise InputError unless every token, answer and candidate is below `vocab_size`."""
-        for name in ("clean", "corrupted", "answer", "wrong", "candidates"):
-            tensor = getattr(self, name)
+        # With a readout, answers are numbers of its choices.
+        answers = ("answer", "wrong", "candidates") if self.readout is None else ("readout tokens",)
+        tensors = dict(self._tensors())
+        for name in ("clean", "corrupted", *answers):
+            tensor = tensors.get(name)
             if tensor is not None and tensor.max() >= vocab_size:
                 raise InputError(
                     f"{name} holds token {int(tensor.max())}, and the model's vocabulary has {vocab_size}; "
@@ -343,6 +458,7 @@ class Pairs:
                 }
             ),
             texts=tuple(texts) if all(part.texts is not None for part in parts) else None,
+            readout=_one_readout(parts),
         )
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -351,6 +467,9 @@ class Pairs:
                 yield name, getattr(self, name)
         for role in sorted(self.roles):
             yield f"role {role!r}", self.roles[role]
+        if self.readout is not None:
+            yield "readout at", self.readout.at
+            yield "readout tokens", self.readout.tokens
 
     def _trimmed(self, width: int) -> Pairs:
         """These pairs, all `width` tokens long, without the padding and without the roles no row has."""
@@ -363,11 +482,19 @@ class Pairs:
         )
 
 
+def _one_readout(parts: Sequence[Pairs]) -> Readout | None:
+    """That of pairs put together; their positions stay, since padding is on the right."""
+    found = [part.readout for part in parts if part.readout is not None]
+    if len(found) not in (0, len(parts)):
+        raise InputError("Some parts have a readout and some have none; give it to all or to none.")
+    return Readout.concat(found) if found else None
+
+
 def check_pairs(pairs: Any) -> Pairs:
     """`pairs` if they are `Pairs`; InputError for anything else, such as tokens."""
     if not isinstance(pairs, Pairs):
         raise InputError(
-            f"A {type(pairs).__name__} is no Pairs: make them with im.Pairs.from_tokens, im.Pairs.from_jsonl or a task, "
+            f"A {type(pairs).__name__} is no Pairs: make them with im.Pairs.from_texts, im.Pairs.from_tokens, im.Pairs.from_jsonl or a task, "
             "such as im.ioi.generate."
         )
     return pairs

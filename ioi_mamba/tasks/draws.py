@@ -21,7 +21,9 @@ def drawn_apart(tokenizer: Any, n_pairs: int, seed: int, kinds: Sequence[tuple[S
     """`n_pairs` symmetric pairs of each kind, (templates, corruptions), as `ioi.generate` draws them."""
     return Pairs.concat(
         [
-            ioi.generate(tokenizer, n_pairs, seed + STEP * number, templates=templates, corruptions=corruptions)
+            ioi.generate(
+                tokenizer, n_pairs, seed + STEP * number, templates=templates, corruptions=corruptions, symmetric=True
+            )
             for number, (templates, corruptions) in enumerate(kinds)
         ]
     )

@@ -91,13 +91,13 @@ def usable_names(tokenizer: Any, names: Sequence[str] = NAMES) -> list[str]:
 def generate(
     tokenizer: Any,
     n_pairs: int,
-    seed: int,
+    seed: int = 27,
     *,
     templates: Sequence[str] = TEMPLATES,
     corruptions: Sequence[str] = CORRUPTIONS,
-    symmetric: bool = True,
+    symmetric: bool = False,
 ) -> Pairs:
-    """`n_pairs` pairs as the paper draws them, and after them, if `symmetric`, their swapped copies.
+    """`n_pairs` pairs as the paper draws them, and after them, if `symmetric`, their swapped copies: twice as many rows.
 
     tokenizer: any Hugging Face tokenizer that reports character offsets. Names that are not one token are
         left out, which changes what a seed gives; GPT-NeoX and `mini` keep all.
@@ -105,7 +105,7 @@ def generate(
     corruptions: such as "ABC AB C -> ABC AC B".
 
         >>> from ioi_mamba import open_model
-        >>> pairs = generate(open_model("mini", device="cpu").tokenizer, 1, 27, symmetric=False)
+        >>> pairs = generate(open_model("mini", device="cpu").tokenizer, 1)
         >>> pairs.texts[0][0]
         'Friends Donovan, Isabel and Leah went to the office. Donovan and Isabel gave a necklace to'
 

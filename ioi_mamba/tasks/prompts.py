@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import gzip
+import html
 import json
 import re
 import unicodedata
@@ -19,6 +21,7 @@ from ioi_mamba.model.tokens import bos_id
 
 MAX_LINE_BYTES, MAX_LINES = 100_000, 100_000  # packed, a small file can hold more than memory does
 TEXT_KEYS = ("uncorrupted", "corrupted", "answer_uncorrupted", "answer_corrupted", "corruption")
+PLAIN_KEYS = ("clean", "corrupted", "answer", "wrong")
 NAME_LIST_KEYS = ("incorrect_for_uncorrupted", "incorrect_for_corrupted")
 
 CONTEXT = "to"
@@ -207,6 +210,26 @@ def find_roles(prompt: Prompt, names: Iterable[str]) -> dict[str, int]:
     return roles | {"out": out}
 
 
+def texts_of(name: str, column: Any) -> list[str]:
+    """A text, or several, as a list. Raises InputError, by the column's name, for anything else and for empty texts."""
+    listed = [column] if isinstance(column, str) else column
+    if not isinstance(listed, Sequence) or not listed or not all(map(_is_text, listed)):
+        raise InputError(f"{name} is {str(column)[:100]!r}; give a text or a list of texts, none of them empty.")
+    return list(listed)
+
+
+def marked(clean: str, corrupted: str) -> tuple[str, str]:
+    """The two texts as HTML, escaped, with the words in which they differ marked."""
+    words = [re.findall(r"\s*\S+", side) for side in (clean, corrupted)]
+    matcher = difflib.SequenceMatcher(None, *words, autojunk=False)
+    sides: tuple[list[str], list[str]] = ([], [])
+    for kind, *ends in matcher.get_opcodes():
+        for side, own, (begin, end) in zip(sides, words, (ends[:2], ends[2:]), strict=True):
+            shown = html.escape("".join(own[begin:end]))
+            side.append(shown if kind == "equal" or not shown else f"<mark>{shown}</mark>")
+    return "".join(sides[0]), "".join(sides[1])
+
+
 def words_of(text: str) -> list[str]:
     """The words of a text, in order: runs of letters, digits and what is written above or below them."""
     return ["".join(run) for is_word, run in groupby(composed(text), _in_word) if is_word]
@@ -255,6 +278,8 @@ def _parse_line(line: bytes, source: str) -> PromptPair:
         raise InputError(f"{source} is not valid JSON ({_brief(error)}); give one JSON object a line.") from error
     if not isinstance(row, dict):
         raise InputError(f"{source} is not a JSON object; give one object with a pair of prompts a line.")
+    if "clean" in row or "answer" in row or "wrong" in row:
+        return _plain_row(row, source)
     for key in (*TEXT_KEYS, *NAME_LIST_KEYS):
         if key not in row:
             raise InputError(f"{source} has no {key!r}; every pair needs {', '.join((*TEXT_KEYS, *NAME_LIST_KEYS))}.")
@@ -275,6 +300,30 @@ def _parse_line(line: bytes, source: str) -> PromptPair:
         corruption=row["corruption"],
         source=source,
         # The paper's files number the template, which says nothing that the text does not.
+        template=row["template"] if _is_text(row.get("template")) else None,
+    )
+
+
+def _plain_row(row: dict[str, Any], source: str) -> PromptPair:
+    """A row with the keys clean, corrupted, answer, wrong, and perhaps candidates, corruption and template."""
+    if "uncorrupted" in row:
+        raise InputError(f"{source} has both 'clean' and 'uncorrupted'; write clean, corrupted, answer, wrong.")
+    for key in PLAIN_KEYS:
+        if not _is_text(row.get(key)):
+            state = "has no" if key not in row else "is not text:"
+            raise InputError(f"{source} {state} {key!r}; every pair needs {', '.join(PLAIN_KEYS)} as texts.")
+    candidates = row.get("candidates", [])
+    if not isinstance(candidates, list) or not all(map(_is_text, candidates)):
+        raise InputError(f"{source}: 'candidates' is not a list of texts; give one, or leave it out.")
+    answers = (row["answer"].strip(), row["wrong"].strip())
+    return PromptPair(
+        clean=row["clean"],
+        corrupted=row["corrupted"],
+        answer=answers[0],
+        wrong=answers[1],
+        names=tuple(sorted({*answers, *(each.strip() for each in candidates)})),
+        corruption=row["corruption"] if _is_text(row.get("corruption")) else "given",
+        source=source,
         template=row["template"] if _is_text(row.get("template")) else None,
     )
 

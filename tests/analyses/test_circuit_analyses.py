@@ -10,11 +10,13 @@ from scipy import stats
 
 import ioi_mamba as im
 from ioi_mamba.analyses import _circuits, circuit_search, load
-from ioi_mamba.analyses.circuit_search import RANKINGS, SEARCH, first_pruned, less_search
+from ioi_mamba.analyses.circuit_search import SEARCH, first_pruned, less_search
 from ioi_mamba.analyses.positional_attribution import LAST_ONLY, LOST, busiest_layer, without_early_output
 from ioi_mamba.circuits.attribution import ranked
 from ioi_mamba.circuits.faithfulness import MIB_FRACTIONS, areas, size_curve, split_jaccards
 from ioi_mamba.circuits.graph import Circuit, Item, Universe, items_of, universe_of
+from ioi_mamba.circuits.methods import METHODS
+from ioi_mamba.circuits.ranking import Ranking
 from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.errors import InputError
 from ioi_mamba.experiments.experiment import Context
@@ -116,7 +118,7 @@ def test_the_curve_is_that_of_the_ranking(mini, sets, tables, name):
 def test_edges_are_ranked_by_their_attribution_and_parts_are_not(mini, sets, tables):
     table = tables["edge-attribution"]
     totals = table[(table["what"] == "item") & table["position"].isna()]
-    edges = ranked(im.attribute(mini, sets[0]))
+    edges = ranked(im.attribute(mini, sets[0]).table)
     got = totals[totals["part"].isna()]
     assert got["source"].tolist() == edges["source"].tolist()
     assert got["score"].tolist() == pytest.approx(edges["score"].tolist(), abs=1e-6)
@@ -146,7 +148,10 @@ def test_exact_effects_stand_beside_their_own_items(mini, sets, tables):
     assert chosen["exact"].tolist() == pytest.approx(want.tolist(), abs=1e-5)
     edges = shown[shown["part"].isna()]
     estimates = {}
-    for same in (im.attribute(mini, few, parts=True), im.attribute(mini, few)):  # edges are scored without parts
+    for same in (
+        im.attribute(mini, few, parts=True).table,
+        im.attribute(mini, few).table,
+    ):  # edges are scored without parts
         estimates |= dict(zip(items_of(same), same["score"], strict=True))
     assert shown["estimate"].tolist() == pytest.approx([estimates[item] for item in items_of(shown)], abs=1e-5)
     correlation = edges["estimate"].abs().rank().corr(edges["exact"].abs().rank())
@@ -155,7 +160,7 @@ def test_exact_effects_stand_beside_their_own_items(mini, sets, tables):
 
 def test_intervals_of_scores_are_those_of_the_means_of_symmetric_pairs(mini, sets, tables):
     row = tables["positional-attribution"].iloc[0]
-    per_pair = im.attribute(mini, sets[0], positions=True, per_pair=True)
+    per_pair = im.attribute(mini, sets[0], positions=True, per_pair=True).table
     same = (per_pair["source"] == row["source"]) & (per_pair["target"] == row["target"])
     values = per_pair[same & (per_pair["position"] == row["position"])]["score"].to_numpy()
     half = len(values) // 2
@@ -176,7 +181,7 @@ def test_the_search_decides_among_the_items_it_began_with(mini, sets, tables):
 
 def test_each_item_of_the_search_has_its_own_attribution(mini, sets, tables):
     items = tables["circuit-search"].query("what == 'item'")
-    want = dict(zip(items_of(t := im.attribute(mini, sets[0], parts=True)), t["score"], strict=True))
+    want = dict(zip(items_of(t := im.attribute(mini, sets[0], parts=True).table), t["score"], strict=True))
     assert items["score"].tolist() == pytest.approx([want[i] for i in items_of(items)], abs=1e-5)
 
 
@@ -185,11 +190,11 @@ def test_search_and_attribution_are_compared_at_the_same_size_on_held_out_pairs(
     few = _circuits.some_of(sets[0], 4)
     universe = universe_of(mini, parts=True)
     for threshold, rows in table[table["threshold"].notna()].groupby("threshold"):
-        found = im.acdc(mini, few, threshold=threshold)
+        found = im.acdc(mini, few, threshold=threshold).table
         circuits = {SEARCH: Circuit(frozenset(items_of(found[found["kept"]])), universe)}
         for method in ("eap-ig", "eap"):
-            ranking = ranked(im.attribute(mini, few, method=method, parts=True))
-            circuits[RANKINGS[method]] = first_pruned(ranking, len(circuits[SEARCH]), universe)
+            ranking = im.attribute(mini, few, method=method, parts=True).ranking()
+            circuits[METHODS[method].label] = first_pruned(ranking, len(circuits[SEARCH]))
         for name, circuit in circuits.items():
             row = value(rows, name, "f")
             assert row["size"] == len(circuit) <= len(circuits[SEARCH])
@@ -203,11 +208,11 @@ def test_search_and_attribution_are_compared_at_the_same_size_on_held_out_pairs(
 def test_a_pruned_circuit_is_filled_up_to_its_size():
     universe = Universe(2)
     order = [("embed", "1"), ("0", "1"), ("1", "output"), ("0", "output"), ("embed", "0"), ("embed", "output")]
-    ranking = pd.DataFrame(order, columns=["source", "target"])
+    ranking = Ranking.of([Item(*nodes) for nodes in order], range(len(order)), universe)
     # Until embed -> 0 comes, what leaves layer 0 is on no path from embed.
-    assert first_pruned(ranking, 2, universe).items == {Item("embed", "1"), Item("1", "output")}
-    assert first_pruned(ranking, 4, universe).items == first_pruned(ranking, 2, universe).items
-    assert len(first_pruned(ranking, 5, universe)) == 5
+    assert first_pruned(ranking, 2).items == {Item("embed", "1"), Item("1", "output")}
+    assert first_pruned(ranking, 4).items == first_pruned(ranking, 2).items
+    assert len(first_pruned(ranking, 5)) == 5
 
 
 def test_without_the_comparison_the_search_stands_alone(mini, sets):
@@ -260,7 +265,8 @@ def test_the_areas_of_the_benchmark_are_those_of_its_sizes_and_rankings(mini, se
     few = Evaluator(mini, _circuits.some_of(sets[1], _circuits.CURVE_PROMPTS), universe_of(mini))
     sizes = [int(fraction * 45) for fraction in MIB_FRACTIONS]
     for measure, ranking in (("cpr", "signed"), ("cmd", "absolute")):
-        f = torch.tensor(size_curve(few, ranked(edges, ranking), sizes)["f"].to_numpy())
+        order = Ranking.of(items_of(edges), edges["score"].to_numpy(), few.universe, ranking)
+        f = torch.tensor(size_curve(few, order, sizes)["f"].to_numpy())
         got = value(table, _circuits.MIB_GRID, measure)
         assert got["value"] == pytest.approx(float(areas(MIB_FRACTIONS, f)[measure]), abs=1e-4)
         assert got["low"] < got["value"] < got["high"]
@@ -271,7 +277,7 @@ def test_the_areas_of_the_benchmark_are_those_of_its_sizes_and_rankings(mini, se
 def test_the_jaccard_is_of_circuits_that_halves_of_the_prompts_choose(mini, sets, tables, name):
     table = tables[name]
     row = value(table, "kept", "jaccard", "train")
-    per_pair = im.attribute(mini, sets[0], positions=name == NAMES[1], per_pair=True)
+    per_pair = im.attribute(mini, sets[0], positions=name == NAMES[1], per_pair=True).table
     items = items_of(first := per_pair[per_pair["pair"] == 0])
     scores = torch.tensor(per_pair["score"].to_numpy()).view(len(first), -1)
     evaluator = Evaluator(mini, sets[0], universe_of(mini, n_positions=20 if name == NAMES[1] else None))
@@ -296,7 +302,9 @@ def test_a_target_that_no_circuit_reaches_is_said(mini, sets, tables, name):
 @pytest.fixture(scope="module")
 def ragged(mini):
     """Two pairs of each template, 20 tokens long and in one case 19, of which few positions have a role."""
-    pairs = im.Pairs.concat([im.ioi.generate(mini.tokenizer, 2, 27, templates=[each]) for each in im.ioi.TEMPLATES])
+    pairs = im.Pairs.concat(
+        [im.ioi.generate(mini.tokenizer, 2, 27, templates=[each], symmetric=True) for each in im.ioi.TEMPLATES]
+    )
     roles = {role: at for role, at in pairs.roles.items() if role in ("BOS", "n1", "n2", "n3", "n4", "n5", "out")}
     return replace(pairs, roles=roles)
 
@@ -317,22 +325,22 @@ def test_positions_are_those_of_the_commonest_layout_and_the_rest_is_counted(min
 def test_scores_and_circuits_at_positions_refuse_prompts_of_several_layouts(mini, ragged):
     universe = universe_of(mini, n_positions=20)
     for call in (
-        lambda: im.attribute(mini, ragged, positions=True),
-        lambda: im.acdc(mini, ragged, positions=True, parts=False),
+        lambda: im.attribute(mini, ragged, positions=True).table,
+        lambda: im.acdc(mini, ragged, positions=True, parts=False).table,
         lambda: im.evaluate(mini, ragged, Circuit.full(universe)),
         lambda: Evaluator(mini, ragged, universe),
     ):
         with pytest.raises(InputError, match=r"have 2 layouts .* give those of one layout"):
             call()
-    assert len(im.attribute(mini, ragged)) == 45
-    assert im.attribute(mini, ragged, positions=True, per_pair=True)["pair"].nunique() == len(ragged)
+    assert len(im.attribute(mini, ragged).table) == 45
+    assert im.attribute(mini, ragged, positions=True, per_pair=True).table["pair"].nunique() == len(ragged)
 
 
 def test_scores_of_edges_at_positions_are_means_over_the_same_word(mini, ragged):
     table = load("edge-attribution")(mini, ragged, steps=2, exact_prompts=2)
     at = _circuits.item_rows(table)
     at = at[at["label"].notna() & (at["source"] == "embed") & (at["target"] == "0")].set_index("label")
-    per_pair = im.attribute(mini, ragged, positions=True, per_pair=True, steps=2)
+    per_pair = im.attribute(mini, ragged, positions=True, per_pair=True, steps=2).table
     per_pair = per_pair[(per_pair["source"] == "embed") & (per_pair["target"] == "0")]
     scores = per_pair.pivot(index="pair", columns="position", values="score")
     for label in ("n1", "n4", "out"):

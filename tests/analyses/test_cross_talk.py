@@ -181,7 +181,9 @@ def test_the_default_pairs_are_twenty_combinations_drawn_apart_the_first_from_th
     pairs = cross_talk.default_pairs(mini.tokenizer, 3, 27)
     groups = {(t, c) for t, c in zip(pairs.labels["template"], pairs.labels["corruption"], strict=True)}
     assert (len(groups), len(pairs)) == (20, 120)
-    alone = im.ioi.generate(mini.tokenizer, 3, 27, templates=[im.ioi.TEMPLATES[0]], corruptions=[im.ioi.CORRUPTIONS[0]])
+    alone = im.ioi.generate(
+        mini.tokenizer, 3, 27, templates=[im.ioi.TEMPLATES[0]], corruptions=[im.ioi.CORRUPTIONS[0]], symmetric=True
+    )
     assert torch.equal(pairs[:6].clean, alone.clean)
     # From one seed every combination of a corruption's letters would have the same names.
     names = [pairs[6 * k : 6 * k + 3].candidates.flatten().tolist() for k in range(20)]

@@ -76,7 +76,9 @@ def test_conv_shift_patches_one_slice_at_its_output_position(mini, pairs):
 
 
 def test_a_state_with_its_conv_inputs_replaced_forgets_all_before_it(mini):
-    pairs = ioi.generate(mini.tokenizer, 2, 27, templates=ioi.ALIGNED_TEMPLATES, corruptions=ioi.CORRUPTIONS[:1])
+    pairs = ioi.generate(
+        mini.tokenizer, 2, 27, templates=ioi.ALIGNED_TEMPLATES, corruptions=ioi.CORRUPTIONS[:1], symmetric=True
+    )
     with torch.no_grad():
         plain = load("state-ablation")(mini, pairs)
         forgot = load("state-ablation")(mini, pairs, with_conv=True)
@@ -93,7 +95,7 @@ def test_a_state_with_its_conv_inputs_replaced_forgets_all_before_it(mini):
 
 
 def test_templates_with_names_elsewhere_are_averaged_by_role(mini):
-    pairs = ioi.generate(mini.tokenizer, 12, 27, corruptions=ioi.CORRUPTIONS[:1])
+    pairs = ioi.generate(mini.tokenizer, 12, 27, corruptions=ioi.CORRUPTIONS[:1], symmetric=True)
     assert len(pairs.layouts()) == 2
     table = load("layer-ablation")(mini, pairs)
     first_names = table[(table["label"] == "n1") & (table["layer"] == 0)]
@@ -102,7 +104,10 @@ def test_templates_with_names_elsewhere_are_averaged_by_role(mini):
 
 def test_a_position_without_a_role_is_that_of_the_longest_layout_alone(mini):
     templates, corruptions = ioi.TEMPLATES[1:3], ioi.CORRUPTIONS[:1]
-    parts = [ioi.generate(mini.tokenizer, 1, 27, templates=[each], corruptions=corruptions) for each in templates]
+    parts = [
+        ioi.generate(mini.tokenizer, 1, 27, templates=[each], corruptions=corruptions, symmetric=True)
+        for each in templates
+    ]
     pairs = im.Pairs.concat(parts)
     pairs = replace(pairs, roles={role: pairs.roles[role] for role in ("n1", "n2", "n3", "n4", "n5", "out")})
     longest = max(pairs.layouts(), key=lambda part: part.clean.shape[1])
@@ -118,7 +123,9 @@ def test_a_position_without_a_role_is_that_of_the_longest_layout_alone(mini):
 
 
 def test_intervals_of_effects_are_those_of_pairs(mini):
-    pairs = ioi.generate(mini.tokenizer, 6, 27, templates=ioi.ALIGNED_TEMPLATES, corruptions=ioi.CORRUPTIONS[:1])
+    pairs = ioi.generate(
+        mini.tokenizer, 6, 27, templates=ioi.ALIGNED_TEMPLATES, corruptions=ioi.CORRUPTIONS[:1], symmetric=True
+    )
     diffs = swept_logit_diffs(mini, pairs, "layer_input", layers=[6], positions=[15])
     values = metrics.effect(**diffs)[0, 0].view(2, 6).mean(0).numpy()
     row = cell(load("layer-ablation")(mini, pairs), ioi.CORRUPTIONS[0], 6, 15)

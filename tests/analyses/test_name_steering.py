@@ -31,7 +31,7 @@ class Place(NamedTuple):
 def place(mini):
     """Where `mini` takes a name in, so that steering there has effects both ways."""
     corrupted_first = im.ioi.generate(
-        mini.tokenizer, 8, 27, templates=im.ioi.ALIGNED_TEMPLATES, corruptions=im.ioi.CORRUPTIONS[:1]
+        mini.tokenizer, 8, 27, templates=im.ioi.ALIGNED_TEMPLATES, corruptions=im.ioi.CORRUPTIONS[:1], symmetric=True
     )
     name = int(corrupted_first.first_difference[0])
     positions = list(range(name, name + mini.config.conv_kernel))
@@ -42,7 +42,7 @@ def place(mini):
 
 @pytest.fixture(scope="module")
 def pairs(mini):
-    return im.ioi.generate(mini.tokenizer, 60, 27)
+    return im.ioi.generate(mini.tokenizer, 60, 27, symmetric=True)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_a_prompt_drawn_many_times_is_one_outcome(mini, pairs, place):
 
 
 def test_a_test_prompts_own_pair_is_in_none_of_the_averages_it_is_steered_with(mini, place):
-    pairs = im.ioi.generate(mini.tokenizer, 40, 27)
+    pairs = im.ioi.generate(mini.tokenizer, 40, 27, symmetric=True)
     table = name_steering.EXPERIMENT(mini, pairs, layer=place.layer, offset=place.offset, per_cell=6, seed=5)
     assert table["leave_out"].all()
     assert set(table["prompts_a_name"]) == {80 / len(set(names_in(pairs)))}
@@ -250,7 +250,7 @@ def names_in(pairs):
 
 
 def test_with_enough_prompts_a_name_the_averages_are_the_published_ones(mini, place, monkeypatch):
-    pairs = im.ioi.generate(mini.tokenizer, 10, 27)
+    pairs = im.ioi.generate(mini.tokenizer, 10, 27, symmetric=True)
     with monkeypatch.context() as patch:
         patch.setattr(name_steering, "ENOUGH", 0.1)
         many = name_steering.EXPERIMENT(mini, pairs, layer=place.layer, offset=place.offset, per_cell=2)
@@ -338,7 +338,7 @@ def test_after_the_weights_changed_the_averages_and_the_layer_are_those_of_the_n
         with torch.no_grad():
             edit()
         found = steer._kept_averages(model, None, 1)
-        pairs = im.ioi.generate(model.tokenizer, 40, 27)
+        pairs = im.ioi.generate(model.tokenizer, 40, 27, symmetric=True)
         torch.testing.assert_close(found.mean, steer.averages(model, pairs, 2, offset=1).mean)
         assert (found.mean - first.mean).abs().max() > 1e-3
         assert len(looked) == number
@@ -354,7 +354,9 @@ def test_the_bottleneck_is_the_one_of_layer_ablation(mini):
 def test_the_offset_is_where_a_state_input_has_the_largest_effect(mini, place):
     expected = torch.zeros(mini.config.conv_kernel)
     for corruption in im.ioi.CORRUPTIONS:
-        pairs = im.ioi.generate(mini.tokenizer, 8, 27, templates=im.ioi.ALIGNED_TEMPLATES, corruptions=[corruption])
+        pairs = im.ioi.generate(
+            mini.tokenizer, 8, 27, templates=im.ioi.ALIGNED_TEMPLATES, corruptions=[corruption], symmetric=True
+        )
         first = int(pairs.first_difference[0])
         expected += torch.stack([mean_effect(mini, pairs, place, first + k) for k in range(len(expected))])
     assert bottleneck.find_offset(mini, place.layer) == int(expected.argmax())
@@ -421,7 +423,7 @@ def test_other_bad_input_is_refused(mini, pairs, place, averages, tiny_mamba):
 
 
 def test_few_pairs_leave_cells_without_prompts_and_the_findings_say_so(mini):
-    one = im.ioi.generate(mini.tokenizer, 1, 27, corruptions=[im.ioi.CORRUPTIONS[0]])
+    one = im.ioi.generate(mini.tokenizer, 1, 27, corruptions=[im.ioi.CORRUPTIONS[0]], symmetric=True)
     calls = []
     table = name_steering.EXPERIMENT(mini, one, layer=0, per_cell=2, progress=lambda *call: calls.append(call))
     # Only the first name ever is the answer.

@@ -38,14 +38,14 @@ def decisions(table):
 
 
 def search(**options):
-    return im.acdc(golden.model(), golden.golden_pairs(), threshold=0.02, **options)
+    return im.acdc(golden.model(), golden.golden_pairs(), threshold=0.02, **options).table
 
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_every_decision_and_drop_is_that_of_the_acdc_library(name):
     found = golden.LISTS["acdc"][name]
     options = SEARCHES[name] | {"threshold": found["threshold"], "paper": True}
-    table = im.acdc(golden.model(), golden.golden_pairs(), **options)
+    table = im.acdc(golden.model(), golden.golden_pairs(), **options).table
     got, want = decisions(table), published(found)
     assert set(got) == set(want)
     assert [item for item in want if got[item][0] == want[item][0]] == []

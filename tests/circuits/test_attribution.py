@@ -19,11 +19,11 @@ TAGS = {"paper": "layers", "detached": "layers_detach", "clean-difference": "lay
 
 
 def golden_attribution(**options):
-    return im.attribute(golden.model(), golden.golden_pairs(), **options)
+    return im.attribute(golden.model(), golden.golden_pairs(), **options).table
 
 
 def odd_attribution(**options):
-    return im.attribute(golden.odd_model(), golden.random_pairs("odd"), **options)
+    return im.attribute(golden.odd_model(), golden.random_pairs("odd"), **options).table
 
 
 def edges_of(table, n_pairs=1):
@@ -102,7 +102,7 @@ def test_every_edge_conv_slice_ssm_and_skip_has_the_score_of_the_reference(varia
     want = reference.attributions(weights, pairs, alphas, variant, variant == "paper", 3)
     table = im.attribute(
         model, pairs, method=method, variant=variant, steps=max(steps, 2), parts=True, positions=True, per_pair=True
-    )
+    ).table
     got = table.assign(part=table["part"].astype(object).where(table["part"].notna(), None)).groupby(
         ["source", "target", "part"], dropna=False
     )
@@ -170,7 +170,7 @@ def test_scores_depend_neither_on_the_pairs_of_a_pass_nor_on_their_order(variant
     for pairs_per_pass in (1, 2, 3):
         assert relative_error(scores(golden_attribution(**options, pairs_per_pass=pairs_per_pass)), whole) < 1e-5
     order = [3, 0, 4, 1, 2]
-    permuted = im.attribute(golden.model(), golden.golden_pairs()[order], **options, per_pair=True)
+    permuted = im.attribute(golden.model(), golden.golden_pairs()[order], **options, per_pair=True).table
     assert relative_error(scores(permuted.groupby(permuted.index // 5, as_index=False)["score"].mean()), whole) < 1e-5
     own = golden_attribution(**options, per_pair=True)
     by_pair = lambda table: torch.stack([scores(table[table["pair"] == pair]) for pair in range(5)])
@@ -179,7 +179,7 @@ def test_scores_depend_neither_on_the_pairs_of_a_pass_nor_on_their_order(variant
 
 def test_twice_the_pairs_have_the_same_scores():
     pairs = golden.golden_pairs()
-    twice = im.attribute(golden.model(), pairs[[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]])
+    twice = im.attribute(golden.model(), pairs[[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]]).table
     assert relative_error(scores(twice), scores(golden_attribution())) < 1e-5
 
 
@@ -199,11 +199,11 @@ def test_the_default_is_the_mean_over_pairs_and_the_sum_over_positions():
 
 def test_ragged_pairs_have_the_scores_that_each_pair_alone_has():
     model, pairs = golden.model(), golden.random_pairs("golden", lengths=[9, 6, 8, 5])
-    table = im.attribute(model, pairs, steps=3, parts=True, per_pair=True)
+    table = im.attribute(model, pairs, steps=3, parts=True, per_pair=True).table
     for row, length in enumerate(pairs.lengths.tolist()):
         one = pairs[[row]]
         alone = Pairs.from_tokens(one.clean[:, :length], one.corrupted[:, :length], one.answer, one.wrong)
-        want = scores(im.attribute(model, alone, steps=3, parts=True))
+        want = scores(im.attribute(model, alone, steps=3, parts=True).table)
         assert relative_error(scores(table[table["pair"] == row]), want) < 1e-4
 
 
@@ -212,8 +212,8 @@ def test_a_pair_of_equal_prompts_has_no_score():
     same = Pairs.from_tokens(pairs.clean, pairs.clean, pairs.answer, pairs.wrong)
     with pytest.raises(InputError, match="None of the 4 pairs has a range"):
         im.attribute(golden.odd_model(), same, parts=True)
-    both = im.attribute(golden.odd_model(), Pairs.concat([same, pairs]), parts=True, per_pair=True)
-    alone = im.attribute(golden.odd_model(), pairs, parts=True, per_pair=True)
+    both = im.attribute(golden.odd_model(), Pairs.concat([same, pairs]), parts=True, per_pair=True).table
+    alone = im.attribute(golden.odd_model(), pairs, parts=True, per_pair=True).table
     assert set(both["pair"]) == {4, 5, 6, 7}
     assert both.attrs["left_out"] == 4
     assert both["score"].tolist() == pytest.approx(alone["score"].tolist(), abs=1e-6)

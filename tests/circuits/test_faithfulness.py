@@ -11,8 +11,9 @@ from conditioning import effect_rounding
 import ioi_mamba as im
 from ioi_mamba.circuits import faithfulness as fa
 from ioi_mamba.circuits import scoring as evaluators
-from ioi_mamba.circuits.attribution import Options, attribute, attributions, ranked
+from ioi_mamba.circuits.attribution import Options, attribute, attributions
 from ioi_mamba.circuits.graph import Circuit, Item, kind_of, universe_of
+from ioi_mamba.circuits.ranking import Ranking
 from ioi_mamba.errors import InputError
 from ioi_mamba.passes import metrics
 
@@ -81,10 +82,10 @@ def test_every_single_removal_goes_on_from_the_run_before_as_if_run_whole(univer
 def test_a_size_curve_ends_at_the_model_and_its_rows_are_single_evaluations(pairs):
     universe = universe_of(golden.model())
     evaluator = evaluators.Evaluator(golden.model(), pairs, universe)
-    table = ranked(attribute(golden.model(), pairs))
-    curve = fa.size_curve(evaluator, table, [3, len(table)])
+    ranking = attribute(golden.model(), pairs).ranking()
+    curve = fa.size_curve(evaluator, ranking, [3, len(ranking)])
     assert curve["f"].iloc[1] == pytest.approx(1, abs=1e-4)
-    alone = im.evaluate(golden.model(), pairs, fa.top(table, 3, universe))
+    alone = im.evaluate(golden.model(), pairs, ranking.top(3))
     assert curve["normalized_logit_diff"].iloc[0] == pytest.approx(alone["normalized_logit_diff"], abs=1e-5)
 
 
@@ -151,38 +152,40 @@ class OnlyAGraph:
         self.universe = universe_of(self.model)
 
 
+def ranking_of_all():
+    """All items of the model's graph, in the graph's order."""
+    universe = universe_of(golden.model())
+    return Ranking.of(universe.items(), range(universe.count()), universe)
+
+
 @pytest.mark.parametrize("enough", [1, 2, 7, 13])
 def test_the_smallest_circuit_is_the_first_above_the_target(monkeypatch, enough):
-    table = pd.DataFrame(
-        [(i.source, i.target) for i in universe_of(golden.model()).items()], columns=["source", "target"]
-    )
+    ranking = ranking_of_all()
     tried = []
 
-    def curve(evaluator, table, sizes, progress=None):
+    def curve(evaluator, ranking, sizes, progress=None):
         tried.extend(sizes)
         return pd.DataFrame({"size": sizes, "accuracy": [0.9 if k >= enough else 0.1 for k in sizes]})
 
     monkeypatch.setattr(fa, "size_curve", curve)
-    circuit, steps = fa.smallest(OnlyAGraph(), table, 0.85)
+    circuit, steps = fa.smallest(OnlyAGraph(), ranking, 0.85)
     assert len(circuit) == enough
     assert len(tried) <= 6
     assert steps["monotonic"].all()
 
 
 def test_a_curve_that_falls_is_reported(monkeypatch):
-    table = pd.DataFrame(
-        [(i.source, i.target) for i in universe_of(golden.model()).items()], columns=["source", "target"]
-    )
+    ranking = ranking_of_all()
     scores = lambda k: 0.5 if k == 7 else 0.1 if k < 12 else 0.95
-    rows = lambda evaluator, table, sizes, progress=None: pd.DataFrame(
+    rows = lambda evaluator, ranking, sizes, progress=None: pd.DataFrame(
         {"size": sizes, "accuracy": [scores(k) for k in sizes]}
     )
     monkeypatch.setattr(fa, "size_curve", rows)
-    circuit, steps = fa.smallest(OnlyAGraph(), table, 0.85)
+    circuit, steps = fa.smallest(OnlyAGraph(), ranking, 0.85)
     assert len(circuit) == 12
     assert steps.loc[~steps["monotonic"], "size"].tolist() == [11]
     with pytest.raises(InputError, match="metric 'speed' is unknown"):
-        fa.smallest(OnlyAGraph(), table, 0.85, metric="speed")
+        fa.smallest(OnlyAGraph(), ranking, 0.85, metric="speed")
 
 
 def test_random_circuits_have_as_many_items_of_each_kind_and_a_seed_repeats_them(universe):
@@ -211,7 +214,7 @@ def test_the_sizes_and_areas_of_the_benchmark_are_those_of_its_code():
 @pytest.fixture(scope="module")
 def evaluated(mini):
     """An evaluator of edges on 12 symmetric pairs, its items and their scores."""
-    pairs = im.ioi.generate(mini.tokenizer, 12, 27, templates=im.ioi.ALIGNED_TEMPLATES)
+    pairs = im.ioi.generate(mini.tokenizer, 12, 27, templates=im.ioi.ALIGNED_TEMPLATES, symmetric=True)
     kinds, scores = attributions(mini, pairs, Options())
     items = [Item(source, target) for source, target, _ in kinds]
     return evaluators.Evaluator(mini, pairs, universe_of(mini)), items, scores.sum(1)
@@ -227,9 +230,9 @@ def test_halves_of_the_pairs_choose_circuits_anew_with_how_many(evaluated, ranki
         circuits = []
         for half in (True, False):
             rows = [row for row in range(24) if (row % 12 in first) == half]
-            table = pd.DataFrame(items).assign(score=scores[:, rows].mean(1).numpy())
+            order = Ranking.of(items, scores[:, rows].mean(1), evaluator.universe, ranking)
             part = evaluators.Evaluator(evaluator.model, evaluator.pairs[rows], evaluator.universe)
-            circuits.append(fa.smallest(part, ranked(table, ranking), 0.85)[0])
+            circuits.append(fa.smallest(part, order, 0.85)[0])
         want.append(circuits[0].jaccard(circuits[1]))
     assert found.tolist() == pytest.approx(want)
 

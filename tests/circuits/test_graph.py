@@ -186,7 +186,7 @@ def test_a_saved_circuit_with_an_item_of_another_graph_or_twice_is_refused(tmp_p
 
 
 def test_a_circuit_of_another_model_or_of_other_positions_is_not_evaluated(mini):
-    pairs = im.ioi.generate(mini.tokenizer, 1, 27, templates=im.ioi.ALIGNED_TEMPLATES)
+    pairs = im.ioi.generate(mini.tokenizer, 1, 27, templates=im.ioi.ALIGNED_TEMPLATES, symmetric=True)
     for universe, message in (
         (Universe(3), "has 3 layers, .* 8"),
         (Universe(8, n_positions=5), "has 5 positions, .* 20"),
@@ -362,8 +362,8 @@ def test_circuits_are_part_of_the_public_interface():
 
 
 def test_a_circuit_is_made_of_a_table_that_says_what_is_kept(mini):
-    pairs = im.ioi.generate(mini.tokenizer, 2, 27, templates=im.ioi.ALIGNED_TEMPLATES)
-    table = im.acdc(mini, pairs, threshold=0.05)
+    pairs = im.ioi.generate(mini.tokenizer, 2, 27, templates=im.ioi.ALIGNED_TEMPLATES, symmetric=True)
+    table = im.acdc(mini, pairs, threshold=0.05).table
     circuit = Circuit.from_frame(table, mini)
     assert circuit.universe == universe_of(mini, parts=True)
     assert len(circuit) == int(table["kept"].sum()) > 0
@@ -376,11 +376,11 @@ def test_a_circuit_is_made_of_a_table_that_says_what_is_kept(mini):
 def test_what_is_no_pairs_is_told_how_to_make_them(mini):
     tokens = torch.tensor([[0, 5, 7]])
     verbs = (
-        lambda: im.attribute(mini, tokens),
-        lambda: im.attribute(mini, [[0, 5, 7]], method="exact"),
-        lambda: im.attribute(mini, tokens, positions=True),
-        lambda: im.acdc(mini, "Then, Ana"),
-        lambda: im.acdc(mini, tokens, positions=True),
+        lambda: im.attribute(mini, tokens).table,
+        lambda: im.attribute(mini, [[0, 5, 7]], method="exact").table,
+        lambda: im.attribute(mini, tokens, positions=True).table,
+        lambda: im.acdc(mini, "Then, Ana").table,
+        lambda: im.acdc(mini, tokens, positions=True).table,
         lambda: im.evaluate(mini, tokens, Circuit.full(universe_of(mini))),
         lambda: im.patch_edges(mini, tokens, [("0", "output")]),
         lambda: resample_sweep(mini, tokens, "y"),
@@ -391,7 +391,7 @@ def test_what_is_no_pairs_is_told_how_to_make_them(mini):
 
 
 def test_no_set_at_all_is_refused_by_what_is_missing(mini):
-    pairs = im.ioi.generate(mini.tokenizer, 1, 27)
+    pairs = im.ioi.generate(mini.tokenizer, 1, 27, symmetric=True)
     evaluator = Evaluator(mini, pairs, universe_of(mini))
     for verb in (evaluator.scores, evaluator.normalized, evaluator.exact_effects):
         with pytest.raises(InputError, match="no set of items to patch"):

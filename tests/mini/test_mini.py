@@ -121,8 +121,8 @@ def accurate(figure):
 
 def test_held_out_accuracy_reaches_its_thresholds(model, tokenizer):
     mixed = {
-        ("three", ""): ioi.generate(tokenizer, 200, 28, templates=ioi.ALIGNED_TEMPLATES),
-        ("four", ""): ioi.generate(tokenizer, 10, 28),
+        ("three", ""): ioi.generate(tokenizer, 200, 28, templates=ioi.ALIGNED_TEMPLATES, symmetric=True),
+        ("four", ""): ioi.generate(tokenizer, 10, 28, symmetric=True),
     }
     figures = train.measure(model, mixed)
     assert [figure.prompts for figure in figures] == [400, 20]
@@ -138,7 +138,7 @@ def test_every_template_with_every_corruption_is_as_accurate_as_the_card_says(mo
 
 
 def test_the_embedded_model_is_measured_as_transformers_runs_it(model, tokenizer):
-    pairs = ioi.generate(tokenizer, 10, 28)
+    pairs = ioi.generate(tokenizer, 10, 28, symmetric=True)
     with torch.no_grad():
         expected = model(pairs.clean).logits
         torch.testing.assert_close(train.logits(model, pairs.clean), expected, rtol=1e-4, atol=1e-4)
@@ -212,7 +212,9 @@ def test_training_repeats_itself_lowers_the_loss_and_can_be_interrupted(tokenize
 def test_a_model_below_the_thresholds_is_not_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "Recipe", Tiny)
     monkeypatch.setattr(train, "held_out_texts", lambda tokenizer: set())
-    monkeypatch.setattr(train, "evaluation_sets", lambda tokenizer, seed: {("", ""): ioi.generate(tokenizer, 2, seed)})
+    monkeypatch.setattr(
+        train, "evaluation_sets", lambda tokenizer, seed: {("", ""): ioi.generate(tokenizer, 2, seed, symmetric=True)}
+    )
     assert train.main(["--out", str(tmp_path), "--threads", str(torch.get_num_threads())]) == 1
     assert "no checkpoint is written" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []

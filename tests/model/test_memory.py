@@ -70,7 +70,7 @@ def test_a_study_refuses_before_it_runs(monkeypatch, tmp_path):
 WORK = {
     "run": lambda model, pairs: im.run(model, pairs.clean, {"blocks.1.hook_y": lambda y: y * 0}),
     "sweep": lambda model, pairs: resample_sweep(model, pairs, "h", layers=[1], positions=[2, 5]),
-    "attribution": lambda model, pairs: im.attribute(model, pairs, positions=True, parts=True),
+    "attribution": lambda model, pairs: im.attribute(model, pairs, positions=True, parts=True).table,
     "edges": lambda model, pairs: Evaluator(model, pairs, universe_of(model, parts=True)).exact_effects(
         universe_of(model, parts=True).items()
     ),

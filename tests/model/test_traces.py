@@ -230,13 +230,17 @@ def test_an_edit_in_place_that_leaves_the_numbers_holds_the_state():
 
 
 def test_everything_works_inside_inference_mode(mini):
-    pairs = im.ioi.generate(mini.tokenizer, 2, seed=27, templates=im.ioi.ALIGNED_TEMPLATES)
+    pairs = im.ioi.generate(mini.tokenizer, 2, seed=27, templates=im.ioi.ALIGNED_TEMPLATES, symmetric=True)
     edit = {"blocks.3.hook_h.4": 0, "blocks.2.hook_B_bar": lambda x: x * 0.5}
-    want = (im.read(mini, pairs, "blocks.0.hook_h"), im.run(mini, pairs, edit), im.attribute(mini, pairs, method="eap"))
+    want = (
+        im.read(mini, pairs, "blocks.0.hook_h"),
+        im.run(mini, pairs, edit),
+        im.attribute(mini, pairs, method="eap").table,
+    )
     with torch.inference_mode():
-        inside = im.ioi.generate(mini.tokenizer, 2, seed=27, templates=im.ioi.ALIGNED_TEMPLATES)
+        inside = im.ioi.generate(mini.tokenizer, 2, seed=27, templates=im.ioi.ALIGNED_TEMPLATES, symmetric=True)
         got = (im.read(mini, inside, "blocks.0.hook_h"), im.run(mini, inside, edit))
-        scores = im.attribute(mini, inside, method="eap")
+        scores = im.attribute(mini, inside, method="eap").table
         with mini.trace(inside.clean, use_cache=False):
             with im.mixer(mini, 3) as m:
                 s = m.h[:, 4]
@@ -311,7 +315,7 @@ def test_token_ids_of_any_integer_type_are_taken(dtype):
 
 
 def test_prompts_may_be_texts_encodings_arrays_lists_or_pairs(mini):
-    pairs = im.ioi.generate(mini.tokenizer, 1, seed=27, templates=im.ioi.ALIGNED_TEMPLATES)
+    pairs = im.ioi.generate(mini.tokenizer, 1, seed=27, templates=im.ioi.ALIGNED_TEMPLATES, symmetric=True)
     text = pairs.texts[0][0]
     want = im.run(mini, pairs.clean[:1])
     bos = {"input_ids": [[0, *mini.tokenizer(text)["input_ids"]]]}
@@ -379,7 +383,7 @@ def test_names_may_be_one_a_pattern_or_count_from_the_end():
 
 
 def _uses_the_package(seed):
-    return len(im.ioi.generate(im.open_model("mini", device="cpu").tokenizer, 1, seed=seed))
+    return len(im.ioi.generate(im.open_model("mini", device="cpu").tokenizer, 1, seed=seed, symmetric=True))
 
 
 def test_a_function_that_uses_the_package_survives_serialisers_also_after_its_code_travels():

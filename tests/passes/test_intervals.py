@@ -149,7 +149,7 @@ def test_corruptions_are_drawn_apart_the_first_from_the_seed_itself(mini):
     assert len(pairs) == 5 * 8
     parts = list(effects_pairs(mini).values())
     alone = im.ioi.generate(
-        mini.tokenizer, 4, 27, templates=im.ioi.ALIGNED_TEMPLATES, corruptions=im.ioi.CORRUPTIONS[:1]
+        mini.tokenizer, 4, 27, templates=im.ioi.ALIGNED_TEMPLATES, corruptions=im.ioi.CORRUPTIONS[:1], symmetric=True
     )
     assert torch.equal(parts[0].clean, alone.clean)
     places = [part.clean.gather(1, part.roles["place"][:, None])[:4, 0].tolist() for part in parts]

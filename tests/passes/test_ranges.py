@@ -19,7 +19,7 @@ NO_RANGE = "has a range|has no range"
 @pytest.fixture(scope="module")
 def good(mini):
     """Six symmetric pairs, three of which are of one template."""
-    return im.ioi.generate(mini.tokenizer, 6, 27, templates=im.ioi.ALIGNED_TEMPLATES)
+    return im.ioi.generate(mini.tokenizer, 6, 27, templates=im.ioi.ALIGNED_TEMPLATES, symmetric=True)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_the_full_model_scores_one_with_pairs_without_a_range_among_them(mini, m
 
 
 def test_a_search_decides_as_without_them_and_its_score_is_one_of_a_circuit(mini, plain, mixed):
-    got, want = (im.acdc(mini, pairs, threshold=0.05, parts=False) for pairs in (mixed, plain))
+    got, want = (im.acdc(mini, pairs, threshold=0.05, parts=False).table for pairs in (mixed, plain))
     assert got["kept"].tolist() == want["kept"].tolist()
     assert got.attrs["score"] == pytest.approx(want.attrs["score"], abs=1e-4)
     assert 0 < got.attrs["score"] < 1.5
@@ -102,12 +102,12 @@ def test_a_search_decides_as_without_them_and_its_score_is_one_of_a_circuit(mini
 
 @pytest.mark.parametrize("method", ["eap", "eap-ig", "exact"])
 def test_attributions_are_those_without_them_and_say_which_pair_a_row_is_of(mini, plain, mixed, method):
-    got, want = (im.attribute(mini, pairs, method=method, steps=2) for pairs in (mixed, plain))
+    got, want = (im.attribute(mini, pairs, method=method, steps=2).table for pairs in (mixed, plain))
     assert got["score"].tolist() == pytest.approx(want["score"].tolist(), abs=1e-5)
     assert got.attrs["left_out"] == 2
-    each = im.attribute(mini, mixed, method=method, steps=2, per_pair=True)
+    each = im.attribute(mini, mixed, method=method, steps=2, per_pair=True).table
     assert each["pair"].unique().tolist() == list(range(2, 14))
-    one = im.attribute(mini, mixed[[5]], method=method, steps=2)
+    one = im.attribute(mini, mixed[[5]], method=method, steps=2).table
     here = each[each["pair"] == 5]
     assert here["score"].tolist() == pytest.approx(one["score"].tolist(), abs=1e-5)
 
@@ -147,9 +147,9 @@ def test_a_circuit_experiment_gives_the_scores_without_them_and_counts_them(mini
 
 
 CALLS = {
-    "attribute": lambda model, pairs: im.attribute(model, pairs),
-    "exact": lambda model, pairs: im.attribute(model, pairs, method="exact"),
-    "acdc": lambda model, pairs: im.acdc(model, pairs),
+    "attribute": lambda model, pairs: im.attribute(model, pairs).table,
+    "exact": lambda model, pairs: im.attribute(model, pairs, method="exact").table,
+    "acdc": lambda model, pairs: im.acdc(model, pairs).table,
     "evaluate": lambda model, pairs: im.evaluate(model, pairs, Circuit.full(universe_of(model))),
     "layer-ablation": lambda model, pairs: load("layer-ablation")(model, pairs),
     "conv-shift": lambda model, pairs: load("conv-shift")(model, pairs, layer=0),
@@ -169,5 +169,5 @@ def test_where_no_pair_has_a_range_one_sentence_says_so(mini, same, name):
 
 
 def test_a_ranking_of_pairs_without_a_range_is_that_without_them(mini, plain, mixed):
-    got, want = (ranked(im.attribute(mini, pairs)) for pairs in (mixed, plain))
+    got, want = (ranked(im.attribute(mini, pairs).table) for pairs in (mixed, plain))
     assert got[["source", "target"]].head(5).equals(want[["source", "target"]].head(5))

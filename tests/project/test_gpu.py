@@ -59,14 +59,14 @@ def test_a_resumed_sweep_is_the_whole_one_and_that_of_the_cpu(site):
 @pytest.mark.parametrize("options", [{"method": "eap"}, {"positions": True}, {"parts": True}, {"variant": "detached"}])
 def test_attribution_is_that_of_the_cpu(options):
     pairs = golden.golden_pairs()
-    got, want = (im.attribute(on(device), pairs, **options)["score"] for device in ("cuda", "cpu"))
+    got, want = (im.attribute(on(device), pairs, **options).table["score"] for device in ("cuda", "cpu"))
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
 
 
 def test_a_search_decides_as_on_the_cpu_and_edges_patch_alike():
     model = {device: im.open_model("mini", device=device) for device in ("cuda", "cpu")}
-    pairs = im.ioi.generate(model["cpu"].tokenizer, 4, seed=27, templates=im.ioi.ALIGNED_TEMPLATES)
-    kept = [list(im.acdc(model[device], pairs, threshold=0.05)["kept"]) for device in model]
+    pairs = im.ioi.generate(model["cpu"].tokenizer, 4, seed=27, templates=im.ioi.ALIGNED_TEMPLATES, symmetric=True)
+    kept = [list(im.acdc(model[device], pairs, threshold=0.05).table["kept"]) for device in model]
     assert kept[0] == kept[1]
     edges = [("embed", "6"), ("0", "output", 19), ("6", "6", None, "ssm")]
     assert near(*(im.patch_edges(model[device], pairs, edges) for device in model))
@@ -75,15 +75,15 @@ def test_a_search_decides_as_on_the_cpu_and_edges_patch_alike():
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_every_dtype_sweeps_attributes_and_searches(dtype):
     model = im.open_model("mini", device="cuda", dtype=dtype)
-    pairs = im.ioi.generate(model.tokenizer, 4, seed=27, templates=im.ioi.ALIGNED_TEMPLATES)
+    pairs = im.ioi.generate(model.tokenizer, 4, seed=27, templates=im.ioi.ALIGNED_TEMPLATES, symmetric=True)
     cpu = im.open_model("mini", device="cpu")
     resumed, whole = (resample_sweep(model, pairs, "layer_input", resume=resume) for resume in (True, False))
     tolerance = 8 * torch.finfo(getattr(torch, dtype)).eps if dtype != "float64" else 1e-5
     assert near(resumed, whole, tolerance)
     assert near(resumed, resample_sweep(cpu, pairs, "layer_input"), 4 * tolerance)
-    got, want = (im.attribute(m, pairs, parts=True)["score"] for m in (model, cpu))
+    got, want = (im.attribute(m, pairs, parts=True).table["score"] for m in (model, cpu))
     assert (got - want).abs().max() <= 4 * tolerance
-    assert len(im.acdc(model, pairs, threshold=0.05))
+    assert len(im.acdc(model, pairs, threshold=0.05).table)
 
 
 def test_an_edit_in_a_step_of_a_cached_generation_is_that_of_the_cpu():

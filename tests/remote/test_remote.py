@@ -62,7 +62,7 @@ def fragile(request):
 
 @pytest.fixture
 def few_pairs(local):
-    return ioi.generate(local.tokenizer, 2, 27, templates=ioi.ALIGNED_TEMPLATES)
+    return ioi.generate(local.tokenizer, 2, 27, templates=ioi.ALIGNED_TEMPLATES, symmetric=True)
 
 
 def result(model, name, local, **options):
@@ -129,7 +129,7 @@ def test_without_gradients_each_item_is_patched_instead_and_ranks_much_the_same(
     assert set(table.loc[table["what"] == "item", "method"]) == {"exact"}
     assert "No gradients here" in (tmp_path / "index.html").read_text()
     items = table[(table["what"] == "item") & table["part"].isna()].set_index(["source", "target"])
-    scores = attribute(local, few_pairs).set_index(["source", "target"])["score"]
+    scores = attribute(local, few_pairs).table.set_index(["source", "target"])["score"]
     both = [torch.tensor(column.loc[scores.index].abs().to_numpy()) for column in (items["score"], scores)]
     correlation = float(rank_correlation(*both))
     print(f"Spearman of the fallback with local EAP-IG over {len(scores)} edges: {correlation:.3f}")

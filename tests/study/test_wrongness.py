@@ -139,9 +139,9 @@ ANALYSES = {
     "layer-removal": lambda model, pairs: layer_removal.EXPERIMENT(model, pairs),
     "cross-talk": lambda model, pairs: cross_talk.EXPERIMENT(model, pairs),
     "evaluator": lambda model, pairs: Evaluator(model, pairs, universe_of(model), rows=2).scores([[Item("0", "1")]]),
-    "exact": lambda model, pairs: im.attribute(model, pairs, method="exact"),
-    "eap": lambda model, pairs: im.attribute(model, pairs, method="eap"),
-    "eap-ig": lambda model, pairs: im.attribute(model, pairs, pairs_per_pass=2, steps=2),
+    "exact": lambda model, pairs: im.attribute(model, pairs, method="exact").table,
+    "eap": lambda model, pairs: im.attribute(model, pairs, method="eap").table,
+    "eap-ig": lambda model, pairs: im.attribute(model, pairs, pairs_per_pass=2, steps=2).table,
 }
 NAMES_A_SITE = {("resample", "corrupted")}
 NEVER_LOOKS = {("layer-removal", "corrupted")}

@@ -208,7 +208,7 @@ def test_the_accuracy_of_the_whole_model_is_that_of_its_stock_logits(knows_years
 
 
 def test_of_many_pairs_200_spread_over_all_are_measured(mini):
-    pairs = im.ioi.generate(mini.tokenizer, 250, 28)
+    pairs = im.ioi.generate(mini.tokenizer, 250, 28, symmetric=True)
     (found,) = baseline.clean_accuracies(mini, [pairs])
     assert found["n"] == 167  # every third of 500
     assert found["accuracy"] == 1.0

@@ -85,7 +85,7 @@ def test_a_name_drawn_for_two_letters_is_one_candidate(tokenizer):
 
 @pytest.mark.parametrize("number", range(4))
 def test_names_stand_where_gpt_neox_has_them(number, tokenizer):
-    pairs = ioi.generate(tokenizer, 20, 3, templates=[ioi.TEMPLATES[number]])
+    pairs = ioi.generate(tokenizer, 20, 3, templates=[ioi.TEMPLATES[number]], symmetric=True)
     n_tokens, name_positions = (19, [2, 4, 6, 12, 14]) if number == 2 else (20, [3, 5, 7, 13, 15])
     assert pairs.clean.shape == (40, n_tokens)
     assert pairs.lengths is None
@@ -102,7 +102,7 @@ def test_every_token_of_every_template_has_one_role_and_the_same_words_share_it(
         assert sorted(int(index) for index in pairs.roles.values()) == list(range(pairs.clean.shape[1]))
         for role, index in pairs.roles.items():
             words.setdefault(role, set()).add(tokenizer.decode(pairs.clean[0, index]))
-    when = ioi.generate(tokenizer, 1, 5, templates=[ioi.TEMPLATES[2]])
+    when = ioi.generate(tokenizer, 1, 5, templates=[ioi.TEMPLATES[2]], symmetric=True)
     assert set(words) - set(when.roles) == {"n1-2"}
     assert words["n1-2"] == {"Then", "After", "Fri"}
     assert words["n1-1"] == {",", "wards", "When", "ends"}
@@ -117,7 +117,7 @@ def test_every_token_of_every_template_has_one_role_and_the_same_words_share_it(
 
 
 def test_mixed_templates_keep_their_roles_and_fall_into_two_layouts(tokenizer):
-    pairs = ioi.generate(tokenizer, 30, 27)
+    pairs = ioi.generate(tokenizer, 30, 27, symmetric=True)
     is_when = torch.tensor([template == "When" for template in pairs.labels["template"]])
     assert set(pairs.labels["template"]) == {"Then", "Afterwards", "When", "Friends"}
     assert torch.equal(pairs.roles["n1-2"] == -1, is_when)
@@ -134,7 +134,7 @@ def test_mixed_templates_keep_their_roles_and_fall_into_two_layouts(tokenizer):
 
 def test_symmetric_pairs_are_followed_by_their_swapped_copies(tokenizer):
     once = ioi.generate(tokenizer, 7, 1, symmetric=False)
-    twice = ioi.generate(tokenizer, 7, 1)
+    twice = ioi.generate(tokenizer, 7, 1, symmetric=True)
     assert twice[:7].hash() == once.hash()
     assert torch.equal(twice.clean[7:], once.corrupted)
     assert torch.equal(twice.corrupted[7:], once.clean)
@@ -145,15 +145,17 @@ def test_symmetric_pairs_are_followed_by_their_swapped_copies(tokenizer):
 def test_generating_leaves_the_global_random_state_alone(tokenizer):
     random.seed(5)
     before = random.getstate()
-    first = ioi.generate(tokenizer, 5, 27)
+    first = ioi.generate(tokenizer, 5, 27, symmetric=True)
     assert random.getstate() == before
     random.seed(6)
-    assert ioi.generate(tokenizer, 5, 27).hash() == first.hash()
-    assert ioi.generate(tokenizer, 5, 28).hash() != first.hash()
+    assert ioi.generate(tokenizer, 5, 27, symmetric=True).hash() == first.hash()
+    assert ioi.generate(tokenizer, 5, 28, symmetric=True).hash() != first.hash()
 
 
 def test_two_names_give_prompts_whose_answer_is_the_name_mentioned_once(tokenizer):
-    pairs = ioi.generate(tokenizer, 60, 27, templates=ioi.TWO_NAME_TEMPLATES, corruptions=ioi.TWO_NAME_CORRUPTIONS)
+    pairs = ioi.generate(
+        tokenizer, 60, 27, templates=ioi.TWO_NAME_TEMPLATES, corruptions=ioi.TWO_NAME_CORRUPTIONS, symmetric=True
+    )
     assert set(pairs.labels["corruption"]) == set(ioi.TWO_NAME_CORRUPTIONS)
     rows = torch.arange(len(pairs))
     for tokens, answer in ((pairs.clean, pairs.answer), (pairs.corrupted, pairs.wrong)):
@@ -172,7 +174,7 @@ def test_names_that_are_not_one_token_or_begin_another_name_are_left_out():
     assert ioi.usable_names(tokenizer, names) == ["Anna", "Bob", "Cy", "Cy", "Dee"]
     assert len(ioi.usable_names(build_tokenizer(WORDS))) == 205
     with pytest.raises(InputError, match="has 1 names as one token"):
-        ioi.generate(tokenizer, 1, 0)
+        ioi.generate(tokenizer, 1, 0, symmetric=True)
 
 
 def test_a_prompt_starts_with_one_bos_whatever_the_tokenizer_adds():
@@ -183,23 +185,23 @@ def test_a_prompt_starts_with_one_bos_whatever_the_tokenizer_adds():
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
     assert tokenizer("Then")["input_ids"][0] == 1
-    pairs = ioi.generate(tokenizer, 4, 27)
+    pairs = ioi.generate(tokenizer, 4, 27, symmetric=True)
     assert ((pairs.clean == 1).sum(1) == 1).all()
     assert (pairs.clean[:, 0] == 1).all()
 
     tokenizer.bos_token = None
     tokenizer.eos_token = "."
-    assert (ioi.generate(tokenizer, 4, 27).clean[:, 0] == vocabulary["."]).all()
+    assert (ioi.generate(tokenizer, 4, 27, symmetric=True).clean[:, 0] == vocabulary["."]).all()
     tokenizer.eos_token = None
     with pytest.raises(InputError, match="neither a BOS nor an EOS"):
-        ioi.generate(tokenizer, 4, 27)
+        ioi.generate(tokenizer, 4, 27, symmetric=True)
 
 
 def test_a_word_of_several_tokens_has_its_role_on_the_first():
     words = [word for word in WORDS if word not in (" hospital", " basketball")]
     tokenizer = build_tokenizer([*words, " hos", "pital", " basket", "ball"])
     template = ioi.TEMPLATES[3].replace(ioi.PLACE, "hospital").replace(ioi.OBJECT, "basketball")
-    pairs = ioi.generate(tokenizer, 2, 0, templates=[template])
+    pairs = ioi.generate(tokenizer, 2, 0, templates=[template], symmetric=True)
     assert [tokenizer.decode(pairs.clean[0, pairs.roles[role][0]]) for role in ("place", "place+1", "place+2")] == [
         " hos",
         "pital",
@@ -238,4 +240,4 @@ def test_generated_pairs_and_pairs_read_from_a_file_are_the_same(tokenizer, tmp_
 )
 def test_what_does_not_fit_together_is_refused_in_one_sentence(options, message, tokenizer):
     with pytest.raises(InputError, match=message):
-        ioi.generate(tokenizer, **({"n_pairs": 2, "seed": 0} | options))
+        ioi.generate(tokenizer, **({"n_pairs": 2, "seed": 0} | options), symmetric=True)

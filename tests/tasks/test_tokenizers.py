@@ -47,8 +47,8 @@ def test_every_name_of_the_paper_is_one_token_where_it_stands_in_a_prompt(kind):
 
 def test_generated_pairs_have_their_answers_and_roles_at_the_words(kind):
     tokenizer = kind(IOI_WORDS)
-    pairs = ioi.generate(tokenizer, 20, 27)
-    reference = ioi.generate(im.open_model("mini", device="cpu").tokenizer, 20, 27)
+    pairs = ioi.generate(tokenizer, 20, 27, symmetric=True)
+    reference = ioi.generate(im.open_model("mini", device="cpu").tokenizer, 20, 27, symmetric=True)
     assert pairs.texts == reference.texts
     for row, (clean, _) in enumerate(pairs.texts or ()):
         own = pairs.clean[row, : pairs.last[row] + 1].tolist()

@@ -1,0 +1,163 @@
+"""The methods of attribution, one record each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ioi_mamba.circuits import gradients
+from ioi_mamba.circuits.graph import Item, Universe, conv_parts
+from ioi_mamba.circuits.scoring import Evaluator
+from ioi_mamba.errors import InputError
+from ioi_mamba.model.jobs import call
+from ioi_mamba.model.memory import rows_per_pass
+from ioi_mamba.passes.sweep import Progress, pair_named
+from ioi_mamba.tasks.base import Pairs
+
+MethodName = Literal["eap", "eap-ig", "exact"]
+Variant = Literal["paper", "detached", "clean-difference"]
+VARIANTS: tuple[Variant, ...] = ("paper", "detached", "clean-difference")
+Kind = tuple[str, str, str | None]
+"""(source, target, part)"""
+
+
+class Options(NamedTuple):
+    """How items are to be scored; fields as the arguments of `attribution.attribute`."""
+
+    method: str | Method = "eap-ig"
+    variant: str = "paper"
+    steps: int = 5
+    positions: bool = False
+    parts: bool = False
+    per_pair: bool = True
+    pairs_per_pass: int | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of attribution.
+
+    Attributes:
+        name: As on the command line.
+        label: As in charts and sentences.
+        meaning: What a score of it is.
+        needs_gradients: Whether it takes backward passes.
+        by_position: Whether scores at positions cost no more than their sums.
+        run: Scores Float[item, pos, pair] of (model, pairs, universe, options, progress), items in the order of
+            `kinds_of`; the axis of positions has length 1 without `options.positions`, that of pairs without
+            `options.per_pair`.
+        least_steps: The fewest steps it makes sense with.
+    """
+
+    name: str
+    label: str
+    meaning: str
+    needs_gradients: bool
+    by_position: bool
+    run: Callable[[Any, Pairs, Universe, Options, Progress | None], Tensor]
+    least_steps: int = 1
+
+
+def method_of(method: str | Method) -> Method:
+    """The record of a method. Raises InputError, with the nearest name, for one that is not there."""
+    if isinstance(method, Method):
+        return method
+    if method not in METHODS:
+        nearest = difflib.get_close_matches(str(method), METHODS, n=1, cutoff=0.0)[0]
+        raise InputError(
+            f"method {method!r} is unknown: did you mean {nearest!r}? Methods are {', '.join(METHODS)}; one of your own "
+            "is given as a Method."
+        )
+    return METHODS[method]
+
+
+def kinds_of(universe: Universe) -> list[Kind]:
+    """(source, target, part) of the items, in the order of the tables."""
+    nodes = universe.nodes
+    kinds: list[Kind] = [(nodes[i], nodes[j + 1], None) for j in range(universe.n_layers + 1) for i in range(j + 1)]
+    for i in range(universe.n_layers if universe.parts else 0):
+        kinds += [(str(i), str(i), part) for part in (*conv_parts(universe.conv_width), "ssm", "skip")]
+    return kinds
+
+
+def _at_the_clean_point(
+    model: Any, pairs: Pairs, universe: Universe, options: Options, progress: Progress | None
+) -> Tensor:
+    return _by_gradients(model, pairs, universe, options, [0.0], 1, progress)
+
+
+def _along_the_path(
+    model: Any, pairs: Pairs, universe: Universe, options: Options, progress: Progress | None
+) -> Tensor:
+    alphas = [k / (options.steps - 1) for k in range(options.steps)]
+    # At alpha = 1 every sink sees the corrupted run and, undetached, only the output has a gradient. What is left
+    # to add there is embed->output, which is zero where the last token is the same: then the step is not run.
+    rows = torch.arange(len(pairs))
+    same_last = bool((pairs.clean[rows, pairs.last] == pairs.corrupted[rows, pairs.last]).all())
+    alphas = alphas[:-1] if options.variant == "paper" and same_last else alphas
+    return _by_gradients(model, pairs, universe, options, alphas, options.steps, progress)
+
+
+def _by_gradients(
+    model: Any,
+    pairs: Pairs,
+    universe: Universe,
+    options: Options,
+    alphas: list[float],
+    steps: int,
+    progress: Progress | None,
+) -> Tensor:
+    _, variant, _, positions, parts, per_pair, pairs_per_pass = options
+    if pairs_per_pass is None:
+        kind = "part gradients" if parts else "gradients"
+        pairs_per_pass = min(64, rows_per_pass(model, pairs.clean.shape[1], kind))
+    passes = (alphas, steps, variant, parts, positions, per_pair, pairs_per_pass)
+    with pair_named(model, pairs):
+        scores = call(model, gradients.scores, pairs.without_text(), *passes, progress=progress)
+    columns = [scores["edges"][:, i, j] for j in range(universe.n_layers + 1) for i in range(j + 1)]
+    for i in range(universe.n_layers if universe.parts else 0):
+        columns += [scores["conv"][:, i, k] for k in range(universe.conv_width)]
+        columns += [scores[part][:, i] for part in ("ssm", "skip")]
+    return torch.stack(columns).movedim(1, -1)
+
+
+def _patched_alone(model: Any, pairs: Pairs, universe: Universe, options: Options, progress: Progress | None) -> Tensor:
+    kinds = kinds_of(universe)
+    places = range(pairs.clean.shape[1]) if options.positions else [None]
+    items = [Item(source, target, p, part) for source, target, part in kinds for p in places]
+    scores = Evaluator(model, pairs, universe).exact_effects(items, progress)
+    scores = scores.view(len(kinds), len(places), -1)
+    return scores if options.per_pair else scores.mean(-1, keepdim=True)
+
+
+EAP = Method(
+    name="eap",
+    label="EAP",
+    meaning="gradient at the clean point times the change that patching brings (equation 12)",
+    needs_gradients=True,
+    by_position=True,
+    run=_at_the_clean_point,
+)
+EAP_IG = Method(
+    name="eap-ig",
+    label="EAP-IG",
+    meaning="the same with the mean gradient over points of the path from clean to corrupted (equation 13)",
+    needs_gradients=True,
+    by_position=True,
+    run=_along_the_path,
+    least_steps=2,
+)
+EXACT = Method(
+    name="exact",
+    label="exact effects",
+    meaning="what patching the item alone does to the metric",
+    needs_gradients=False,
+    by_position=False,
+    run=_patched_alone,
+)
+METHODS: dict[str, Method] = {method.name: method for method in (EAP, EAP_IG, EXACT)}
