@@ -19,7 +19,7 @@ import pandas as pd
 from torch import Tensor
 
 from ioi_mamba.charts import drawing, theme
-from ioi_mamba.experiments.experiment import Column, Context, Experiment
+from ioi_mamba.experiments.experiment import Column, Context, Experiment, Need
 from ioi_mamba.experiments.options import option
 from ioi_mamba.model.jobs import call
 from ioi_mamba.passes.cross_talk import NO_LAYER, searches
@@ -254,6 +254,7 @@ EXPERIMENT = Experiment(
         "probability of the answer among them, then the lower index).\n"
         "Stop: accuracy above the threshold. If it is never reached, the circuit is the layers up to the best accuracy."
     ),
+    needs=frozenset({Need.SITES, Need.ABLE, Need.ONE_TOKEN}),
     options=Options,
     columns=COLUMNS,
     draws={ioi.TASK.name: default_pairs},

@@ -243,9 +243,9 @@ def _scores(
             without[row, list(layers)] = True
         tokens = pairs.clean[part].repeat(len(removed), 1)
         logits = _last_logits(
-            model, places, tokens, pairs.last[part].repeat(len(removed)), without.repeat_interleave(len(part), 0)
+            model, places, tokens, pairs.read_at[part].repeat(len(removed), 1), without.repeat_interleave(len(part), 0)
         )
-        logits = logits.reshape(len(removed), len(part), -1).float().cpu()
+        logits = pairs[part].scores(logits.unflatten(0, (len(removed), -1))).float().cpu()
         accuracy.append(metrics.accuracy(logits, pairs.answer[part], candidates[part]))
         probability.append(metrics.relative_probability(logits, pairs.answer[part], candidates[part]))
     pairs.check_finite("probabilities", torch.cat(probability, 1))
@@ -255,13 +255,13 @@ def _scores(
     return list(zip(*(column.tolist() for column in (*columns, variance)), strict=True))
 
 
-def _last_logits(model, places: tuple[str, str], tokens: Tensor, last: Tensor, without: Tensor) -> Tensor:
-    """Logits [row, vocab] at `last`, with the layers of `without` [row, layer] passing their input on."""
+def _last_logits(model, places: tuple[str, str], tokens: Tensor, read_at: Tensor, without: Tensor) -> Tensor:
+    """Logits [row, k, vocab] at `read_at`, with the layers of `without` [row, layer] passing their input on."""
     blocks, head = (model.get(path) for path in places)
     touched = without.any(0).nonzero().flatten().tolist()
     # A layer that no row keeps need not run at all, unless its block gives more than the stream (Bamba's do).
     needless = set(without.all(0).nonzero().flatten().tolist()) if places[0] == BLOCK_LISTS[0] else set()
-    tokens, last, without = (tensor.to(device_of(model)) for tensor in (tokens, last, without))
+    tokens, read_at, without = (tensor.to(device_of(model)) for tensor in (tokens, read_at, without))
     with torch.no_grad(), model.trace(tokens, use_cache=False):
         for layer in touched:
             before = blocks[layer].input
@@ -273,9 +273,9 @@ def _last_logits(model, places: tuple[str, str], tokens: Tensor, last: Tensor, w
                 kept = torch.where(without[:, layer, None, None], before, stream)
                 blocks[layer].output = (kept, *after[1:]) if isinstance(after, tuple) else kept
         final = head.input
-        head.input = final[torch.arange(len(final), device=final.device), last][:, None]
+        head.input = final[torch.arange(len(final), device=final.device)[:, None], read_at]
         logits = nnsight.save(head.output)
-    return logits[:, 0]
+    return logits
 
 
 EXPERIMENT = Experiment(

@@ -327,7 +327,7 @@ def _outcome(model, pairs: Pairs, names: Averages, slot: str, source: str, times
                 model,
                 part[kept],
                 {f"blocks.{names.layer}.hook_ssm_input": writing(write, at[own] + names.offset, method)},
-                logits_at=last[kept],
+                logits_at=last[kept][:, None],
                 start=roll.start(names.layer, stream[kept], kept),
                 own_scan=True,
             )["hook_logits"][:, 0].cpu()
@@ -378,7 +378,7 @@ EXPERIMENT = Experiment(
         "Success: the intended name's last-position logit exceeds the original answer's; 101 draws a cell, of which each "
         "distinct prompt counts once; Wilson intervals by pair."
     ),
-    needs=frozenset({Need.SITES, Need.ABLE, Need.NAMES, Need.LAYER}),
+    needs=frozenset({Need.SITES, Need.ABLE, Need.NAMES, Need.ONE_TOKEN, Need.LAYER}),
     options=Options,
     columns=COLUMNS,
     draws={ioi.TASK.name: default_pairs},

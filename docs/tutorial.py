@@ -61,7 +61,7 @@ values = im.read(model, pairs.clean, ["blocks.0.hook_B_bar", "blocks.0.hook_h", 
 # on the corrupted one.
 
 # %%
-im.effect(model, pairs, "h", positions=-2)
+im.effect(model, pairs, "h", positions=-2).table[["layer", "effect", "low", "high"]]
 
 # %% [markdown]
 # The same by hand, in a plain nnsight trace of the stock model. Inside `with im.mixer(...)` the values can be read,

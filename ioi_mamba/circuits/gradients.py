@@ -79,9 +79,9 @@ def _differentiable_pass(model, pairs: Pairs, corrupted: CorruptedRun, alpha: fl
             pairs.clean,
             edits,
             observe=observe,
-            logits_at=pairs.last,
+            logits_at=pairs.read_at,
             own_scan=True,
-            reduce=lambda saved: score(saved["hook_logits"][:, 0], patch, point),
+            reduce=lambda saved: score(pairs.scores(saved["hook_logits"]), patch, point),
         )
 
 

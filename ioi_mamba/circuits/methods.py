@@ -97,8 +97,8 @@ def _along_the_path(
     alphas = [k / (options.steps - 1) for k in range(options.steps)]
     # At alpha = 1 every sink sees the corrupted run and, undetached, only the output has a gradient. What is left
     # to add there is embed->output, which is zero where the last token is the same: then the step is not run.
-    rows = torch.arange(len(pairs))
-    same_last = bool((pairs.clean[rows, pairs.last] == pairs.corrupted[rows, pairs.last]).all())
+    rows, at = torch.arange(len(pairs))[:, None], pairs.read_at
+    same_last = bool((pairs.clean[rows, at] == pairs.corrupted[rows, at]).all())
     alphas = alphas[:-1] if options.variant == "paper" and same_last else alphas
     return _by_gradients(model, pairs, universe, options, alphas, options.steps, progress)
 

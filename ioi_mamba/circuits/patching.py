@@ -103,8 +103,8 @@ def corrupted_run(model, pairs: Pairs, *, parts: bool) -> CorruptedRun:
             sites += [slice_hook(i, k, K) for k in range(K)]
             sites += [f"blocks.{i}.hook_{site}" for site in ("skip", *_SSM_SITES)]
     with torch.no_grad():
-        kept = forward(model, pairs.corrupted, reads=[*sources, *sites], logits_at=pairs.last, own_scan=True)
-    logits = kept.pop("hook_logits")[:, 0]
+        kept = forward(model, pairs.corrupted, reads=[*sources, *sites], logits_at=pairs.read_at, own_scan=True)
+    logits = pairs.scores(kept.pop("hook_logits"))
     return CorruptedRun([kept.pop(name) for name in sources], kept, logits)
 
 
@@ -287,11 +287,12 @@ def _patched(model, pairs: Pairs, masks: Masks, patch: Patch, everywhere: bool) 
             pairs.clean.repeat(n_sets, 1),
             edits,
             observe=observe,
-            logits_at=None if everywhere else pairs.last.repeat(n_sets),
+            logits_at=None if everywhere else pairs.read_at.repeat(n_sets, 1),
             own_scan=True,
             start=start,
         )["hook_logits"]
-    return (logits if everywhere else logits[:, 0]).unflatten(0, (n_sets, -1))
+    logits = logits.unflatten(0, (n_sets, -1))
+    return logits if everywhere else pairs.scores(logits)
 
 
 def patch_edges(model, pairs: Pairs, edges: Iterable[Sequence], positions: Sequence[int] | None = None) -> Tensor:

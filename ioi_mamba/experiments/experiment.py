@@ -18,7 +18,8 @@ from pandas.api import types as dtypes
 from ioi_mamba.errors import InputError
 from ioi_mamba.experiments.options import NoOptions, made
 from ioi_mamba.passes.sweep import Progress
-from ioi_mamba.tasks.base import Pairs
+from ioi_mamba.tasks.base import Pairs, check_pairs
+from ioi_mamba.tasks.prompts import is_name
 from ioi_mamba.tasks.task import Task
 
 Draw = Callable[[Any, int | None, int], Pairs]
@@ -34,6 +35,8 @@ class Need(StrEnum):
     """Prompts with names (roles n1, n2, ...)."""
     ABLE = "able"
     """A model that can do the task: of one that guesses, the figures mean nothing."""
+    ONE_TOKEN = "one-token"
+    """Answers of one token, read at the last position."""
     HELD_OUT = "held-out"
     """Other pairs, on which what was chosen is judged."""
     GRADIENTS = "gradients"
@@ -166,6 +169,7 @@ class Experiment:
 
     def table(self, context: Context) -> pd.DataFrame:
         """The table of a context. Raises InputError where it is not one that `columns` describes."""
+        self.check_pairs(context.pairs)
         table = self.run(context)
         if not isinstance(table, pd.DataFrame):
             raise InputError(f"{self.name} made a {type(table).__name__}: its run must give a pandas DataFrame.")
@@ -174,6 +178,13 @@ class Experiment:
             if wrong:
                 raise InputError(f"{self.name} made a table whose column {column.name!r} {wrong}: mend its run.")
         return table
+
+    def check_pairs(self, pairs: Pairs) -> None:
+        """Raise InputError, naming the experiment, for pairs that are not of the kind that it needs."""
+        if Need.NAMES in self.needs and not any(map(is_name, check_pairs(pairs).roles)):
+            raise InputError(f"{self.name} is about names, and these prompts have none: leave it out.")
+        if Need.ONE_TOKEN in self.needs and check_pairs(pairs).readout is not None:
+            raise InputError(f"{self.name} reads one token, and these answers have several: leave it out.")
 
     @property
     def required(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ with model.trace(tokens):
 
 from __future__ import annotations
 
+import nnsight
 import torch
 from torch import Tensor
 
@@ -65,6 +66,13 @@ class Mixer:
         self._lent.append((handed, handed._version, write))
         return handed
 
+    def __dir__(self) -> list[str]:
+        return [*SITES, *object.__dir__(self)]
+
+    def __repr__(self) -> str:
+        state = "open" if self._open else "to be opened with `with`"
+        return f"<Mixer of layer {self._pass._layer}, {state}; sites: {', '.join(SITES)}>"
+
     def __getattr__(self, site: str):
         if site not in SITES:
             raise AttributeError(f"a mixer has no site {site!r}; the sites are {', '.join(SITES)}")
@@ -85,10 +93,81 @@ class Mixer:
 
 
 class _States:
-    """`m.h`: the states [batch, pos, E, N]; a state written at a position is what the recurrence continues from."""
+    """`m.h`: the states [batch, pos, E, N]; a state written at a position is what the recurrence continues from.
+
+    It is used like the tensor of all states. Written are the entries that an index names, `m.h[:, 7] = x`, or with
+    `m.h += x` and its like all of them.
+    """
 
     def __init__(self, mixer: Mixer):
         self._mixer = mixer
+
+    def _all(self) -> Tensor:
+        """A copy of all states."""
+        self._mixer._settle()
+        return self._mixer._pass.get("h").clone()
+
+    def save(self) -> Tensor:
+        """All states, kept after the trace."""
+        return nnsight.save(self._all())
+
+    def __getattr__(self, name: str):
+        return getattr(self._all(), name)
+
+    def __repr__(self) -> str:
+        return f"<the states of layer {self._mixer._pass._layer}: m.h[rows, positions], or all of them>"
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def __neg__(self) -> Tensor:
+        return -self._all()
+
+    def __add__(self, other) -> Tensor:
+        return self._all() + other
+
+    def __radd__(self, other) -> Tensor:
+        return other + self._all()
+
+    def __sub__(self, other) -> Tensor:
+        return self._all() - other
+
+    def __rsub__(self, other) -> Tensor:
+        return other - self._all()
+
+    def __mul__(self, other) -> Tensor:
+        return self._all() * other
+
+    def __rmul__(self, other) -> Tensor:
+        return other * self._all()
+
+    def __truediv__(self, other) -> Tensor:
+        return self._all() / other
+
+    def __rtruediv__(self, other) -> Tensor:
+        return other / self._all()
+
+    def __pow__(self, other) -> Tensor:
+        return self._all() ** other
+
+    def __matmul__(self, other) -> Tensor:
+        return self._all() @ other
+
+    def __iadd__(self, other) -> _States:
+        self[:] = self + other
+        return self
+
+    def __isub__(self, other) -> _States:
+        self[:] = self - other
+        return self
+
+    def __imul__(self, other) -> _States:
+        self[:] = self * other
+        return self
+
+    def __itruediv__(self, other) -> _States:
+        self[:] = self / other
+        return self
 
     def __getitem__(self, key) -> Tensor:
         self._mixer._settle()
@@ -113,6 +192,9 @@ class _ConvSlices:
 
     def __init__(self, mixer: Mixer):
         self._mixer = mixer
+
+    def __getattr__(self, name: str):
+        raise InputError(f"conv_slice.{name}: take one slice by its index, such as m.conv_slice[-1].{name}.")
 
     def __getitem__(self, s: int) -> Tensor:
         site = f"conv_slice.{s}"

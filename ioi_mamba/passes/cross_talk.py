@@ -111,7 +111,7 @@ class _Rows:
         layers = range(layer_count(model))
         names = {site: block_sites(site, layers) for site in SCANNED}
         reads = [name for each in names.values() for name in each]
-        corrupted = forward(model, pairs.corrupted, reads=reads, logits_at=self.last, own_scan=True)
+        corrupted = forward(model, pairs.corrupted, reads=reads, logits_at=self.last[:, None], own_scan=True)
         self.values = {site: [corrupted[name] for name in names[site]] for site in names}
         index = torch.arange(len(pairs), device=self.tokens.device)
         self.at_last = {site: [v[index, self.last][:, None] for v in values] for site, values in self.values.items()}
@@ -137,7 +137,7 @@ class _Rows:
         }
         start = None if stream is None else Roll.begin(self.model, self.tokens).start(first, stream)
         names = block_sites("resid_pre", layers)
-        run = forward(self.model, self.tokens, edits, names, logits_at=self.last, start=start, own_scan=True)
+        run = forward(self.model, self.tokens, edits, names, logits_at=self.last[:, None], start=start, own_scan=True)
         self.logits = run["hook_logits"][:, 0]
         self.streams = [*(self.streams[:first] if first else []), *(run[name] for name in names)]
 

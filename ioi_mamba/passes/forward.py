@@ -198,7 +198,7 @@ def forward(
 ) -> dict[str, Tensor]:
     """One pass: edits applied, the named values returned, and always the logits as `hook_logits`.
 
-    tokens: Long[batch, pos]. logits_at: Long[batch], keep the logits of that position only ([batch, 1, vocab]).
+    tokens: Long[batch, pos]. logits_at: Long[batch, k], keep the logits of these positions only ([batch, k, vocab]).
     start: resume from there; `tokens` are then the positions still to be run, and `logits_at` counts from the first
     of them. Layers before `start.layer` are not run, so they can be neither read nor edited.
     own_scan: run `scan.py` in every layer instead of the stock loop (equal, and faster on a CPU).
@@ -244,8 +244,8 @@ def forward(
         _edit_place(model.backbone.norm_f, "hook_norm", edits, observe, reads, saved)
         if logits_at is not None:
             stream = model.lm_head.input
-            rows = torch.arange(stream.shape[0], device=stream.device)
-            model.lm_head.input = stream[rows, logits_at.to(stream.device)][:, None]
+            rows = torch.arange(stream.shape[0], device=stream.device)[:, None]
+            model.lm_head.input = stream[rows, logits_at.to(stream.device)]
         _edit_place(model.lm_head, "hook_logits", edits, observe, [*reads, "hook_logits"], saved)
         if reduce is not None:
             saved = reduce(saved)

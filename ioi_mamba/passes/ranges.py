@@ -19,7 +19,7 @@ from ioi_mamba.errors import InputError
 from ioi_mamba.model.jobs import call
 from ioi_mamba.model.memory import rows_per_pass
 from ioi_mamba.passes.metrics import logit_diff
-from ioi_mamba.passes.sweep import last_logits
+from ioi_mamba.passes.sweep import choice_scores
 from ioi_mamba.tasks.base import Pairs, check_pairs
 
 SMALLEST = 1e-3
@@ -99,7 +99,7 @@ def _ends(model, sets: list[Pairs], *, progress=None) -> list[dict[str, Tensor]]
             for rows in torch.arange(len(pairs)).split(rows_per_pass(model, pairs.clean.shape[1])):
                 part = pairs[rows]
                 for name, logits in ends.items():
-                    last = last_logits(model, getattr(part, name), part.last)[:, 0]
+                    last = choice_scores(model, part, getattr(part, name))
                     answers = torch.stack([part.answer, part.wrong], 1).to(last.device)
                     logits.append(last.gather(1, answers).cpu())
             found.append({name: torch.cat(logits) for name, logits in ends.items()})

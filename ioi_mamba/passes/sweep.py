@@ -96,9 +96,9 @@ class Roll:
         ), at
 
 
-def last_logits(model, tokens: Tensor, last: Tensor) -> Tensor:
-    """Logits [batch, 1, vocab] at each row's last position, of a plain pass."""
-    return forward(model, tokens, logits_at=last, own_scan=True)["hook_logits"]
+def choice_scores(model, pairs: Pairs, tokens: Tensor) -> Tensor:
+    """What each choice scores (`Pairs.scores`), [pair, choice], in a plain pass of one side of the pairs."""
+    return pairs.scores(forward(model, tokens, logits_at=pairs.read_at, own_scan=True)["hook_logits"])
 
 
 @contextmanager
@@ -109,17 +109,16 @@ def pair_named(model, pairs: Pairs) -> Iterator[None]:
     except InputError:
         # Asked only now, since it takes two passes.
         for name in ("clean", "corrupted"):
-            logits = call(model, plain_logits, getattr(pairs, name), pairs.last)
+            logits = call(model, plain_scores, pairs.without_text(), getattr(pairs, name))
             pairs.check_finite(f"logits of its {name} prompt", logits.movedim(0, -1))
         raise
 
 
-def plain_logits(model, tokens: Tensor, last: Tensor, *, progress: Progress | None = None) -> Tensor:
-    """Logits Float[row, vocab] at each row's last position, on the CPU; a function for `call`."""
-    rows = rows_per_pass(model, tokens.shape[1])
-    parts = zip(tokens.split(rows), last.split(rows), strict=True)
+def plain_scores(model, pairs: Pairs, tokens: Tensor, *, progress: Progress | None = None) -> Tensor:
+    """`choice_scores` of many pairs, on the CPU; a function for `call`."""
+    rows = torch.arange(len(pairs)).split(rows_per_pass(model, tokens.shape[1]))
     with torch.no_grad():
-        return torch.cat([last_logits(model, *part)[:, 0].cpu() for part in parts])
+        return torch.cat([choice_scores(model, pairs[part], tokens[part]).cpu() for part in rows])
 
 
 def resample_sweep(
@@ -190,9 +189,7 @@ def _logit_diffs(
     with torch.no_grad():
         for name, tokens in (("clean", pairs.clean), ("corrupted", pairs.corrupted)):
             parts = [
-                logit_diff(
-                    last_logits(model, tokens[part], pairs.last[part])[:, 0], pairs.answer[part], pairs.wrong[part]
-                )
+                logit_diff(choice_scores(model, pairs[part], tokens[part]), pairs.answer[part], pairs.wrong[part])
                 for part in torch.arange(len(pairs)).split(rows)
             ]
             diffs[name] = torch.cat(parts).cpu()
@@ -222,15 +219,18 @@ def _sweep(
 def _sweep_chunk(model, pairs: Pairs, site: str, layers, positions, resume: bool, report) -> Tensor:
     clean, corrupted = pairs.clean.to(device_of(model)), pairs.corrupted.to(device_of(model))
     n = len(pairs)
-    last = pairs.last.to(device_of(model))
+    read_at = pairs.read_at.to(device_of(model))
+    last = read_at.amax(1)
     streams = block_sites("resid_pre", layers)
-    run = forward(model, clean, reads=streams, logits_at=last, own_scan=True)
-    unpatched = answer_logits(run["hook_logits"][:, 0], pairs.answer, pairs.wrong)
+    run = forward(model, clean, reads=streams, logits_at=read_at, own_scan=True)
+    unpatched = answer_logits(pairs.scores(run["hook_logits"]), pairs.answer, pairs.wrong)
     out = unpatched.expand(len(layers), len(positions), -1, -1).clone()
     begins = pairs.first_difference.to(device_of(model))
     roll = Roll.begin(model, torch.cat((clean, corrupted)))
     weights = _conv_weights(model, layers) if site == STATE_AND_CONV else {}
     sources = block_sites("h.0" if site in ("h", STATE_AND_CONV) else site, layers)
+    # Of several positions that are read, some may lie before the one that is patched.
+    resumes = resume and pairs.readout is None
     done = 0
     for p in range(max(positions) + 1):
         here = roll
@@ -239,12 +239,13 @@ def _sweep_chunk(model, pairs: Pairs, site: str, layers, positions, resume: bool
         for k, layer in enumerate(layers if p in positions else ()):
             if len(alive):
                 value = at[sources[k]][n + alive]
-                start = here.start(layer, run[streams[k]][alive, p:], alive) if resume else None
+                start = here.start(layer, run[streams[k]][alive, p:], alive) if resumes else None
                 taps = roll.conv_start[layer]
                 taps = (weights[layer], taps[alive], taps[n + alive]) if site == STATE_AND_CONV else None
-                logits = _patched(model, clean[alive], last[alive], site, layer, p, value, start, taps)
+                logits = _patched(model, clean[alive], read_at[alive], site, layer, p, value, start, taps)
                 rows = alive.cpu()
-                found = answer_logits(logits[:, 0], pairs.answer[rows], pairs.wrong[rows])
+                own = pairs if pairs.readout is None else pairs[rows]
+                found = answer_logits(own.scores(logits), pairs.answer[rows], pairs.wrong[rows])
                 for column in (column for column, position in enumerate(positions) if position == p):
                     out[k, column, alive] = found
             done += n
@@ -262,8 +263,8 @@ def _conv_weights(model, layers) -> dict[int, Tensor]:
     return weights
 
 
-def _patched(model, tokens, last, site: str, layer: int, p: int, value: Tensor, start: Start | None, taps) -> Tensor:
-    """Logits [row, 1, vocab] with `value` (position axis of length 1) written at (layer, p).
+def _patched(model, tokens, read_at, site: str, layer: int, p: int, value: Tensor, start: Start | None, taps) -> Tensor:
+    """Logits [row, k, vocab] at `read_at` with `value` (position axis of length 1) written at (layer, p).
 
     taps: (weights [E, K], clean, corrupted conv inputs [row, K-1, E] up to p), to be exchanged for the positions after
     p, or None.
@@ -281,8 +282,8 @@ def _patched(model, tokens, last, site: str, layer: int, p: int, value: Tensor, 
     if taps is not None:
         weight, *inputs = taps
         edits |= _exchange_taps(weight, layer, at, *inputs)
-    tokens, last = (tokens[:, p:], last - p) if start else (tokens, last)
-    return forward(model, tokens, edits, logits_at=last, start=start)["hook_logits"]
+    tokens, read_at = (tokens[:, p:], read_at - p) if start else (tokens, read_at)
+    return forward(model, tokens, edits, logits_at=read_at, start=start)["hook_logits"]
 
 
 def _exchange_taps(weight: Tensor, layer: int, at: int, clean: Tensor, corrupted: Tensor) -> dict:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ioi_mamba.experiments.experiment import Experiment, Need
 from ioi_mamba.model.jobs import call, device_of
 from ioi_mamba.passes.metrics import accuracy
-from ioi_mamba.passes.sweep import plain_logits
+from ioi_mamba.passes.sweep import plain_scores
 from ioi_mamba.tasks.base import Pairs
 
 MAX_PAIRS = 200
@@ -41,7 +41,9 @@ def clean_accuracies(model, sets: Sequence[Pairs]) -> list[dict[str, Any]]:
 def clean_means(model, pairs: Pairs, measures: Callable[[Tensor, Pairs, Any], dict[str, Tensor]]) -> dict[str, float]:
     """Means over pairs of a task's own measures of the unpatched model; `measures` as in `tasks`."""
     parts = [pairs[rows] for rows in torch.arange(len(pairs)).split(ROWS_OF_LOGITS)]
-    found = [measures(call(model, plain_logits, part.clean, part.last), part, model.tokenizer) for part in parts]
+    found = [
+        measures(call(model, plain_scores, part.without_text(), part.clean), part, model.tokenizer) for part in parts
+    ]
     return {name: float(torch.cat([each[name] for each in found]).mean()) for name in found[0]}
 
 
@@ -82,7 +84,7 @@ def _accuracies(model, sets: list[Pairs], *, progress=None) -> list[Tensor]:
             part = pairs[rows]
             with torch.no_grad(), model.trace(part.clean.to(device_of(model)), use_cache=False):
                 logits = model.output.logits
-                last = nnsight.save(logits[torch.arange(len(rows)), part.last.to(logits.device)])
-            parts.append(accuracy(last.float().cpu(), part.answer, part.choices))
+                read = nnsight.save(logits[torch.arange(len(rows))[:, None], part.read_at.to(logits.device)])
+            parts.append(accuracy(part.scores(read.float().cpu()), part.answer, part.choices))
         found.append(torch.cat(parts))
     return found

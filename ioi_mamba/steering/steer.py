@@ -249,7 +249,7 @@ def _continued(
     hook = {f"blocks.{layer}.hook_ssm_input": write} if edits else {}
     with torch.no_grad():
         for _ in range(n_tokens):
-            last = torch.tensor([row.shape[1] - 1])
+            last = torch.tensor([[row.shape[1] - 1]])
             logits = forward(model, row, hook, logits_at=last, own_scan=True)["hook_logits"]
             following = logits[0, 0].argmax().cpu()
             if int(following) == end:

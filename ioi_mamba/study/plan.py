@@ -16,7 +16,6 @@ from ioi_mamba.experiments.experiment import Experiment, Need
 from ioi_mamba.experiments.options import made, options_of, read_option
 from ioi_mamba.model.jobs import config_of
 from ioi_mamba.tasks.base import Pairs
-from ioi_mamba.tasks.prompts import is_name
 from ioi_mamba.tasks.task import Task
 
 
@@ -78,8 +77,7 @@ def plans_of(
             chosen, other = _halves(pairs, experiment.name)
         else:
             chosen, other = pairs, held_out if judges else None
-        if Need.NAMES in experiment.needs and not any(map(is_name, chosen.roles)):
-            raise InputError(f"{experiment.name} is about names, and these prompts have none: leave it out.")
+        experiment.check_pairs(chosen)
         chosen.check_vocab(config_of(model).vocab_size)
         plans.append(Plan(experiment, chosen, other, own))
     return plans

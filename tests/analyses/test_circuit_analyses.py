@@ -110,7 +110,8 @@ def test_the_curve_is_that_of_the_ranking(mini, sets, tables, name):
     assert {0, len(items)} <= set(curve["size"])
     few = curve.iloc[3:6]
     evaluator = Evaluator(mini, sets[1], universe_of(mini, n_positions=positions))
-    want = size_curve(evaluator, items, few["size"].tolist())
+    ranking = Ranking(tuple(items_of(items)), items["score"].to_numpy(), evaluator.universe)
+    want = size_curve(evaluator, ranking, few["size"].tolist())
     assert few["value"].tolist() == pytest.approx(want["f"].tolist(), abs=1e-4)
     assert curve["value"].iloc[[0, -1]].tolist() == pytest.approx([0, 1], abs=1e-3)
 

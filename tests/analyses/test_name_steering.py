@@ -418,7 +418,7 @@ def test_other_bad_input_is_refused(mini, pairs, place, averages, tiny_mamba):
         name_steering.EXPERIMENT(mini, pairs, layer=0, per_cell=0)
     tokens = torch.ones(2, 4, dtype=torch.int64)
     nameless = Pairs(tokens, tokens, tokens[:, 0], tokens[:, 0])
-    with pytest.raises(InputError, match="no roles n1"):
+    with pytest.raises(InputError, match="is about names, and these prompts have none"):
         name_steering.EXPERIMENT(tiny_mamba, nameless, layer=0)
 
 

@@ -140,7 +140,9 @@ def test_at_the_clean_point_the_slices_sum_to_the_attribution_of_the_whole_convo
     model, pairs = golden.model(), golden.golden_pairs()
     names = [f"blocks.{i}.hook_conv" for i in range(4)]
     difference = lambda logits: logit_diff(logits[:, 0], pairs.answer, pairs.wrong)
-    runs = [forward(model, tokens, reads=names, logits_at=pairs.last) for tokens in (pairs.clean, pairs.corrupted)]
+    runs = [
+        forward(model, tokens, reads=names, logits_at=pairs.last[:, None]) for tokens in (pairs.clean, pairs.corrupted)
+    ]
     at_clean, at_corrupted = (difference(run["hook_logits"]) for run in runs)
     leaves, grads = {}, {}
 
@@ -157,7 +159,13 @@ def test_at_the_clean_point_the_slices_sum_to_the_attribution_of_the_whole_convo
         return {}
 
     with torch.enable_grad():
-        forward(model, pairs.clean, {name: leaf(name) for name in names}, logits_at=pairs.last, reduce=differentiate)
+        forward(
+            model,
+            pairs.clean,
+            {name: leaf(name) for name in names},
+            logits_at=pairs.last[:, None],
+            reduce=differentiate,
+        )
     whole = torch.stack([(grads[n] * (runs[1][n] - runs[0][n])).sum(-1) for n in names], 1)
     table = golden_attribution(method="eap", parts=True, positions=True, per_pair=True)
     assert relative_error(slices_of(table, 5).sum(2), whole) < 1e-4
@@ -247,7 +255,7 @@ def test_progress_counts_the_pairs():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"method": "ig"}, "method 'ig' .* is unknown: methods are eap, eap-ig"),
+        ({"method": "ig"}, "method 'ig' is unknown: did you mean 'eap-ig'\\? Methods are eap, eap-ig, exact"),
         ({"variant": "exact"}, "variant 'exact' is unknown"),
         ({"steps": 1}, "at least 2 steps, not 1"),
         ({"pairs_per_pass": 0}, "pairs_per_pass"),

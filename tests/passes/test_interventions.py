@@ -265,7 +265,7 @@ def test_right_padded_rows_equal_the_rows_alone_at_their_own_last_token():
     for row, length in enumerate(lengths):
         padded[row, length:] = 0
     edit = {"blocks.1.hook_B_bar": at_four, "blocks.2.hook_h.3": halve}
-    whole = forward(model, padded, edit, logits_at=lengths - 1)["hook_logits"]
+    whole = forward(model, padded, edit, logits_at=(lengths - 1)[:, None])["hook_logits"]
     rounding = logit_rounding(model, padded)
     for row, length in enumerate(lengths):
         alone = im.run(model, padded[row : row + 1, :length], edit)[:, -1]
@@ -275,7 +275,7 @@ def test_right_padded_rows_equal_the_rows_alone_at_their_own_last_token():
 def test_logits_kept_at_one_position_are_those_of_the_whole_pass_there():
     model, pairs = golden.model(), golden.golden_pairs()
     at = torch.tensor([3, 19, 7, 0, 11])
-    kept = forward(model, pairs.clean, logits_at=at)["hook_logits"]
+    kept = forward(model, pairs.clean, logits_at=at[:, None])["hook_logits"]
     assert kept.shape == (5, 1, 512)
     whole = im.run(model, pairs.clean, {})[torch.arange(5), at]
     torch.testing.assert_close(kept[:, 0], whole, rtol=0, atol=logit_rounding(model, pairs.clean))

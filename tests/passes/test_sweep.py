@@ -11,7 +11,7 @@ import ioi_mamba as im
 from ioi_mamba.errors import InputError
 from ioi_mamba.passes import sweep
 from ioi_mamba.passes.metrics import answer_logits
-from ioi_mamba.passes.sweep import Roll, last_logits, resample_sweep
+from ioi_mamba.passes.sweep import Roll, choice_scores, resample_sweep
 
 TABLES = {
     key.removeprefix("sweep/"): value
@@ -87,7 +87,7 @@ def test_ragged_pairs_are_swept_as_each_pair_alone_would_be(resume):
         alone = im.Pairs.from_tokens(alone.clean[:, :length], alone.corrupted[:, :length], alone.answer, alone.wrong)
         table = resample_sweep(model, alone, "layer_input", resume=resume)
         torch.testing.assert_close(whole[:, :length, row], table[:, :, 0], rtol=0, atol=rounding(model, alone))
-        clean = answer_logits(last_logits(model, alone.clean, alone.last)[:, 0], alone.answer, alone.wrong)
+        clean = answer_logits(choice_scores(model, alone, alone.clean), alone.answer, alone.wrong)
         torch.testing.assert_close(
             whole[:, length:, row], clean.expand(4, 9 - length, 2), rtol=0, atol=rounding(model, alone)
         )

@@ -42,7 +42,7 @@ def outputs(tmp_path_factory):
 
 
 def test_it_runs_and_its_numbers_are_the_ones_the_text_speaks_of(outputs):
-    effects = re.findall(r"^\d +(\d) +(-?\d\.\d+)$", outputs, re.MULTILINE)
+    effects = re.findall(r"^\d +(\d) +(-?\d\.\d+) +-?\d\.\d+ +-?\d\.\d+$", outputs, re.MULTILINE)
     by_layer = {int(layer): float(effect) for layer, effect in effects}
     found = int(re.search(r"After layer 0, layer (\d) has the largest effects", outputs)[1])
     assert max(by_layer, key=by_layer.get) == found
