@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,8 @@ from ioi_mamba.files import MINI
 from ioi_mamba.model import checkpoints
 from ioi_mamba.model.sites import check_labels
 
+KNOWN = ("mini", *(f"state-spaces/mamba-{size}-hf" for size in ("370m", "130m", "790m", "1.4b", "2.8b")))
+"""The embedded model and the published ones, to be named where an unknown name is near."""
 BACKENDS = ("local", "ndif", "local-serialized")
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 _TOKENIZER_FILES = (
@@ -64,13 +67,20 @@ def _read_config(name: str, local: bool) -> dict:
         return config
     if name.startswith((".", "/", "~")):
         raise InputError(f"There is no directory {name!r}: give an existing one, a hub id or 'mini'.")
+    if "/" not in name and difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.6):
+        # A slip of the pen is not asked of a hub, which may be minutes away.
+        raise InputError(f"Unknown model {name!r}: {_nearest(name)}")
     try:
         return PreTrainedConfig.get_config_dict(name)[0]
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(
-            f"Unknown model {name!r}: it is not 'mini', not a directory, and the hub did not give it ({reason})."
-        ) from None
+        raise InputError(f"Unknown model {name!r}: the hub did not give it ({reason}); {_nearest(name)}") from None
+
+
+def _nearest(name: str) -> str:
+    """What a user may have meant who gave an unknown name."""
+    named = difflib.get_close_matches(name, KNOWN, n=2, cutoff=0.5) or KNOWN[:2]
+    return f"did you mean {' or '.join(map(repr, named))}? Give one of these, another hub id, or a directory."
 
 
 def _refuse(config: dict, name: str, any_architecture: bool) -> None:

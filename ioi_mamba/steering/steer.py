@@ -187,8 +187,8 @@ def steer(
 ) -> str:
     """How the model continues `prompt` (greedily, until the end of the text) when names in it are rewritten.
 
-    names: which mentions become what, as {"n2": "Mary"} for the second name mentioned; a name that occurs
-    twice has two slots. {}: how the model continues without an edit. The old name is read off the prompt.
+    names: which names become what, as {"Leah": "Mary"} for every mention of Leah, or {"n2": "Mary"} for the second name
+    that is mentioned. {}: how the model continues without an edit. The old name is read off the prompt.
     layer, offset: where to write, so many tokens after the name; None takes those of `averages`, and without these
     what `find_layer` and `find_offset` find.
     averages: of the names, from the function `averages`; they are those of the weights they were made with. None: made
@@ -199,7 +199,7 @@ def steer(
     """
     if not isinstance(prompt, str) or not isinstance(names, Mapping):
         raise InputError(
-            'The prompt must be a text and names a dict, such as {"n2": "Mary"}; give one prompt at a time.'
+            'The prompt must be a text and names a dict, such as {"Leah": "Mary"}; give one prompt at a time.'
         )
     if averages is None:
         averages = _kept_averages(model, layer, offset)
@@ -208,6 +208,7 @@ def steer(
             f"The averages are those of layer {averages.layer} and offset {averages.offset}: leave layer and offset out."
         )
     tokens, roles = _read_prompt(model.tokenizer, prompt, averages)
+    names = _by_slot(model.tokenizer, names, tokens, roles)
     new_ids = single_token_ids(model.tokenizer, names.values()) if names else {}
     edits = []
     for slot, name in names.items():
@@ -226,6 +227,26 @@ def steer(
 
     following = call(model, _continued, tokens, averages.layer, edits, max_new_tokens, model.tokenizer.eos_token_id)
     return model.tokenizer.decode(following)
+
+
+def _by_slot(tokenizer: Any, names: Mapping[str, str], tokens: Tensor, roles: Mapping[str, int]) -> dict[str, str]:
+    """The new name of each slot, where a key may be a slot or a name that the prompt mentions.
+
+    Raises InputError for what is neither, and for a slot that two keys mean.
+    """
+    mentioned: dict[int, list[str]] = {}
+    for role in filter(is_name, roles):
+        mentioned.setdefault(int(tokens[roles[role]]), []).append(role)
+    ids = single_token_ids(tokenizer, [key for key in names if isinstance(key, str) and key not in roles])
+    found: dict[str, str] = {}
+    for key, name in names.items():
+        if not isinstance(key, str) or not isinstance(name, str):
+            raise InputError(f"{key!r}: {name!r} is no change of a name; give texts, such as {{'Leah': 'Mary'}}.")
+        for slot in [key] if key in roles or is_name(key) else mentioned.get(ids.get(key, -1), [key]):
+            if slot in found:
+                raise InputError(f"{slot} is changed twice, to {found[slot]!r} and to {name!r}; change it once.")
+            found[slot] = name
+    return found
 
 
 def _continued(
