@@ -28,7 +28,7 @@ from ioi_mamba.charts import drawing
 from ioi_mamba.claims import TASK, compare, names_summary
 from ioi_mamba.claims.names_summary import Summary
 from ioi_mamba.errors import InputError
-from ioi_mamba.experiments.experiment import Experiment
+from ioi_mamba.experiments.experiment import Experiment, resolved
 from ioi_mamba.files import written_whole
 from ioi_mamba.report import provenance
 from ioi_mamba.results import baseline
@@ -69,13 +69,14 @@ _VEGALITE = re.sub(r"^v(\d+\.\d+).*", r"\1", alt.SCHEMA_VERSION)
 class Section:
     """What the page shows of one experiment, or of a summary of several, whose manifest is empty.
 
-    `spec` None: there is no chart. trouble: what could not be made of the table, and why, in a sentence. warning: that
+    options: those that are not the defaults. `spec` None: there is no chart. trouble: what could not be made of the table, and why, in a sentence. warning: that
     the model cannot do the task, or empty.
     examples: prompts to show for a position that is chosen, as JSON, where the table has positions.
     """
 
     experiment: Experiment | Summary
     texts: dict[str, str]
+    options: dict[str, Any]
     manifest: dict[str, Any]
     table: pd.DataFrame
     spec: Markup | None
@@ -214,6 +215,7 @@ def _drawn(
     return Section(
         experiment=experiment,
         texts=experiment.texts(manifest.get("task_texts", NO_TEXTS)["varies"]),
+        options=_set_options(experiment, manifest.get("options", {})),
         manifest=manifest,
         table=table,
         spec=spec,
@@ -226,6 +228,12 @@ def _drawn(
         warning=baseline.note(manifest) if baseline.is_below(manifest) else "",
         examples=script_json(manifest["examples"]) if "label" in table and manifest.get("examples") else None,
     )
+
+
+def _set_options(experiment: Experiment | Summary, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run that are not the experiment's defaults."""
+    defaults = resolved(experiment.options()) if isinstance(experiment, Experiment) else {}
+    return {key: value for key, value in options.items() if key not in defaults or value != defaults[key]}
 
 
 def _what_is_wrong(experiment: Experiment | Summary, table: pd.DataFrame) -> str | None:
