@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 # Compiling all that is installed takes longer than installing it, and most of it is never imported.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: setup report test test-remote test-processors docs lint lock clean
+FAST := tests/tasks tests/charts tests/results tests/model/test_scan.py tests/model/test_sites.py \
+	tests/passes/test_metrics.py tests/circuits/test_graph.py tests/circuits/test_patching.py
+
+.PHONY: setup report test test-fast test-remote test-processors docs lint lock clean
 
 setup: $(VENV)/.dev
 
@@ -25,6 +28,10 @@ report: $(VENV)/.run
 
 test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
+
+# What is quick of it, for the loop: about a minute.
+test-fast: setup
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(FAST)
 
 # Against real NDIF servers that the tests start on loopback; see docs/ndif-test-server.md for what that needs.
 test-remote: setup

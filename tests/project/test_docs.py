@@ -16,7 +16,7 @@ import ioi_mamba
 import ioi_mamba.paper
 from ioi_mamba import analyses
 from ioi_mamba.model.sites import MODEL_SITES, SITES
-from ioi_mamba.tasks.prompts import NAME_LIST_KEYS, TEXT_KEYS
+from ioi_mamba.tasks.prompts import NAME_LIST_KEYS, PLAIN_KEYS, TEXT_KEYS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -42,7 +42,7 @@ def test_the_examples_in_docstrings_give_what_they_say():
 
 def test_the_ten_lines_of_the_readme_run(tmp_path):
     # nnsight reads the source of a traced block, so the lines must be in a file.
-    code, _ = code_of(ROOT / "README.md")
+    (code,) = code_of(ROOT / "README.md")
     path = tmp_path / "ten_lines.py"
     path.write_text(code)
     names = {"__name__": "ten_lines", "__file__": str(path)}
@@ -53,7 +53,8 @@ def test_the_ten_lines_of_the_readme_run(tmp_path):
     assert not torch.allclose(names["logits"], stock)
     assert not torch.allclose(names["edited"], stock)
     assert torch.allclose(names["edited"][:, :4], stock[:, :4], atol=1e-4)
-    assert {"source", "target", "part", "score"} <= set(names["scores"])
+    assert {"source", "target", "part", "score"} <= set(names["scores"].table)
+    assert len(names["circuit"]) == 10
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -71,10 +72,10 @@ def test_links_between_pages_lead_somewhere(page):
         assert generated or (page.parent / target).exists(), target
 
 
-def test_the_lines_of_the_readme_on_a_finished_run_work(tmp_path, monkeypatch):
+def test_the_lines_on_a_finished_run_work(tmp_path, monkeypatch):
     paper_run.write(tmp_path / "DIR", {"layer-ablation": paper_run.layer_ablation()})
     monkeypatch.chdir(tmp_path)
-    _, code = code_of(ROOT / "README.md")
+    (code,) = code_of(DOCS / "cli.md")
     names = {"im": ioi_mamba}
     exec(code, names)
     assert names["result"].findings()
@@ -84,7 +85,9 @@ def test_the_lines_of_the_readme_on_a_finished_run_work(tmp_path, monkeypatch):
 def test_the_readme_counts_the_claims_as_they_are():
     text, claims = (ROOT / "README.md").read_text(encoding="utf-8"), ioi_mamba.paper.table("claims")
     assert f"{(claims['analysis'] != '').sum()} of its {len(claims)} claims measured" in text
-    assert f"against the paper: {len(claims)} claims" in text
+    command_line = (DOCS / "cli.md").read_text(encoding="utf-8")
+    assert f"against the paper: {len(claims)} claims" in command_line
+    assert len(text.splitlines()) <= 100
     assert f"all {['ten', 'eleven', 'twelve'][len(analyses.available()) - 10]} experiments" in text
 
 
@@ -108,12 +111,12 @@ def test_the_prompts_of_the_docs_are_read_and_their_code_runs(tmp_path, monkeypa
     assert names["pairs"].position_labels().count("n3") == 1
     exec(last, names)
     assert len(names["pairs"]) == 1
-    for key in (*TEXT_KEYS, *NAME_LIST_KEYS):
+    for key in (*PLAIN_KEYS, "candidates", *TEXT_KEYS, *NAME_LIST_KEYS):
         assert f"`{key}`" in page
 
 
-def test_every_command_and_experiment_is_in_the_readme():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_every_command_and_experiment_is_on_the_page_of_the_command_line():
+    text = (DOCS / "cli.md").read_text(encoding="utf-8")
     for name in analyses.available():
         assert f"| {name} |" in text
     from ioi_mamba.cli.main import _parser
@@ -161,3 +164,23 @@ def test_the_site_builds_strictly_and_has_every_site_and_experiment(tmp_path, mo
         loaded = re.findall(r'(?:src|<link[^>]* href)="(https?://[^"]+)"', text)
         assert not loaded, loaded
     assert '"cells"' in (site / "tutorial.ipynb").read_text()
+
+
+def test_the_picture_of_the_rooms_is_of_the_code_and_no_import_goes_up(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    import architecture
+
+    architecture.draw(tmp_path / "drawn.svg")
+    kept, drawn = (
+        (folder / name).read_text() for folder, name in ((DOCS, "architecture.svg"), (tmp_path, "drawn.svg"))
+    )
+    rooms = r'font-weight="600">(\w+)<'
+    assert re.findall(rooms, kept) == re.findall(rooms, drawn)
+    assert {"model", "passes", "circuits", "analyses"} <= set(re.findall(rooms, drawn))
+    assert architecture.upward(architecture.imports()[1]) == 0
+
+
+def test_links_of_the_pages_for_contributors_lead_somewhere():
+    for page in (ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
+        for link in re.findall(r"\]\(((?!https?:)[^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), (page.name, link)
