@@ -9,6 +9,8 @@ with model.trace(tokens):
 
 from __future__ import annotations
 
+from typing import Any
+
 import nnsight
 import torch
 from torch import Tensor
@@ -73,7 +75,7 @@ class Mixer:
         state = "open" if self._open else "to be opened with `with`"
         return f"<Mixer of layer {self._pass._layer}, {state}; sites: {', '.join(SITES)}>"
 
-    def __getattr__(self, site: str):
+    def __getattr__(self, site: str) -> Any:
         if site not in SITES:
             raise AttributeError(f"a mixer has no site {site!r}; the sites are {', '.join(SITES)}")
         self._settle()
@@ -111,7 +113,7 @@ class _States:
         """All states, kept after the trace."""
         return nnsight.save(self._all())
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._all(), name)
 
     def __repr__(self) -> str:

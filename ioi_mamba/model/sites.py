@@ -196,7 +196,10 @@ def expanded(names: str | Iterable[str], n_layers: int, n_positions: int, conv_w
         if not isinstance(name, str) or "*" not in name:
             found[name] = None
             continue
-        pattern = re.compile(re.escape(name).replace(r"\*", "[^.]*"))
+        # What counts from the end is counted from the start, as the names that are matched are.
+        placed = re.sub(r"(?<=blocks\.)-\d+", lambda found: str(int(found[0]) % n_layers), name)
+        placed = re.sub(r"(?<=hook_h\.)-\d+$", lambda found: str(int(found[0]) % n_positions), placed)
+        pattern = re.compile(re.escape(placed).replace(r"\*", "[^.]*"))
         known = _known_names(n_layers)
         for i in range(n_layers):
             known += [f"blocks.{i}.hook_h.{p}" for p in range(n_positions)]

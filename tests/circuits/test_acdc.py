@@ -123,3 +123,18 @@ def test_a_search_keeps_nothing_that_its_start_left_out():
     kept = {item for item, (k, _) in decisions(table).items() if k}
     assert kept
     assert not kept & out
+
+
+def test_sets_go_together_only_within_the_rollback():
+    """None may with a rollback below every drop, all that are candidates with one above; the default is the threshold."""
+    about = {
+        rollback: im.acdc(
+            golden.model(),
+            golden.golden_pairs(),
+            threshold=0.05,
+            **({} if rollback is None else {"rollback": rollback}),
+        ).table.attrs
+        for rollback in (10.0, 0.05, None, -10.0)
+    }
+    assert about[None] == about[0.05]
+    assert about[10.0]["rounds"] < about[0.05]["rounds"] < about[-10.0]["rounds"]

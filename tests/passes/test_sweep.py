@@ -12,6 +12,7 @@ from ioi_mamba.errors import InputError
 from ioi_mamba.passes import sweep
 from ioi_mamba.passes.metrics import answer_logits
 from ioi_mamba.passes.sweep import Roll, choice_scores, resample_sweep
+from ioi_mamba.tasks.base import Pairs
 
 TABLES = {
     key.removeprefix("sweep/"): value
@@ -152,3 +153,38 @@ def test_a_roll_has_the_states_and_conv_inputs_of_the_whole_pass_and_what_it_rea
             torch.testing.assert_close(roll.h_start[i], want[f"blocks.{i}.hook_h"][:, position], rtol=1e-4, atol=1e-5)
     for i in range(4):
         torch.testing.assert_close(roll.conv_start[i], want[f"blocks.{i}.hook_in_proj"][:, 3:6], rtol=1e-4, atol=1e-5)
+
+
+def test_the_whole_memory_of_a_layer_is_exchanged_slice_by_slice(tiny_mamba):
+    """`h_and_conv` against the obvious form: the state, and every conv slice that reaches back past the position."""
+    generator = torch.Generator().manual_seed(5)
+    clean = torch.randint(1, 40, (3, 8), generator=generator)
+    corrupted = clean.clone()
+    corrupted[:, 2] = (corrupted[:, 2] + 11) % 40
+    pairs = Pairs.from_tokens(clean, corrupted, clean[:, 0], corrupted[:, 2])
+    layer, width = 2, tiny_mamba.config.conv_kernel
+    slices = [f"blocks.{layer}.hook_conv_slice.{s}" for s in range(1 - width, 1)]
+    source = im.read(tiny_mamba, corrupted, [*slices, f"blocks.{layer}.hook_h"])
+    got = resample_sweep(tiny_mamba, pairs, "h_and_conv", layers=[layer])[0]
+    moved = 0.0
+    for p in range(2, 8):
+
+        def exchanged(name, p=p):
+            s = int(name.rsplit(".", 1)[1])
+
+            def write(x):
+                for t in range(p + 1, x.shape[1]):
+                    if t + s <= p:
+                        x[:, t] = source[name][:, t]
+                return x
+
+            return write
+
+        edits = {name: exchanged(name) for name in slices}
+        edits[f"blocks.{layer}.hook_h.{p}"] = source[f"blocks.{layer}.hook_h"][:, p]
+        logits = im.run(tiny_mamba, clean, edits)[:, -1]
+        rows = torch.arange(3)
+        want = torch.stack([logits[rows, pairs.answer], logits[rows, pairs.wrong]], -1)
+        torch.testing.assert_close(got[p], want, rtol=0, atol=rounding(tiny_mamba, pairs))
+        moved = max(moved, float((want - got[0]).abs().max()))
+    assert moved > 100 * rounding(tiny_mamba, pairs)
