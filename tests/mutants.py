@@ -1,0 +1,334 @@
+"""Faults made on purpose, each to be caught by the tests of its room: `python -m tests.mutants [WORD...]`.
+
+Each fault is one replacement in one file of a copy of the package; then the named tests run. A fault that no test notices
+survives: it is printed, and the exit code is its number. WORD: only faults whose file or tests contain one of these.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+AT_ONCE = os.cpu_count() or 1
+
+
+class Fault(NamedTuple):
+    """`old` becomes `new` where it first stands in `file`; `tests` are what should notice, as pytest takes them."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+SCAN, MIXER, SWEEP = "tests/model/test_scan.py", "tests/model/test_mixer.py", "tests/passes/test_sweep.py"
+METRICS, INTERVALS, RANGES = (f"tests/passes/test_{name}.py" for name in ("metrics", "intervals", "ranges"))
+GRAPH, PATCHING, ACDC = (f"tests/circuits/test_{name}.py" for name in ("graph", "patching", "acdc"))
+ATTRIBUTION, FAITHFULNESS = "tests/circuits/test_attribution.py", "tests/circuits/test_faithfulness.py"
+PAIRS, IOI, EFFECTS = "tests/tasks/test_pairs.py", "tests/tasks/test_ioi.py", "tests/analyses/test_effects.py"
+EXTENSIONS, SURFACE = "tests/project/test_extensions.py", "tests/project/test_surface.py"
+
+FAULTS = (
+    # the three that survived once
+    Fault(
+        "ioi_mamba/passes/sweep.py", "(corrupted - clean)[:, ahead - 1 :]", "(clean - corrupted)[:, ahead - 1 :]", SWEEP
+    ),
+    Fault("analyses/_effects.py", "own.unique(return_inverse=True)[1])", "torch.arange(len(own)))", EFFECTS),
+    Fault(
+        "ioi_mamba/circuits/search.py",
+        "self.state.baseline - score <= self.rollback",
+        "self.state.baseline - score <= self.threshold",
+        ACDC,
+    ),
+    # the scan and the mixer
+    Fault(
+        "ioi_mamba/model/scan.py",
+        "h.mul_(decay).addcmul_(dx_t, B_t)",
+        "h.mul_(decay).addcmul_(dx_t, B_t).mul_(1.0001)",
+        SCAN,
+    ),
+    Fault(
+        "ioi_mamba/model/scan.py",
+        "g[:, t].addcmul_(a[:, t + 1], g[:, t + 1])",
+        "g[:, t].addcmul_(a[:, t], g[:, t + 1])",
+        SCAN,
+    ),
+    Fault(
+        "ioi_mamba/model/scan.py",
+        "torch.mul(g[:, 1:], h[:, :-1], out=grad_a[:, 1:])",
+        "torch.mul(g[:, 1:], h[:, 1:], out=grad_a[:, 1:])",
+        SCAN,
+    ),
+    Fault(
+        "ioi_mamba/model/scan.py",
+        "B_bar = delta[..., None] * B[:, :, None, :]",
+        "B_bar = B[:, :, None, :].expand(*A_bar.shape)",
+        SCAN,
+    ),
+    Fault(
+        "ioi_mamba/model/mixer_pass.py",
+        "first = weight.shape[-1] - 1 + s",
+        "first = -s",
+        f"{MIXER} tests/model/test_sites.py",
+    ),
+    Fault(
+        "ioi_mamba/model/mixer_pass.py",
+        "torch.where(mask, 0.0, decay), torch.where(mask, value, drive)",
+        "torch.where(mask, 1.0, decay), torch.where(mask, value, drive)",
+        MIXER,
+    ),
+    Fault(
+        "ioi_mamba/model/mixer_pass.py",
+        'return self.get("y") + self._scan.x * self._scan.D',
+        'return self.get("y") - self._scan.x * self._scan.D',
+        f"{MIXER} tests/model/test_sites.py",
+    ),
+    Fault(
+        "ioi_mamba/model/mixer_pass.py",
+        'self.get("ssm_output") * F.silu(self._scan.z)',
+        'self.get("ssm_output") * torch.sigmoid(self._scan.z)',
+        MIXER,
+    ),
+    Fault(
+        "ioi_mamba/model/mixer_pass.py",
+        'return F.softplus(self.get("delta_2"))',
+        'return self.get("delta_2").exp()',
+        f"{MIXER} tests/model/test_sites.py",
+    ),
+    Fault(
+        "ioi_mamba/model/mixer.py",
+        "if handed._version != version:",
+        "if handed._version == version:",
+        "tests/model/test_traces.py",
+    ),
+    Fault(
+        "ioi_mamba/model/mixer.py", "self[:] = self + other", "self[:] = self - other", SURFACE + " -k like_a_tensor"
+    ),
+    Fault(
+        "ioi_mamba/model/sites.py",
+        "str(int(found[0]) % n_positions)",
+        "str(int(found[0]) % n_layers)",
+        SURFACE + " -k patterns",
+    ),
+    # passes
+    Fault(
+        "ioi_mamba/passes/sweep.py",
+        "alive = torch.nonzero((begins <= p) & (p <= last))[:, 0]",
+        "alive = torch.nonzero((begins < p) & (p <= last))[:, 0]",
+        SWEEP,
+    ),
+    Fault("ioi_mamba/passes/sweep.py", "read_at - p) if start", "read_at) if start", SWEEP),
+    Fault(
+        "ioi_mamba/passes/sweep.py",
+        "resumes = resume and pairs.readout is None",
+        "resumes = resume",
+        EXTENSIONS + " -k two_tokens",
+    ),
+    Fault(
+        "ioi_mamba/passes/metrics.py",
+        "return logits[..., 0] - logits[..., 1]",
+        "return logits[..., 1] - logits[..., 0]",
+        METRICS,
+    ),
+    Fault(
+        "ioi_mamba/passes/metrics.py",
+        "possible_range = (clean - corrupted).abs()",
+        "possible_range = clean - corrupted",
+        METRICS,
+    ),
+    Fault(
+        "ioi_mamba/passes/metrics.py",
+        "(sums / values.shape[-1]).square().sum(-1)",
+        "(sums / n_clusters).square().sum(-1)",
+        f"{METRICS} {INTERVALS}",
+    ),
+    Fault(
+        "ioi_mamba/passes/metrics.py",
+        "return value >= bound - ROUNDING",
+        "return value > bound",
+        "tests/claims/test_compare.py tests/analyses/test_layer_removal.py",
+    ),
+    Fault(
+        "ioi_mamba/passes/intervals.py",
+        "stats.t.ppf(0.975, n_clusters - 1)) if n_clusters > 1",
+        "stats.t.ppf(0.95, n_clusters - 1)) if n_clusters > 1",
+        INTERVALS,
+    ),
+    Fault("ioi_mamba/passes/intervals.py", "clamp(1, alike)", "clamp(1, 1)", INTERVALS),
+    Fault("ioi_mamba/passes/ranges.py", "> rounding.clamp(min=SMALLEST)", "> 0 * rounding", RANGES),
+    Fault("ioi_mamba/passes/effect.py", "return value % n", "return abs(value)", SURFACE + " -k effect"),
+    # tasks
+    Fault(
+        "ioi_mamba/tasks/base.py",
+        "answer=self.wrong,\n            wrong=self.answer,",
+        "answer=self.answer,\n            wrong=self.wrong,",
+        f"{PAIRS} {IOI}",
+    ),
+    Fault("ioi_mamba/tasks/base.py", "differs.int().argmax(1)", "differs.int().argmax(1) + 1", PAIRS),
+    Fault(
+        "ioi_mamba/tasks/base.py",
+        'first.scatter_reduce_(0, prompt, cluster.repeat(2), "amin")',
+        'first.scatter_reduce_(0, prompt, cluster.repeat(2), "amax")',
+        f"{PAIRS} {INTERVALS}",
+    ),
+    Fault("ioi_mamba/tasks/ioi.py", "rng.shuffle(names)", "names.sort()", IOI),
+    Fault(
+        "ioi_mamba/tasks/prompts.py", 'else f"<mark>{shown}</mark>"', "else shown", SURFACE + " -k difference_marked"
+    ),
+    Fault("ioi_mamba/tasks/prompts.py", "shown = html.escape(", "shown = str(", SURFACE + " -k difference_marked"),
+    Fault("ioi_mamba/tasks/readout.py", ".sum(-2)", ".amax(-2)", EXTENSIONS + " -k two_tokens"),
+    Fault("ioi_mamba/tasks/draws.py", "seed + STEP * number", "seed", "tests/analyses/test_cross_talk.py"),
+    # circuits
+    Fault(
+        "ioi_mamba/circuits/graph.py",
+        "for j in range(1, len(nodes)) for i in range(j)",
+        "for j in range(1, len(nodes)) for i in range(max(0, j - 1))",
+        GRAPH,
+    ),
+    Fault("ioi_mamba/circuits/graph.py", "if i.source in live and i.target in live", "if i.source in live", GRAPH),
+    Fault(
+        "ioi_mamba/circuits/graph.py",
+        "len(self.items & other.items) / len(union)",
+        "len(self.items & other.items) / len(self.items)",
+        GRAPH,
+    ),
+    Fault(
+        "ioi_mamba/circuits/patching.py",
+        "mask[rows] * (self._read_out(layer, rows) - y[rows])",
+        "mask[rows] * (y[rows] - self._read_out(layer, rows))",
+        PATCHING,
+    ),
+    Fault(
+        "ioi_mamba/circuits/gradients.py",
+        "change = [c.to(wide) - o for c, o",
+        "change = [o - c.to(wide) for c, o",
+        ATTRIBUTION,
+    ),
+    Fault(
+        "ioi_mamba/circuits/methods.py",
+        "alphas = [k / (options.steps - 1) for k",
+        "alphas = [k / options.steps for k",
+        ATTRIBUTION,
+    ),
+    Fault(
+        "ioi_mamba/circuits/methods.py", "alphas[:-1] if options.variant", "alphas[:-2] if options.variant", ATTRIBUTION
+    ),
+    Fault(
+        "ioi_mamba/circuits/ranking.py",
+        'if order == "signed" else -np.abs(values)',
+        'if order == "signed" else np.abs(values)',
+        f"{ATTRIBUTION} {FAITHFULNESS}",
+    ),
+    Fault(
+        "ioi_mamba/circuits/ranking.py",
+        "return [list(self.items[k:]) for k in sizes]",
+        "return [list(self.items[:k]) for k in sizes]",
+        FAITHFULNESS,
+    ),
+    Fault(
+        "ioi_mamba/circuits/scoring.py",
+        "(low, middle - 1) if above(middle, low, high) else (middle, high)",
+        "(low, middle - 1) if not above(middle, low, high) else (middle, high)",
+        FAITHFULNESS,
+    ),
+    Fault(
+        "ioi_mamba/circuits/scoring.py",
+        "return (logit_diff.mean(-1) - empty) / (full - empty)",
+        "return logit_diff.mean(-1) / full",
+        FAITHFULNESS,
+    ),
+    Fault(
+        "ioi_mamba/circuits/search.py",
+        "if self.state.baseline - score <= self.threshold:",
+        "if self.state.baseline - score < -self.threshold:",
+        ACDC,
+    ),
+    # experiments, registry and pages
+    Fault(
+        "ioi_mamba/experiments/options.py",
+        "low = option.at_least is None or value >= option.at_least",
+        "low = True",
+        f"{EXTENSIONS} tests/cli/test_cli.py",
+    ),
+    Fault(
+        "ioi_mamba/experiments/experiment.py", "if not self.nullable and values.isna().any():", "if False:", EXTENSIONS
+    ),
+    Fault("ioi_mamba/registry.py", "if len(own) != 1:", "if not own:", EXTENSIONS),
+    Fault(
+        "ioi_mamba/report/templates/report.html.j2",
+        "{% if is_papers and s.experiment.paper %}\n    <p",
+        "{% if true %}\n    <p",
+        EXTENSIONS,
+    ),
+    Fault(
+        "ioi_mamba/steering/steer.py",
+        "mentioned.get(ids.get(key, -1), [key])",
+        "mentioned.get(ids.get(key, -1), [key])[:1]",
+        SURFACE + " -k steered_by_name",
+    ),
+    Fault("ioi_mamba/errors.py", "not in _INSIDE", "in _INSIDE", SURFACE + " -k error_in_a_trace"),
+)
+
+
+def survives(fault: Fault) -> bool:
+    """Whether no test notices it. Raises ValueError where the file no longer has what is to be replaced."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        home = Path(folder)
+        leave = shutil.ignore_patterns("__pycache__")
+        for name in ("analyses", "tests", "docs", "bench"):
+            shutil.copytree(ROOT / name, home / name, ignore=leave)
+        shutil.copytree(ROOT / "ioi_mamba", home / "ioi_mamba", ignore=leave, symlinks=True)
+        for name in ("pyproject.toml", "README.md", "mkdocs.yml"):
+            shutil.copy(ROOT / name, home / name)
+        target = home / fault.file
+        source = target.read_text()
+        if source.count(fault.old) < 1:
+            raise ValueError(f"{fault.file} no longer has {fault.old!r}")
+        target.write_text(source.replace(fault.old, fault.new, 1))
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            *fault.tests.split(" -k ")[0].split(),
+        ]
+        if " -k " in fault.tests:
+            command += ["-k", fault.tests.split(" -k ")[1]]
+        environment = os.environ | {"PYTHONPATH": str(home), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+        if done.returncode not in (0, 1):
+            raise ValueError(f"the tests of {fault.file} do not run: {done.stdout[-500:]}{done.stderr[-500:]}")
+        return done.returncode == 0
+
+
+def main(words: list[str]) -> int:
+    """Try the faults; how many survive."""
+    chosen = [
+        fault for fault in FAULTS if not words or any(word in fault.file or word in fault.tests for word in words)
+    ]
+    alive = []
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for number, (fault, lives) in enumerate(zip(chosen, pool.map(survives, chosen), strict=True), 1):
+            print(
+                f"{number}/{len(chosen)} {'SURVIVES' if lives else 'caught'}: {fault.file}: {fault.new[:70]!r}",
+                flush=True,
+            )
+            alive += [fault] if lives else []
+    print(f"{len(chosen)} faults, {len(alive)} survive")
+    return len(alive)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
