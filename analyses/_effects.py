@@ -12,6 +12,7 @@ from torch import Tensor
 from ioi_mamba.charts.drawing import position_heatmap
 from ioi_mamba.experiments.experiment import Column
 from ioi_mamba.passes import metrics
+from ioi_mamba.passes.ablations import ablation_of
 from ioi_mamba.passes.intervals import mean_interval
 from ioi_mamba.passes.ranges import Usable, left_out_sentence
 from ioi_mamba.passes.sweep import Progress, swept_logit_diffs
@@ -47,6 +48,7 @@ def effect_table(
     site: str,
     *,
     layers: list[int] | None = None,
+    ablation: str = "resample",
     resume: bool = True,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
@@ -62,7 +64,11 @@ def effect_table(
     cells: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
     for k, (part, rows, places) in enumerate(layouts):
         report = (lambda n, total, k=k: progress(k * total + n, len(layouts) * total)) if progress else None
-        effects = metrics.effect(**swept_logit_diffs(model, part, site, layers=layers, resume=resume, progress=report))
+        effects = metrics.effect(
+            **swept_logit_diffs(
+                model, part, site, layers=layers, ablation=ablation_of(ablation), resume=resume, progress=report
+            )
+        )
         for value in dict.fromkeys(corruptions[row] for row in rows.tolist()):
             here = torch.tensor([corruptions[row] == value for row in rows.tolist()])
             for k_layer, layer in enumerate(range(len(effects)) if layers is None else layers):

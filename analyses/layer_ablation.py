@@ -18,6 +18,7 @@ import pandas as pd
 from ioi_mamba.analyses import _effects
 from ioi_mamba.experiments.experiment import Context, Experiment
 from ioi_mamba.experiments.options import option
+from ioi_mamba.passes.ablations import ABLATIONS
 from ioi_mamba.passes.ranges import usable
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
@@ -28,6 +29,7 @@ class Options:
     """Options of layer-ablation."""
 
     site: str = option("layer_input", "the site of a layer to resample; `ioi-mamba sites` lists them")
+    ablation: str = option("resample", "what is written in the value's place", choices=ABLATIONS)
     resume: bool = option(True, "start each pass where it is patched: same values, faster")
 
 
@@ -39,7 +41,9 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
 def run(context: Context) -> pd.DataFrame:
     """The table of effects; see `_effects.effect_table`."""
     options, found = context.options, usable(context.model, context.pairs)
-    return _effects.effect_table(context.model, found, options.site, resume=options.resume, progress=context.progress)
+    return _effects.effect_table(
+        context.model, found, options.site, ablation=options.ablation, resume=options.resume, progress=context.progress
+    )
 
 
 def chart(table: pd.DataFrame):

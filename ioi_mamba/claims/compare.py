@@ -52,7 +52,7 @@ OTHER_MODEL = f"a number of {PUBLISHED_MODEL} alone"
 
 ATTRIBUTION = {"target": 0.85, "steps": 5, "variant": "paper", "method": "eap-ig", "ranking": "signed"}
 QUESTION: dict[str, dict[str, Any]] = {
-    "layer-ablation": {"site": "layer_input"},
+    "layer-ablation": {"site": "layer_input", "ablation": "resample"},
     "cross-talk": {"threshold": 0.9},
     "state-ablation": {"with_conv": False},
     "edge-attribution": ATTRIBUTION,

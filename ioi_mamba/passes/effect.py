@@ -14,6 +14,7 @@ from ioi_mamba.charts.drawing import matrix_heatmap
 from ioi_mamba.charts.notebook import shown
 from ioi_mamba.errors import InputError
 from ioi_mamba.passes import metrics
+from ioi_mamba.passes.ablations import Ablation, AblationName, ablation_of
 from ioi_mamba.passes.intervals import mean_interval
 from ioi_mamba.passes.ranges import usable
 from ioi_mamba.passes.sweep import Progress, layer_count, swept_logit_diffs
@@ -28,12 +29,14 @@ class Effect:
         table: Columns layer, position, label, effect, low, high (95 %, by cluster), n; one row a cell.
         per_pair: Float[layer, position, pair], the effect of each pair that has a range.
         site: The site that was overwritten.
+        ablation: The kind of ablation.
         left_out: How many pairs have no range and are in no mean.
     """
 
     table: pd.DataFrame
     per_pair: Tensor
     site: str
+    ablation: str
     left_out: int
 
     def chart(self) -> Any:
@@ -53,10 +56,19 @@ class Effect:
         strongest = self.table.loc[self.table["effect"].abs().sort_values(ascending=False).index[:3]]
         cells = [f"  layer {row.layer}, {row.label}: {row.effect:.3f}" for row in strongest.itertuples()]
         n = self.per_pair.shape[-1]
-        return "\n".join([f"<Effect of resampling {self.site} in {len(self.table)} cells, {n} pairs:", *cells]) + ">"
+        return (
+            "\n".join(
+                [f"<Effect of {self.ablation} ablation of {self.site} in {len(self.table)} cells, {n} pairs:", *cells]
+            )
+            + ">"
+        )
 
     def _repr_html_(self) -> str:
-        return shown(f"Effect of resampling {self.site}", self.table, self.chart if len(self.table) > 1 else None)
+        return shown(
+            f"Effect of {self.ablation} ablation of {self.site}",
+            self.table,
+            self.chart if len(self.table) > 1 else None,
+        )
 
 
 def effect(
@@ -66,9 +78,10 @@ def effect(
     *,
     layers: int | Iterable[int] | None = None,
     positions: int | str | Iterable[int | str] | None = None,
+    ablation: AblationName | Ablation = "resample",
     progress: Progress | None = None,
 ) -> Effect:
-    """The effect of overwriting a site with the corrupted run's value, one layer and position at a time.
+    """The effect of overwriting a site, by default with the corrupted run's value, one layer and position at a time.
 
     Effect = 1 - (d_patched - d_corrupted) / (d_clean - d_corrupted), d the logit difference of answer and wrong: 0 acts
     like the clean run, 1 like the corrupted one (paper section 4.1.1, appendix B without the abs).
@@ -79,6 +92,7 @@ def effect(
         site: A site of a layer, such as "h", "layer_input", "conv_slice.-1" (`ioi-mamba sites`).
         layers: Default all; negative ones count from the end.
         positions: Token indices, or roles of the pairs such as "n3"; default all; negative ones count from the end.
+        ablation: What is written: "resample", "mean", "zero", "noise", or one of your own (`passes.ablations`).
         progress: Called with (done, total).
 
     Raises:
@@ -91,7 +105,9 @@ def effect(
     n_layers, n_positions = layer_count(model), pairs.clean.shape[1]
     chosen = [_index("layer", layer, n_layers) for layer in _several(layers, n_layers)]
     places = [_position(found.pairs, place, n_positions) for place in _several(positions, n_positions)]
-    diffs = swept_logit_diffs(model, found.pairs, site, layers=chosen, positions=places, progress=progress)
+    diffs = swept_logit_diffs(
+        model, found.pairs, site, layers=chosen, positions=places, ablation=ablation, progress=progress
+    )
     effects = metrics.effect(**diffs)
     low, high = mean_interval(effects, found.pairs.clusters)
     labels = found.pairs.position_labels()
@@ -101,7 +117,7 @@ def effect(
         for j, place in enumerate(places)
     ]
     table = pd.DataFrame(rows, columns=["layer", "position", "label", "effect", "low", "high"])
-    return Effect(table.assign(n=len(found.pairs)), effects, site, found.left_out)
+    return Effect(table.assign(n=len(found.pairs)), effects, site, ablation_of(ablation).name, found.left_out)
 
 
 def _several(values: Any, n: int) -> list[Any]:

@@ -25,6 +25,7 @@ from ioi_mamba.model.jobs import call, config_of, device_of
 from ioi_mamba.model.memory import rows_per_pass
 from ioi_mamba.model.portable import portable
 from ioi_mamba.model.sites import CONV_OP, parse
+from ioi_mamba.passes.ablations import RESAMPLE, Ablation, AblationName, ablation_of
 from ioi_mamba.passes.forward import Start, forward
 from ioi_mamba.passes.metrics import answer_logits, logit_diff
 from ioi_mamba.tasks.base import Pairs, check_pairs
@@ -128,13 +129,14 @@ def resample_sweep(
     *,
     layers: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
+    ablation: AblationName | Ablation = "resample",
     resume: bool = True,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Resample one site at every (layer, position): logits of (answer, wrong), [layer, position, pair, 2].
+    """Ablate one site at every (layer, position): logits of (answer, wrong), [layer, position, pair, 2].
 
-    In each cell the clean prompt runs with the site's value at that layer and position overwritten by the value of
-    the corrupted run (paper section 4.1.1). `conv_slice.s` takes the OUTPUT position of the convolution; `h` is the
+    In each cell the clean prompt runs with the site's value at that layer and position overwritten, by default with the
+    value of the corrupted run (paper section 4.1.1); `ablations` lists the kinds. `conv_slice.s` takes the OUTPUT position of the convolution; `h` is the
     state after that position's update, from which the recurrence goes on; `h_and_conv` is the same with the last K-1
     conv inputs replaced too, for the positions that follow.
     site: a site name of one layer, with index for conv slices ("conv_slice.-1"). layers, positions: default all.
@@ -144,7 +146,7 @@ def resample_sweep(
     """
     layers, positions = _checked(model, pairs, site, layers, positions)
     with pair_named(model, pairs):
-        logits = call(model, _sweep, pairs, site, layers, positions, resume, progress=progress)
+        logits = call(model, _sweep, pairs, site, layers, positions, _kind(ablation, site), resume, progress=progress)
     pairs.check_finite("logits", logits.movedim(-1, 0))
     return logits
 
@@ -170,6 +172,7 @@ def swept_logit_diffs(
     *,
     layers: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
+    ablation: AblationName | Ablation = "resample",
     resume: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
@@ -178,11 +181,28 @@ def swept_logit_diffs(
     Arguments and errors as there.
     """
     layers, positions = _checked(model, pairs, site, layers, positions)
-    return call(model, _logit_diffs, pairs, site, layers, positions, resume, progress=progress)
+    kind = _kind(ablation, site)
+    return call(model, _logit_diffs, pairs, site, layers, positions, kind, resume, progress=progress)
+
+
+def _kind(ablation: str | Ablation, site: str) -> Ablation:
+    """The ablation. Raises InputError for a site that it has no values for."""
+    kind = ablation_of(ablation)
+    if site == STATE_AND_CONV and kind.name != RESAMPLE.name:
+        raise InputError(f"{STATE_AND_CONV} can be resampled only, not ablated by {kind.name}: ablate h in its place.")
+    return kind
 
 
 def _logit_diffs(
-    model, pairs: Pairs, site: str, layers, positions, resume: bool, *, progress: Progress | None = None
+    model,
+    pairs: Pairs,
+    site: str,
+    layers,
+    positions,
+    ablation: Ablation,
+    resume: bool,
+    *,
+    progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     diffs: dict[str, Tensor] = {}
     rows = rows_per_pass(model, pairs.clean.shape[1])
@@ -195,28 +215,86 @@ def _logit_diffs(
             diffs[name] = torch.cat(parts).cpu()
             # Before the sweep, which would refuse to write the value of such a pair without knowing whose it is.
             pairs.check_finite(f"logits of its {name} prompt", diffs[name])
-    diffs["patched"] = logit_diff(_sweep(model, pairs, site, layers, positions, resume, progress=progress))
+    diffs["patched"] = logit_diff(_sweep(model, pairs, site, layers, positions, ablation, resume, progress=progress))
     pairs.check_finite("logits when patched", diffs["patched"])
     return diffs
 
 
 def _sweep(
-    model, pairs: Pairs, site: str, layers, positions, resume: bool, *, progress: Progress | None = None
+    model,
+    pairs: Pairs,
+    site: str,
+    layers,
+    positions,
+    ablation: Ablation,
+    resume: bool,
+    *,
+    progress: Progress | None = None,
 ) -> Tensor:
     out: list[Tensor] = []
     chunk = rows_per_pass(model, pairs.clean.shape[1])
     done, total = 0, len(positions) * len(layers) * len(pairs)
     with torch.no_grad():
+        spread = {} if ablation.name == RESAMPLE.name else _spread(model, pairs, site, layers, max(positions) + 1)
         for first in range(0, len(pairs), chunk):
             rows = slice(first, min(first + chunk, len(pairs)))
             part = pairs[rows]
             report = (lambda n, base=done: progress(base + n, total)) if progress else None
-            out.append(_sweep_chunk(model, part, site, layers, positions, resume, report).cpu())
+            out.append(
+                _sweep_chunk(model, part, site, layers, positions, ablation, spread, first, resume, report).cpu()
+            )
             done += len(positions) * len(layers) * len(part)
     return torch.cat(out, dim=2)
 
 
-def _sweep_chunk(model, pairs: Pairs, site: str, layers, positions, resume: bool, report) -> Tensor:
+Spread = dict[tuple[int, int], tuple[Tensor, Tensor]]
+"""(mean, standard deviation) over the clean prompts of all pairs, [1, 1, ...], by (layer, position)."""
+
+
+def _spread(model, pairs: Pairs, site: str, layers, n_positions: int) -> Spread:
+    """Of the pairs that reach a position; in float64, so that how pairs are cut into passes changes nothing that counts."""
+    sources, chunk = block_sites("h.0" if site == "h" else site, layers), rows_per_pass(model, pairs.clean.shape[1])
+    sums: dict[tuple[int, int], list[Tensor]] = {}
+    for first in range(0, len(pairs), chunk):
+        part = pairs[first : first + chunk]
+        roll, last = Roll.begin(model, part.clean.to(device_of(model))), part.last.to(device_of(model))
+        for p in range(n_positions):
+            roll, at = roll.step(sources)
+            for layer, source in zip(layers, sources, strict=True):
+                value = at[source][p <= last].double()
+                found = torch.stack([value.sum(0), value.square().sum(0), torch.full_like(value.sum(0), len(value))])
+                sums.setdefault((layer, p), []).append(found)
+    spread: Spread = {}
+    for place, parts in sums.items():
+        total, squares, n = sum(parts)  # type: ignore[misc]
+        mean = total / n.clamp(min=1)
+        deviation = (squares / n.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
+        spread[place] = (mean[None].float(), deviation[None].float())
+    return spread
+
+
+def _noise(like: Tensor, numbers: Tensor, layer: int, position: int) -> Tensor:
+    """Standard normal numbers of each row's own, the same however pairs are cut into passes."""
+    rows = []
+    for number in numbers.tolist():
+        generator = torch.Generator().manual_seed(((number * 10_007 + layer) * 10_007 + position) % 2**63)
+        rows.append(torch.randn(like.shape[1:], generator=generator))
+    return torch.stack(rows).to(like)
+
+
+def _sweep_chunk(
+    model,
+    pairs: Pairs,
+    site: str,
+    layers,
+    positions,
+    ablation: Ablation,
+    spread: Spread,
+    first: int,
+    resume: bool,
+    report,
+) -> Tensor:
+    """The cells of some pairs, of which the first is number `first` of all."""
     clean, corrupted = pairs.clean.to(device_of(model)), pairs.corrupted.to(device_of(model))
     n = len(pairs)
     read_at = pairs.read_at.to(device_of(model))
@@ -235,10 +313,16 @@ def _sweep_chunk(model, pairs: Pairs, site: str, layers, positions, resume: bool
     for p in range(max(positions) + 1):
         here = roll
         roll, at = here.step(sources)
-        alive = torch.nonzero((begins <= p) & (p <= last))[:, 0]
+        begun = begins <= p if ablation.like_corrupted else torch.ones_like(begins, dtype=torch.bool)
+        alive = torch.nonzero(begun & (p <= last))[:, 0]
         for k, layer in enumerate(layers if p in positions else ()):
             if len(alive):
                 value = at[sources[k]][n + alive]
+                if ablation.name != RESAMPLE.name:
+                    clean_value = at[sources[k]][alive]
+                    mean, deviation = (each.to(value) for each in spread[layer, p])
+                    noise = _noise(clean_value, first + alive, layer, p)
+                    value = ablation.written(clean_value, value, mean, deviation, noise)
                 start = here.start(layer, run[streams[k]][alive, p:], alive) if resumes else None
                 taps = roll.conv_start[layer]
                 taps = (weights[layer], taps[alive], taps[n + alive]) if site == STATE_AND_CONV else None

@@ -1,0 +1,76 @@
+"""What is written in the place of a value that is ablated, one record a kind."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ioi_mamba.errors import InputError
+from ioi_mamba.model.portable import portable
+
+AblationName = Literal["resample", "mean", "zero", "noise"]
+
+
+@portable
+@dataclass(frozen=True, eq=False)
+class Ablation:
+    """A kind of ablation.
+
+    Attributes:
+        name: As on the command line.
+        meaning: What is written, in words.
+        written: What is written, of the shape of the first argument: (clean, corrupted, mean, deviation, noise), each
+            [row, ...]: the values of the clean and of the corrupted run at one layer and position; mean and standard
+            deviation of the clean values there over all pairs; and standard normal numbers of each row's own.
+        like_corrupted: Whether a row whose two prompts agree up to a position stays as it is there, so that it is not run.
+    """
+
+    name: str
+    meaning: str
+    written: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    like_corrupted: bool = False
+
+    def hash(self) -> str:
+        """What tells it from others, for results that are kept; one of your own is told by its name."""
+        return f"ablation {self.name}"
+
+
+def _resampled(clean: Tensor, corrupted: Tensor, mean: Tensor, deviation: Tensor, noise: Tensor) -> Tensor:
+    return corrupted
+
+
+def _averaged(clean: Tensor, corrupted: Tensor, mean: Tensor, deviation: Tensor, noise: Tensor) -> Tensor:
+    return mean.expand_as(clean)
+
+
+def _emptied(clean: Tensor, corrupted: Tensor, mean: Tensor, deviation: Tensor, noise: Tensor) -> Tensor:
+    return torch.zeros_like(clean)
+
+
+def _disturbed(clean: Tensor, corrupted: Tensor, mean: Tensor, deviation: Tensor, noise: Tensor) -> Tensor:
+    return clean + deviation * noise
+
+
+RESAMPLE = Ablation("resample", "the value of the corrupted run (section 4.1.1)", _resampled, like_corrupted=True)
+MEAN = Ablation("mean", "the mean of the clean runs' values at that position, over all pairs", _averaged)
+ZERO = Ablation("zero", "zeros", _emptied)
+NOISE = Ablation("noise", "the clean value and normal noise of the clean values' own standard deviation", _disturbed)
+ABLATIONS: dict[str, Ablation] = {each.name: each for each in (RESAMPLE, MEAN, ZERO, NOISE)}
+
+
+def ablation_of(ablation: str | Ablation) -> Ablation:
+    """The record of a kind of ablation. Raises InputError, with the nearest name, for one that is not there."""
+    if isinstance(ablation, Ablation):
+        return ablation
+    if ablation not in ABLATIONS:
+        nearest = difflib.get_close_matches(str(ablation), ABLATIONS, n=1, cutoff=0.0)[0]
+        raise InputError(
+            f"ablation {ablation!r} is unknown: did you mean {nearest!r}? There are {', '.join(ABLATIONS)}; one of your "
+            "own is given as an Ablation."
+        )
+    return ABLATIONS[ablation]
