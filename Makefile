@@ -50,6 +50,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright -p .ci/pyright-rooms.json --pythonpath $(BIN)/python
 
 # constraints.txt anew, from the newest releases that pyproject.toml allows; the tests say whether they serve.
 lock:

@@ -21,7 +21,7 @@ def circuit_matrices(table: pd.DataFrame, value: str) -> Any:
         ["source", "target", "part"], as_index=False, sort=False
     )
     cells = pd.DataFrame(whole[value].sum())
-    edges, parts = cells[cells["part"] == ""], cells[cells["part"] != ""]
+    edges, parts = (pd.DataFrame(cells[(cells["part"] == "") == is_edge]) for is_edge in (True, False))
     nodes = sorted({*edges["source"], *edges["target"]}, key=_place)
     charts = []
     for part, x, order, columns in (
@@ -30,7 +30,7 @@ def circuit_matrices(table: pd.DataFrame, value: str) -> Any:
     ):
         if not len(part):
             continue
-        rows = sorted(set(part["source"]), key=_place)
+        rows, numbers = sorted(set(part["source"]), key=_place), part[value].tolist()
         charts.append(
             matrix_heatmap(
                 part,
@@ -42,7 +42,7 @@ def circuit_matrices(table: pd.DataFrame, value: str) -> Any:
                 x_title=columns,
                 y_title="from" if part is edges else "layer",
                 color_title=value,
-                domain=(min(0.0, float(part[value].min())), max(0.0, float(part[value].max()))),
+                domain=(min(0.0, *numbers), max(0.0, *numbers)),
                 text=False,
                 cell=24 if len(rows) <= 20 else 10,
             )

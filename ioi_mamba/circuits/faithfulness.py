@@ -130,10 +130,11 @@ def smallest(
 
     def value(k: int, ahead: set[int]) -> float:
         if k not in known:
-            for _, row in size_curve(evaluator, ranking, sorted(({k} | ahead) - set(known))).iterrows():
-                known[int(row["size"])] = row
+            curve = size_curve(evaluator, ranking, sorted(({k} | ahead) - set(known)))
+            for place, size in enumerate(curve["size"].tolist()):
+                known[size] = curve.iloc[place]
         tried.add(k)
-        return float(known[k][metric])
+        return float(known[k].to_dict()[metric])
 
     above = lambda k, low, high: value(k, _middles(low, high, levels)) > target
     k = smallest_size(len(ranking), above)

@@ -12,7 +12,7 @@ An item may hold at all positions or at one. A `Circuit` is the set of items kep
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -72,7 +72,7 @@ class Universe(NamedTuple):
         positions = [None] if self.n_positions is None else range(self.n_positions)
         return [Item(s, t, p, part) for s, t, part in kinds for p in positions]
 
-    def count(self) -> int:
+    def size(self) -> int:
         """How many items there are."""
         n = self.n_layers
         inside = n * (self.conv_width + 2) if self.parts else 0
@@ -140,7 +140,7 @@ class Masks(NamedTuple):
         return Masks(*(mask * factor for mask in self))
 
 
-def masks_of(sets: list[Iterable[Item]], universe: Universe, n_positions: int) -> Masks:
+def masks_of(sets: Sequence[Iterable[Item]], universe: Universe, n_positions: int) -> Masks:
     """The masks that patch each of the sets of items.
 
     Raises InputError for an item the universe does not have, and where there is no set (one of no items is a set).
@@ -291,7 +291,7 @@ class Circuit:
             for item in self.items | there
         ]
         table = pd.DataFrame(rows, columns=["kind", "shared", "only_here", "only_there"])
-        return table.groupby("kind", as_index=False).sum()
+        return pd.DataFrame(table.groupby("kind", as_index=False).sum())
 
     def to_frame(self) -> pd.DataFrame:
         """Columns source, target, position, part; one row an item, in the order of the universe."""
@@ -308,10 +308,10 @@ class Circuit:
 
     def __repr__(self) -> str:
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.kinds().items())) or "no item"
-        return f"<Circuit of {len(self)} of {self.universe.count()} items: {kinds}>"
+        return f"<Circuit of {len(self)} of {self.universe.size()} items: {kinds}>"
 
     def _repr_html_(self) -> str:
-        return shown(f"Circuit of {len(self)} of {self.universe.count()} items", self.to_frame(), self.chart)
+        return shown(f"Circuit of {len(self)} of {self.universe.size()} items", self.to_frame(), self.chart)
 
     def save(self, path: str | Path) -> None:
         """Write `path`.parquet (the items) and `path`.json (the universe), each beside and then renamed."""
@@ -408,9 +408,9 @@ def items_of(table: pd.DataFrame) -> list[Item]:
             raise InputError(f"The table has no column {name!r}: give one of items, with source and target.")
     n = len(table)
     positions = table["position"].tolist() if "position" in table else [None] * n
-    parts = table["part"].tolist() if "part" in table else [None] * n
+    parts: list[Any] = table["part"].tolist() if "part" in table else [None] * n
     return _each_once(
-        Item(str(s), str(t), _position(p), None if pd.isna(part) else str(part))
+        Item(str(s), str(t), _position(p), str(part) if pd.notna(part) is True else None)
         for s, t, p, part in zip(table["source"], table["target"], positions, parts, strict=True)
     )
 
@@ -420,4 +420,4 @@ def _position(value: Any) -> int | None:
         return None
     if isinstance(value, bool) or not isinstance(value, Real) or value % 1 != 0:
         raise InputError(f"The position {value!r} is no whole number: give the index of a token.")
-    return int(value)
+    return int(float(value))

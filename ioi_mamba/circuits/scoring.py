@@ -81,10 +81,10 @@ class Evaluator:
         pairs = self.pairs.without_text()
         options = (self.universe.parts, self.rows, self._memory, self.resume)
         found = call(self.model, _scores, pairs, masks, *options, progress=progress)
-        self._kept = found.pop(USABLE).nonzero()[:, 0]
-        if len(self._kept) == 0:
+        kept = self._kept = found.pop(USABLE).nonzero()[:, 0]
+        if len(kept) == 0:
             raise InputError(no_range(len(self.pairs)))
-        found = {name: values[..., self._kept] for name, values in found.items()}
+        found = {name: values[..., kept] for name, values in found.items()}
         self._ends = torch.stack([found.pop(name) for name in ENDS])
         return found
 

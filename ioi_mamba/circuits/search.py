@@ -273,17 +273,20 @@ class Search:
 
     def circuit(self) -> Circuit:
         """What is kept."""
-        return Circuit(frozenset(items_of(self.table[self.table["kept"]])), self.universe)
+        return Circuit(frozenset(items_of(self._kept())), self.universe)
+
+    def _kept(self) -> pd.DataFrame:
+        return pd.DataFrame(self.table[self.table["kept"]])
 
     def chart(self) -> Any:
         """The drop of every item that is kept: edges as a matrix from source to target, and parts by layer."""
-        return circuit_matrices(self.table[self.table["kept"]], "drop")
+        return circuit_matrices(self._kept(), "drop")
 
     def __repr__(self) -> str:
         about = self.table.attrs
         return f"<Search: normalized logit diff {about['score']:.3f} after {about['tests']} tests>\n{self.circuit()!r}"
 
     def _repr_html_(self) -> str:
-        kept = self.table[self.table["kept"]].sort_values("drop", ascending=False)
+        kept = self._kept().sort_values(by="drop", ascending=False)
         heading = f"Search: {len(kept)} of {len(self.table)} items kept, largest drops first"
         return shown(heading, kept.drop(columns="kept"), self.chart)

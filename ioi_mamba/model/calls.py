@@ -155,8 +155,8 @@ class FullScan(_Call):
         _Call.__init__(self, calls)  # by name: code that travels as source loses what super() looks up
         (x, dt, A, B, C), options = self.op.inputs
         self.with_state = bool(options.get("return_last_state"))
-        rows = [value.transpose(1, 2) for value in (x, dt, B, C, options["z"])]
-        self._take(*rows, A, options["D"], options["delta_bias"], None)
+        x, dt, B, C, z = (value.transpose(1, 2) for value in (x, dt, B, C, options["z"]))
+        self._take(x, dt, B, C, z, A, options["D"], options["delta_bias"], None)
 
     def _take(self, x, dt, B, C, z, A, D, bias, start) -> None:
         E, module = x.shape[2], self.module
@@ -197,9 +197,9 @@ class StepScan(FullScan):
         _Call.__init__(self, calls)
         (kept, x, dt, A, B, C, D), options = self.op.inputs
         self.kept = kept
-        rows = [value[:, None] for value in (x, dt, B, C, options["z"])]
+        x, dt, B, C, z = (value[:, None] for value in (x, dt, B, C, options["z"]))
         # A copy, since the call moves the kept state on in place.
-        self._take(*rows, A, D, options["dt_bias"], kept.clone())
+        self._take(x, dt, B, C, z, A, D, options["dt_bias"], kept.clone())
 
     def output(self) -> Tensor:
         """[batch, 1, E], with D x and the gate in it."""

@@ -96,12 +96,14 @@ def load_weights(path: str, original: MambaConfig | None, dtype: torch.dtype):
     from transformers import AutoModelForCausalLM, MambaForCausalLM
 
     if original is None:
-        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        model, found = loaded
     else:
         tensors = _original_tensors(path, tied=original.tie_word_embeddings)
-        model, found = MambaForCausalLM.from_pretrained(
+        loaded = MambaForCausalLM.from_pretrained(
             None, config=original, state_dict=tensors, dtype=dtype, output_loading_info=True
         )
+        model, found = loaded
         model.config._name_or_path = str(path)
         if surplus := sorted(found["unexpected_keys"]):
             raise ValueError(f"it has {len(surplus)} tensors without a place in a Mamba-1, {surplus[0]!r} among them.")

@@ -114,7 +114,7 @@ class _SelectiveScan(torch.autograd.Function):
         y = torch.empty_like(x)
         h_last = torch.empty_like(h_start)
         dx, A_t = delta * x, A.T.contiguous()
-        for rows in _blocks(x.shape[0], *A.shape, x.device):
+        for rows in _blocks(x.shape[0], A.shape[0], A.shape[1], x.device):
             h = h_start[rows].transpose(1, 2).clone(memory_format=torch.contiguous_format)
             decay = torch.empty_like(h)
             # By position, [row, 1, E] or [row, N, 1]: what is multiplied and added has the state's axes.
@@ -135,7 +135,7 @@ class _SelectiveScan(torch.autograd.Function):
         grad_B, grad_C = torch.empty_like(B), torch.empty_like(C)
         grad_A = torch.zeros_like(A_t) if ctx.needs_input_grad[2] else None
         grad_start = torch.empty_like(h_start)
-        for rows in _blocks(x.shape[0], *A.shape, x.device):
+        for rows in _blocks(x.shape[0], A.shape[0], A.shape[1], x.device):
             states, decays = [h_start[rows].transpose(1, 2).clone(memory_format=torch.contiguous_format)], []
             for t in range(x.shape[1]):
                 decays.append((delta[rows, t, None, :] * A_t).exp_())

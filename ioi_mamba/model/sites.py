@@ -136,7 +136,7 @@ class Address(NamedTuple):
 
     layer: int | None
     site: str
-    index: int | None
+    index: int | None  # type: ignore[assignment]  # tuple's own `index` is not used
 
 
 def _known_names(n_layers: int) -> list[str]:

@@ -40,10 +40,11 @@ def prompts_of(model, prompts: Any) -> Any:
         rows = model.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
         return _equally_long([row if row[:1] == [bos] else [bos, *row] for row in rows])
     if isinstance(prompts, Mapping) or hasattr(prompts, "input_ids"):
-        mask = torch.as_tensor(_rows(prompts["attention_mask"])) if "attention_mask" in prompts else None
+        encoding: Any = prompts
+        mask = torch.as_tensor(_rows(encoding["attention_mask"])) if "attention_mask" in encoding else None
         if mask is not None and not bool(mask.bool().all()):
             raise InputError("The encoding has padding, and rows are run without a mask: encode prompts of one length.")
-        return _rows(prompts["input_ids"]) if "input_ids" in prompts else prompts
+        return _rows(encoding["input_ids"]) if "input_ids" in encoding else encoding
     return _rows(prompts) if isinstance(prompts, Sequence) else prompts
 
 

@@ -53,8 +53,8 @@ class Effect:
         )
 
     def __repr__(self) -> str:
-        strongest = self.table.loc[self.table["effect"].abs().sort_values(ascending=False).index[:3]]
-        cells = [f"  layer {row.layer}, {row.label}: {row.effect:.3f}" for row in strongest.itertuples()]
+        strongest = self.table.assign(size=self.table["effect"].abs()).sort_values(by="size", ascending=False).head(3)
+        cells = [f"  layer {row['layer']}, {row['label']}: {row['effect']:.3f}" for row in strongest.to_dict("records")]
         n = self.per_pair.shape[-1]
         return (
             "\n".join(

@@ -69,7 +69,7 @@ def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
         flat = tensor.detach().reshape(-1)
         # A piece at a time, so that a model on a GPU is not copied to memory whole.
         for piece in flat.split(1 << 24):
-            digest.update(memoryview(piece.cpu().contiguous().view(torch.uint8).numpy()))
+            digest.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import pkgutil
 import re
 import sys
 import time
@@ -68,7 +69,9 @@ def _send_by_value() -> None:
 
     The package itself, which a block calls `im`, becomes a namespace of IN_A_TRACE there; docs/remote.md says so.
     """
-    nnsight.register(PACKAGE)
+    # Its rooms one by one: the package itself stays what every serialiser imports by its name.
+    for room in pkgutil.iter_modules(sys.modules[PACKAGE].__path__, f"{PACKAGE}."):
+        nnsight.register(room.name)
     if _reduced is not CustomCloudPickler.dispatch_table[ModuleType]:
         CustomCloudPickler.dispatch_table = ChainMap({ModuleType: _reduced}, CustomCloudPickler.dispatch_table)
 

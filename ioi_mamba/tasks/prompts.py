@@ -112,9 +112,8 @@ def read(tokenizer: Any, texts: Iterable[str]) -> list[Prompt]:
     prompts = []
     for text, ids, spans in zip(texts, encoding["input_ids"], encoding["offset_mapping"], strict=True):
         begins = ids[:1] == [bos]  # a text may begin with it, and a tokenizer may put it there whatever it is told
-        prompts.append(
-            Prompt(text, ids if begins else [bos, *ids], list(map(tuple, spans if begins else [(0, 0), *spans])))
-        )
+        spans = [(start, end) for start, end in (spans if begins else [(0, 0), *spans])]
+        prompts.append(Prompt(text, ids if begins else [bos, *ids], spans))
     return prompts
 
 

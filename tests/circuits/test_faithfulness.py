@@ -155,7 +155,7 @@ class OnlyAGraph:
 def ranking_of_all():
     """All items of the model's graph, in the graph's order."""
     universe = universe_of(golden.model())
-    return Ranking.of(universe.items(), range(universe.count()), universe)
+    return Ranking.of(universe.items(), range(universe.size()), universe)
 
 
 @pytest.mark.parametrize("enough", [1, 2, 7, 13])

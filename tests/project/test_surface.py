@@ -192,8 +192,8 @@ def test_a_name_is_steered_by_name(mini):
         mini, CLEAN, {"n3": "Mary"}, max_new_tokens=1
     )
     # A name that is mentioned twice has two slots.
-    both = im.steer(mini, CLEAN, {"Kelly": "Mary"}, max_new_tokens=2)
-    assert both == im.steer(mini, CLEAN, {"n1": "Mary", "n4": "Mary"}, max_new_tokens=2)
+    both = im.steer(mini, CLEAN, {"Kelly": "Leah"}, max_new_tokens=2)
+    assert both == im.steer(mini, CLEAN, {"n1": "Leah", "n4": "Leah"}, max_new_tokens=2)
     for names, says in (
         ({"Zed": "Mary"}, "has no name 'Zed'"),
         ({"Leah": "Mary", "n3": "Ivan"}, "n3 is changed twice"),
