@@ -258,8 +258,11 @@ def _newest_run() -> Path:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from ioi_mamba import analyses
     from ioi_mamba.report.pages import save_charts, write_report
 
+    for path in arguments.experiment:
+        analyses.load(Path(path))
     if arguments.charts is not None:
         for path in save_charts(arguments.directory, arguments.charts):
             print(f"Chart: {path}")

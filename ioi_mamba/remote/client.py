@@ -179,6 +179,8 @@ class Jobs:
         Raises ServerError when the server cannot be reached or the job fails there, InputError for what the job itself
         found wrong with its arguments or for a request over the limits, Submitted where it is not waited for.
         """
+        if work.__module__.split(".")[0] != PACKAGE:
+            nnsight.register(work.__module__)  # an experiment from a file or another package
         key = self._key(work, args)
         kept = self.store / f"{key}.pt" if self.store and key else None
         if kept is not None and kept.is_file():

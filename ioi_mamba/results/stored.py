@@ -78,6 +78,12 @@ def read_results(directory: Path) -> dict[str, Result]:
     if not directory.is_dir():
         raise InputError(f"{str(directory)!r} is not a directory: give the --out directory of a run.")
     found = {name: result for name in analyses.available() if (result := read_result(directory, name)) is not None}
+    others = [path.stem for path in sorted(directory.glob("*.json")) if read_manifest(path) is not None]
+    if not found and others:
+        raise InputError(
+            f"{str(directory)!r} holds tables of {', '.join(others)} alone, which are not known here: name their files "
+            "(`ioi-mamba report DIR --experiment FILE`), or register them first (`im.register`)."
+        )
     if not found:
         raise InputError(f"{str(directory)!r} holds no finished table: run an analysis with --out {directory} first.")
     return found

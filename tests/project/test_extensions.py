@@ -7,6 +7,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -124,6 +125,31 @@ def test_an_experiment_and_a_task_from_files_make_a_table_and_a_page_in_their_wo
     assert "name" not in page
     assert list(open_results(out)) == ["differences"]
     assert 'data-chart="differences-chart"' in (out / "index.html").read_text()
+
+
+def test_an_experiment_from_a_file_travels_to_a_server_and_is_reported_again(written, tiny_mamba_dir, capsys):
+    path = written / "traveller.py"
+    path.write_text(
+        EXPERIMENT.replace(
+            "    logits = im.run(context.model, pairs.clean)[range(len(pairs)), pairs.last]\n",
+            "    logits = call(context.model, work, pairs.without_text())\n",
+        ).replace(
+            "@dataclass(frozen=True)",
+            "from ioi_mamba.model.jobs import call\nfrom ioi_mamba.passes.forward import forward\n\n\n"
+            "def work(model, pairs, *, progress=None):\n"
+            '    return forward(model, pairs.clean, logits_at=pairs.read_at)["hook_logits"][:, 0]\n\n\n'
+            "@dataclass(frozen=True)",
+        )
+    )
+    task = ["--task", str(written / "my_task.py"), "--model", str(tiny_mamba_dir)]
+    for out, backend in (("here", "local"), ("there", "local-serialized")):
+        assert main(["run", str(path), *task, "--backend", backend, "--out", str(written / out)]) == 0
+    here, there = (pd.read_parquet(written / out / "differences.parquet") for out in ("here", "there"))
+    assert here["difference"].tolist() == pytest.approx(there["difference"].tolist(), abs=1e-5)
+    analyses.EXPERIMENTS._registered.clear()
+    assert main(["report", str(written / "here")]) == 2
+    assert "holds tables of differences alone" in capsys.readouterr().err
+    assert main(["report", str(written / "here"), "--experiment", str(path)]) == 0
 
 
 def test_our_experiments_on_a_task_of_ones_own_speak_of_neither_names_nor_the_paper(written, tiny_mamba_dir):
