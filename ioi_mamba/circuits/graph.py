@@ -62,27 +62,28 @@ class Universe(NamedTuple):
         """embed, the layers, output."""
         return ["embed", *map(str, range(self.n_layers)), "output"]
 
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """The names of the parts of a layer, in the order of the tables; none where the graph has no parts."""
+        return (*conv_parts(self.conv_width), "ssm", "skip") if self.parts else ()
+
     def items(self) -> list[Item]:
         """Every item, edges first in order of target then source, then the parts by layer, then by position."""
         nodes = self.nodes
         kinds = [(nodes[i], nodes[j], None) for j in range(1, len(nodes)) for i in range(j)]
-        if self.parts:
-            for layer in map(str, range(self.n_layers)):
-                kinds += [(layer, layer, part) for part in (*conv_parts(self.conv_width), "ssm", "skip")]
+        kinds += [(layer, layer, part) for layer in map(str, range(self.n_layers)) for part in self.inside]
         positions = [None] if self.n_positions is None else range(self.n_positions)
         return [Item(s, t, p, part) for s, t, part in kinds for p in positions]
 
     def size(self) -> int:
         """How many items there are."""
         n = self.n_layers
-        inside = n * (self.conv_width + 2) if self.parts else 0
-        return ((n + 1) * (n + 2) // 2 + inside) * (1 if self.n_positions is None else self.n_positions)
+        return ((n + 1) * (n + 2) // 2 + n * len(self.inside)) * (1 if self.n_positions is None else self.n_positions)
 
     def check(self, items: Iterable[Item]) -> None:
         """Raise InputError, naming it, for the first of the items that is not one of this graph's; makes no list."""
         nodes = {name: k for k, name in enumerate(self.nodes)}
-        parts = {*conv_parts(self.conv_width), "ssm", "skip"} if self.parts else set()
-        last = self.n_layers + 1
+        last, inside = self.n_layers + 1, set(self.inside)
         for item in items:
             if not isinstance(item, Item):
                 raise InputError(
@@ -94,7 +95,7 @@ class Universe(NamedTuple):
             else:
                 placed = _is_whole(position) and 0 <= position < self.n_positions  # type: ignore[operator]
             i, j = nodes.get(source, last), nodes.get(target, -1)
-            there = i < j if part is None else part in parts and 1 <= i == j < last
+            there = i < j if part is None else part in inside and 1 <= i == j < last
             if not (there and placed):
                 raise InputError(f"{item} is not in this graph: {self._described()}.")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.circuits import gradients
-from ioi_mamba.circuits.graph import Item, Universe, conv_parts
+from ioi_mamba.circuits.graph import Item, Universe
 from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.errors import InputError
 from ioi_mamba.model.jobs import call
@@ -80,9 +80,7 @@ def kinds_of(universe: Universe) -> list[Kind]:
     """(source, target, part) of the items, in the order of the tables."""
     nodes = universe.nodes
     kinds: list[Kind] = [(nodes[i], nodes[j + 1], None) for j in range(universe.n_layers + 1) for i in range(j + 1)]
-    for i in range(universe.n_layers if universe.parts else 0):
-        kinds += [(str(i), str(i), part) for part in (*conv_parts(universe.conv_width), "ssm", "skip")]
-    return kinds
+    return kinds + [(str(i), str(i), part) for i in range(universe.n_layers) for part in universe.inside]
 
 
 def _at_the_clean_point(
