@@ -123,7 +123,8 @@ def effect(
 def _several(values: Any, n: int) -> list[Any]:
     if values is None:
         return list(range(n))
-    listed = [values] if isinstance(values, int | str) else list(values)
+    values = values.tolist() if hasattr(values, "tolist") else values
+    listed = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
     if not listed:
         raise InputError("No layer or position is given: give at least one, or leave it out for all.")
     return listed

@@ -94,8 +94,8 @@ class Pairs:
                 raise InputError(f"{name} has values out of range; they must be at least {low}{upper}.")
         if self.readout is not None:
             n_choices = self.readout.tokens.shape[1]
-            if len(self.readout.at) != n_pairs or int(self.readout.at.min()) < 0 or int(self.readout.at.max()) >= n_pos:
-                raise InputError(f"The readout must have positions 0 to {n_pos - 1} for each of the {n_pairs} pairs.")
+            if len(self.readout.at) != n_pairs or bool((self.readout.at > self.last[:, None]).any()):
+                raise InputError(f"The readout must have positions within the prompt for each of the {n_pairs} pairs.")
             for name in ("answer", "wrong"):
                 if int(getattr(self, name).max()) >= n_choices:
                     raise InputError(f"{name} must be numbers of the readout's choices, 0 to {n_choices - 1}.")

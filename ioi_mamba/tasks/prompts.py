@@ -277,7 +277,7 @@ def _parse_line(line: bytes, source: str) -> PromptPair:
         raise InputError(f"{source} is not valid JSON ({_brief(error)}); give one JSON object a line.") from error
     if not isinstance(row, dict):
         raise InputError(f"{source} is not a JSON object; give one object with a pair of prompts a line.")
-    if "clean" in row or "answer" in row or "wrong" in row:
+    if not {"clean", "answer", "wrong"}.isdisjoint(row):
         return _plain_row(row, source)
     for key in (*TEXT_KEYS, *NAME_LIST_KEYS):
         if key not in row:
@@ -305,8 +305,9 @@ def _parse_line(line: bytes, source: str) -> PromptPair:
 
 def _plain_row(row: dict[str, Any], source: str) -> PromptPair:
     """A row with the keys clean, corrupted, answer, wrong, and perhaps candidates, corruption and template."""
-    if "uncorrupted" in row:
-        raise InputError(f"{source} has both 'clean' and 'uncorrupted'; write clean, corrupted, answer, wrong.")
+    others = sorted(({*TEXT_KEYS, *NAME_LIST_KEYS} - {"corrupted", "corruption"}) & row.keys())
+    if others:
+        raise InputError(f"{source} mixes two forms: leave out {others[0]!r}, and write {', '.join(PLAIN_KEYS)}.")
     for key in PLAIN_KEYS:
         if not _is_text(row.get(key)):
             state = "has no" if key not in row else "is not text:"
@@ -314,6 +315,9 @@ def _plain_row(row: dict[str, Any], source: str) -> PromptPair:
     candidates = row.get("candidates", [])
     if not isinstance(candidates, list) or not all(map(_is_text, candidates)):
         raise InputError(f"{source}: 'candidates' is not a list of texts; give one, or leave it out.")
+    for key in ("corruption", "template"):
+        if key in row and not _is_text(row[key]):
+            raise InputError(f"{source}: {key!r} is not text; give a string that is not empty, or leave it out.")
     answers = (row["answer"].strip(), row["wrong"].strip())
     return PromptPair(
         clean=row["clean"],

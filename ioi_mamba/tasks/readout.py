@@ -36,6 +36,8 @@ class Readout:
             value = getattr(self, name)
             if not isinstance(value, Tensor) or value.dtype != torch.int64:
                 raise InputError(f"The readout's {name} must be an int64 tensor.")
+            if value.numel() == 0 or int(value.min()) < 0:
+                raise InputError(f"The readout's {name} must have whole numbers from 0 on, at least one for each pair.")
         shapes = tuple(self.at.shape), tuple(self.tokens.shape)
         if self.at.ndim != 2 or self.tokens.ndim != 3 or shapes[0] != (shapes[1][0], shapes[1][2]):
             raise InputError(

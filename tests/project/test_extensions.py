@@ -323,5 +323,10 @@ def test_answers_of_two_tokens_are_one_record(tiny_mamba):
     assert im.Pairs.concat([pairs[:1], pairs[1:]]).hash() == pairs.hash()
     with pytest.raises(InputError, match="cross-talk reads one token"):
         analyses.load("cross-talk")(tiny_mamba, pairs)
+    with pytest.raises(InputError, match="positions within the prompt"):
+        im.Pairs.from_tokens(clean, corrupted, answer, wrong, readout=readout, lengths=[9, 9, 8, 9])
+    for at, chosen in ((readout.at, tokens - 40), (readout.at[:, :0], tokens[:, :, :0])):
+        with pytest.raises(InputError, match="whole numbers from 0 on"):
+            Readout(at, chosen)
     with pytest.raises(InputError, match="must be numbers of the readout's choices"):
         im.Pairs.from_tokens(clean, corrupted, answer + 5, wrong, readout=readout)
