@@ -311,6 +311,7 @@ def test_several_names_are_rewritten_in_one_pass(mini, pairs, place, averages, v
 def test_the_averages_of_steer_are_made_once_for_a_model_and_a_place(mini, monkeypatch):
     made, real = [], steer.averages
     monkeypatch.setattr(steer, "_PAIRS_FOR_STEER", 40)
+    monkeypatch.setattr(steer, "_kept", steer._OfModel())  # what other tests find is not to be made of so few
     monkeypatch.setattr(steer, "averages", lambda *a, **k: made.append((a[2], k["offset"])) or real(*a, **k))
     monkeypatch.setattr(steer, "find_layer", lambda model: 3)
     prompt = "Then, Sarah, Ivan and Leah went to the office. Sarah and Ivan gave a bone to"
@@ -322,6 +323,7 @@ def test_the_averages_of_steer_are_made_once_for_a_model_and_a_place(mini, monke
 
 def test_after_the_weights_changed_the_averages_and_the_layer_are_those_of_the_new_weights(monkeypatch):
     monkeypatch.setattr(steer, "_PAIRS_FOR_STEER", 40)
+    monkeypatch.setattr(steer, "_kept", steer._OfModel())  # what other tests find is not to be made of so few
     model = im.open_model("mini", device="cpu")
     looked = []
     monkeypatch.setattr(steer, "find_layer", lambda model: looked.append(1) or 2)

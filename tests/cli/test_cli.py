@@ -74,7 +74,7 @@ def test_without_resume_points_the_same_table_is_made_the_plain_way(tiny_mamba, 
         arguments = ["--model", str(tiny_mamba_dir), "--pairs", str(path), "--out", str(tmp_path / name)]
         assert main(["run", "layer-ablation", *arguments, *flags]) == 0
         options = json.loads((tmp_path / name / "layer-ablation.json").read_text())["options"]
-        assert options == {"site": "layer_input", "resume": not flags}
+        assert options == {"site": "layer_input", "ablation": "resample", "resume": not flags}
         tables[name] = pd.read_parquet(tmp_path / name / "layer-ablation.parquet")
     assert_same_effects(tables["resumed"], tables["plain"], tiny_mamba, pairs)
 
