@@ -289,6 +289,9 @@ def test_read_takes_a_text_pairs_an_encoding_and_patterns(mini, pairs):
     for prompts in (CLEAN, [CLEAN, CORRUPTED], pairs, encoding, pairs.clean):
         values = im.read(mini, prompts, "blocks.*.hook_h.-1")
         assert len(values) == 8
+    assert {int(name.rsplit(".", 1)[1]) for name in im.read(mini, pairs, "blocks.*.hook_h.-1")} == {
+        pairs.clean.shape[1] - 1
+    }
     assert im.run(mini, pairs).shape[0] == len(pairs)
     assert torch.equal(
         im.run(mini, pairs, {"blocks.3.hook_y": 0}), im.run(mini, pairs, {"blocks.3.hook_y": lambda y: y * 0})
