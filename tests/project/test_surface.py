@@ -4,11 +4,11 @@ import json
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 import ioi_mamba as im
 from ioi_mamba.circuits.graph import Universe, universe_of
@@ -207,11 +207,13 @@ def test_a_name_is_steered_by_name(mini):
             im.steer(mini, CLEAN, names)
 
 
-def test_a_slip_in_a_models_name_is_answered_at_once():
-    begin = time.monotonic()
-    with pytest.raises(im.InputError, match="did you mean 'mini'"):
-        im.open_model("minni")
-    assert time.monotonic() - begin < 1
+def test_a_slip_in_a_models_name_is_answered_without_asking_a_hub(monkeypatch):
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedConfig, "get_config_dict", lambda *_, **__: asked.append(1))
+        with pytest.raises(im.InputError, match="did you mean 'mini'"):
+            im.open_model("minni")
+    assert not asked
     with pytest.raises(im.InputError, match="did you mean 'state-spaces/mamba-370m-hf'"):
         im.open_model("state-spaces/mamba-370m")
 
