@@ -12,7 +12,7 @@ from torch import Tensor
 from ioi_mamba.charts.drawing import position_heatmap
 from ioi_mamba.experiments.experiment import Column
 from ioi_mamba.passes import metrics
-from ioi_mamba.passes.ablations import ablation_of
+from ioi_mamba.passes.ablations import AblationName
 from ioi_mamba.passes.intervals import mean_interval
 from ioi_mamba.passes.ranges import Usable, left_out_sentence
 from ioi_mamba.passes.sweep import Progress, swept_logit_diffs
@@ -48,7 +48,7 @@ def effect_table(
     site: str,
     *,
     layers: list[int] | None = None,
-    ablation: str = "resample",
+    ablation: AblationName = "resample",
     resume: bool = True,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
@@ -65,9 +65,7 @@ def effect_table(
     for k, (part, rows, places) in enumerate(layouts):
         report = (lambda n, total, k=k: progress(k * total + n, len(layouts) * total)) if progress else None
         effects = metrics.effect(
-            **swept_logit_diffs(
-                model, part, site, layers=layers, ablation=ablation_of(ablation), resume=resume, progress=report
-            )
+            **swept_logit_diffs(model, part, site, layers=layers, ablation=ablation, resume=resume, progress=report)
         )
         for value in dict.fromkeys(corruptions[row] for row in rows.tolist()):
             here = torch.tensor([corruptions[row] == value for row in rows.tolist()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.util
 import sys
 import traceback
@@ -109,8 +110,9 @@ class Registry(Generic[Record]):
     def _from_file(self, path: Path) -> Record:
         if not path.is_file():
             raise InputError(f"There is no file {str(path)!r} that could hold {_an(self.kind)}: give an existing one.")
-        # Under a name of its own, so that it neither hides another module nor is taken for one.
-        name = f"_ioi_mamba_{self.kind}_{path.stem}_{abs(hash(path.resolve()))}"
+        # Under a name of its own, so that it neither hides another module nor is taken for one; the same in every process
+        # while the file stays as it is, since what a server gave is kept under it.
+        name = f"_ioi_mamba_{self.kind}_{path.stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
         assert spec.loader is not None

@@ -43,7 +43,7 @@ class Option(NamedTuple):
             span = f" from {self.at_least:g} to {self.at_most:g}"
         else:
             span = f" of at least {self.at_least:g}" if ends[0] else f" of at most {self.at_most:g}" if ends[1] else ""
-        words = [_WORDS.get(kind) or _WORDS.get(typing.get_origin(kind) or kind, str(kind)) for kind in _kinds(self)]
+        words = [_WORDS.get(typing.get_origin(kind) or kind, str(kind)) for kind in _kinds(self)]
         return f"{words[0]}{span}" + "".join(f", or {word}" for word in words[1:])
 
 

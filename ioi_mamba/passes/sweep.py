@@ -136,13 +136,13 @@ def resample_sweep(
     """Ablate one site at every (layer, position): logits of (answer, wrong), [layer, position, pair, 2].
 
     In each cell the clean prompt runs with the site's value at that layer and position overwritten, by default with the
-    value of the corrupted run (paper section 4.1.1); `ablations` lists the kinds. `conv_slice.s` takes the OUTPUT position of the convolution; `h` is the
-    state after that position's update, from which the recurrence goes on; `h_and_conv` is the same with the last K-1
-    conv inputs replaced too, for the positions that follow.
+    value of the corrupted run (paper section 4.1.1); `ablations` lists the kinds. `conv_slice.s` takes the OUTPUT
+    position of the convolution; `h` is the state after that position's update, from which the recurrence goes on;
+    `h_and_conv` is the same with the last K-1 conv inputs replaced too, for the positions that follow.
     site: a site name of one layer, with index for conv slices ("conv_slice.-1"). layers, positions: default all.
     resume: start each pass at its layer and position; False runs every row in full (slower, same values).
-    A cell before a pair's first differing token, or after its last token, is the clean run itself (causality) and
-    is not computed. Raises InputError for an unknown site, and for logits that are not finite, naming the pair.
+    A cell after a pair's last token, or, resampled, before its first differing one, is the clean run itself (causality)
+    and is not computed. Raises InputError for an unknown site, and for logits that are not finite, naming the pair.
     """
     layers, positions = _checked(model, pairs, site, layers, positions)
     with pair_named(model, pairs):
