@@ -77,8 +77,10 @@ def read_results(directory: Path) -> dict[str, Result]:
     """As `open_results`, but for a run that may be going on: whether manifests vouch for tables is not asked."""
     if not directory.is_dir():
         raise InputError(f"{str(directory)!r} is not a directory: give the --out directory of a run.")
-    found = {name: result for name in analyses.available() if (result := read_result(directory, name)) is not None}
-    others = [path.stem for path in sorted(directory.glob("*.json")) if read_manifest(path) is not None]
+    known = analyses.available()
+    found = {name: result for name in known if (result := read_result(directory, name)) is not None}
+    finished = [path.stem for path in sorted(directory.glob("*.parquet")) if read_manifest(path.with_suffix(".json"))]
+    others = [name for name in finished if name not in known]
     if not found and others:
         raise InputError(
             f"{str(directory)!r} holds tables of {', '.join(others)} alone, which are not known here: name their files "
