@@ -17,7 +17,7 @@ from ioi_mamba.analyses import _effects
 from ioi_mamba.charts.drawing import position_heatmap
 from ioi_mamba.experiments.experiment import Column, Context, Experiment, Need
 from ioi_mamba.experiments.options import option
-from ioi_mamba.model.jobs import config_of
+from ioi_mamba.model.families import sizes_of
 from ioi_mamba.passes.ranges import left_out_sentence, usable
 from ioi_mamba.steering.bottleneck import find_layer
 from ioi_mamba.tasks import ioi
@@ -50,7 +50,7 @@ def run(context: Context) -> pd.DataFrame:
     model, pairs, options = context.model, context.pairs, context.options
     layer = find_layer(model, pairs) if options.layer is None and not options.all_layers else options.layer
     layers = None if options.all_layers else [layer]
-    found, tables, width = usable(model, pairs), [], config_of(model).conv_kernel
+    found, tables, width = usable(model, pairs), [], sizes_of(model).conv_width
     for k, s in enumerate(range(1 - width, 1)):
         stage = context.stage(k / width, (k + 1) / width)
         table = _effects.effect_table(model, found, f"conv_slice.{s}", layers=layers, progress=stage)

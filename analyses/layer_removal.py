@@ -21,6 +21,7 @@ from ioi_mamba.charts import drawing
 from ioi_mamba.errors import InputError
 from ioi_mamba.experiments.experiment import Column, Context, Experiment, Need
 from ioi_mamba.experiments.options import option
+from ioi_mamba.model.families import FAMILIES
 from ioi_mamba.model.jobs import call, device_of
 from ioi_mamba.passes import metrics
 from ioi_mamba.passes.intervals import share_ends
@@ -41,8 +42,13 @@ COLUMNS = (
     Column("high", "float", "upper end of the same interval", later=True),
 )
 
-# Where the list of blocks is, by architecture: Mamba, GPT-2, Llama-like (and Jamba, Bamba), GPT-NeoX.
-BLOCK_LISTS = ("backbone.layers", "transformer.h", "model.layers", "gpt_neox.layers")
+# Where the list of blocks is: of the families that are known, GPT-2, Llama-like (and Jamba, Bamba), GPT-NeoX.
+BLOCK_LISTS = (
+    *dict.fromkeys(family.tree.blocks for family in FAMILIES.values()),
+    "transformer.h",
+    "model.layers",
+    "gpt_neox.layers",
+)
 
 # The published figure's sample is unknown, the published notebook's is 10 pairs; 40 give half its error.
 DEFAULT_PAIRS = 40

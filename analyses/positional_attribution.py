@@ -28,7 +28,7 @@ from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.errors import InputError
 from ioi_mamba.experiments.experiment import Context, Experiment, Need
 from ioi_mamba.experiments.options import option
-from ioi_mamba.model.jobs import config_of
+from ioi_mamba.model.families import sizes_of
 from ioi_mamba.passes.intervals import difference
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
@@ -63,7 +63,7 @@ def run(context: Context) -> pd.DataFrame:
     """
     model, pairs, held_out, options = context.model, context.pairs, context.held_out, context.options
     layer, method, target, ranking = options.layer, options.method, options.target, options.ranking
-    n_layers = config_of(model).num_hidden_layers
+    n_layers = sizes_of(model).n_layers
     if layer is not None and not 0 <= layer < n_layers:
         raise InputError(f"The model has layers 0 to {n_layers - 1}, not {layer}.")
     given = len(pairs) + (0 if held_out is None else len(held_out))

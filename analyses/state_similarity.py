@@ -23,6 +23,7 @@ from ioi_mamba.charts import drawing
 from ioi_mamba.errors import InputError
 from ioi_mamba.experiments.experiment import Column, Context, Experiment, Need
 from ioi_mamba.experiments.options import option
+from ioi_mamba.model.families import family_of
 from ioi_mamba.model.jobs import call
 from ioi_mamba.passes.forward import forward
 from ioi_mamba.steering.bottleneck import find_layer
@@ -229,8 +230,8 @@ def _similarities(
         for tokens in prompts:
             read = forward(model, tokens[None], reads=sites)
             x, decay, B_bar, h = (read[site][0].float() for site in sites)
-            added = (B_bar * x[..., None]).flatten(1)
-            decay, h = decay.flatten(1), h.flatten(1)
+            decay, added = (term.expand_as(h).flatten(1) for term in family_of(model).recurrence_terms(decay, B_bar, x))
+            h = h.flatten(1)
             faded = cosines(added, h)
             remaining = added.clone()
             for j in range(1, len(tokens)):

@@ -20,7 +20,7 @@ import torch
 import ioi_mamba as im
 from ioi_mamba.analyses import _circuits, cross_talk
 from ioi_mamba.circuits.attribution import Options, attributions
-from ioi_mamba.model.sites import SITES
+from ioi_mamba.model.mamba.record import MAMBA
 from ioi_mamba.passes.sweep import resample_sweep
 
 from . import shapes, timing
@@ -75,13 +75,13 @@ class Bench:
 
     def one_layer(self):
         middle = self.model.config.num_hidden_layers // 2
-        names = [f"blocks.{middle}.hook_{site}" for site in SITES if site != "conv_slice"]
+        names = [f"blocks.{middle}.hook_{site}" for site in MAMBA.sites if site != "conv_slice"]
         names += [f"blocks.{middle}.hook_conv_slice.{s}" for s in range(-3, 1)]
         return self._read(self.pairs, names)
 
     def all_layers(self, own_scan: bool = False):
         layers = range(self.model.config.num_hidden_layers)
-        names = [f"blocks.{i}.hook_{site}" for i in layers for site in SITES if site != "conv_slice"]
+        names = [f"blocks.{i}.hook_{site}" for i in layers for site in MAMBA.sites if site != "conv_slice"]
         names += [f"blocks.{i}.hook_conv_slice.{s}" for i in layers for s in range(-3, 1)]
         return self._read(self.few, names, own_scan)
 

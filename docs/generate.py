@@ -16,7 +16,7 @@ from ioi_mamba.analyses import output_ablation as shortest
 from ioi_mamba.experiments.experiment import Experiment
 from ioi_mamba.experiments.options import options_of
 from ioi_mamba.model import glossary
-from ioi_mamba.model.sites import MODEL_SITES, SITES
+from ioi_mamba.model.families import FAMILIES
 
 TUTORIAL = Path(__file__).parent / "tutorial.py"
 MARK = re.compile(r"^<!-- from the code: (\w+) -->$", re.MULTILINE)
@@ -53,14 +53,12 @@ def quantities() -> str:
 
 
 def sites() -> str:
-    """Every hook name with its shape, place and meaning, in the order of a forward pass."""
-    indexed = {"h": "h` and `blocks.I.hook_h.POS", "conv_slice": "conv_slice.S"}
-    rows = [("`hook_embed`", "`batch pos D`", f"`{MODEL_SITES['embed']}`", "token embedding")]
-    for site in SITES.values():
-        name = f"`blocks.I.hook_{indexed.get(site.name, site.name)}`"
-        rows.append((name, f"`{site.shape}`", site.place, site.meaning))
-    rows.append(("`hook_norm`", "`batch pos D`", f"`{MODEL_SITES['norm']}`", "after the last RMSNorm"))
-    rows.append(("`hook_logits`", "`batch pos vocab`", f"`{MODEL_SITES['logits']}`", "logits"))
+    """Every hook name with its shape, place and meaning, in the order of a forward pass, family by family."""
+    rows = [
+        (f"`{name}`", f"`{shape}`", place, meaning)
+        for family in FAMILIES.values()
+        for name, shape, place, meaning in family.listed()
+    ]
     return _table(("hook name", "shape", "where it is", "meaning"), rows)
 
 

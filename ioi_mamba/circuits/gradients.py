@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.circuits.graph import Masks, Universe, universe_of
-from ioi_mamba.circuits.patching import CorruptedRun, Patch, corrupted_read_out, corrupted_run, sink_hooks, slice_hook
-from ioi_mamba.model.jobs import config_of, device_of
+from ioi_mamba.circuits.patching import CorruptedRun, Patch, corrupted_run, parts_of, sink_hooks
+from ioi_mamba.model.families import sizes_of
+from ioi_mamba.model.jobs import device_of
 from ioi_mamba.model.portable import portable
 from ioi_mamba.passes.forward import forward
 from ioi_mamba.passes.metrics import logit_diff, normalized_logit_diff
@@ -25,20 +26,20 @@ from ioi_mamba.tasks.base import Pairs
 class _Point:
     """One pass on the path: the tensors that gradients are taken at, and the differences they are multiplied with."""
 
-    gradient_at: dict[tuple, Tensor]  # ("sink", j), ("conv", layer), ("y", layer), ("skip", layer)
-    values: dict  # by hook name
+    gradient_at: dict[tuple, Tensor]  # ("sink", j), or (site of a part, layer)
+    values: dict[tuple[str, int], Tensor]  # (site, layer): what parts are made from
 
 
-def _path_masks(universe: Universe, n_positions: int, alpha: float, conv: bool) -> Masks:
-    n, K = universe.n_layers, universe.conv_width
+def _path_masks(universe: Universe, n_positions: int, alpha: float, parts: bool) -> Masks:
+    n = universe.n_layers
     forward_edges = torch.triu(torch.ones(n + 1, n + 1))[None, :, :, None].expand(1, -1, -1, n_positions)
-    zeros = torch.zeros(1, n, n_positions)
-    return Masks(forward_edges * alpha, torch.full((1, n, K, n_positions), alpha * conv), zeros, zeros)
+    on_path = torch.tensor([float(part.on_path and parts) for part in universe.of_layer])
+    return Masks(forward_edges * alpha, (on_path * alpha)[None, None, :, None].expand(1, n, -1, n_positions))
 
 
 def _differentiable_pass(model, pairs: Pairs, corrupted: CorruptedRun, alpha: float, variant: str, parts: bool, score):
     """Run the clean prompts at one point of the path; `score(logits, patch, point)` is called inside the trace."""
-    n, K = config_of(model).num_hidden_layers, config_of(model).conv_kernel
+    n, of_layer = sizes_of(model).n_layers, parts_of(model) if parts else ()
     universe = universe_of(model, parts=parts)
     masks = _path_masks(universe, pairs.clean.shape[1], alpha, parts and variant == "paper")
     patch = Patch(model, corrupted, masks, detach=variant == "detached")
@@ -52,9 +53,9 @@ def _differentiable_pass(model, pairs: Pairs, corrupted: CorruptedRun, alpha: fl
 
         return edit
 
-    def keep(name: str, then=None):
+    def keep(key: tuple[str, int], then=None):
         def observer(value: Tensor) -> None:
-            point.values[name] = value
+            point.values[key] = value
             if then:
                 then(value)
 
@@ -64,14 +65,13 @@ def _differentiable_pass(model, pairs: Pairs, corrupted: CorruptedRun, alpha: fl
     edits["hook_embed"] = leaf(("embed",))
     for j, name in enumerate(sink_hooks(n)):
         edits[name] = leaf(("sink", j), edits.get(name))
-    if parts:
-        for i in range(n):
-            for site in ("conv", "y", "skip"):
-                name = f"blocks.{i}.hook_{site}"
-                edits[name] = leaf((site, i), edits.get(name))
-            slices = (slice_hook(i, k, K) for k in range(K))
-            for name in (f"blocks.{i}.hook_A", f"blocks.{i}.hook_C", *slices):
-                observe[name] = keep(name, observe.get(name))
+    for i in range(n):
+        for site in {part.site: None for part in of_layer}:
+            name = f"blocks.{i}.hook_{site}"
+            edits[name] = leaf((site, i), edits.get(name))
+        for site in {site: None for part in of_layer for site in part.now}:
+            name = f"blocks.{i}.hook_{site}"
+            observe[name] = keep((site, i), observe.get(name))
 
     with torch.enable_grad():
         return forward(
@@ -86,8 +86,8 @@ def _differentiable_pass(model, pairs: Pairs, corrupted: CorruptedRun, alpha: fl
 
 
 def _chunk_scores(model, pairs: Pairs, alphas: list[float], steps: int, variant: str, parts: bool) -> dict[str, Tensor]:
-    """Scores of one chunk: edges [pair, source, target, pos]; conv [pair, layer, tap, pos]; ssm, skip [pair, layer, pos]."""
-    n, K = config_of(model).num_hidden_layers, config_of(model).conv_kernel
+    """Scores of one chunk: edges [pair, source, target, pos]; parts [pair, layer, part, pos]."""
+    n, of_layer = sizes_of(model).n_layers, parts_of(model) if parts else ()
     P, L = pairs.clean.shape
     corrupted = corrupted_run(model, pairs, parts=parts)
     answer, wrong = pairs.answer.to(device_of(model)), pairs.wrong.to(device_of(model))
@@ -96,44 +96,38 @@ def _chunk_scores(model, pairs: Pairs, alphas: list[float], steps: int, variant:
     # Products and sums are never rounded below float32, whatever the weights are in.
     wide = torch.promote_types(corrupted.outputs[0].dtype, torch.float32)
     zeros = {"device": device_of(model), "dtype": wide}
-    total = {"edges": torch.zeros(P, n + 1, n + 1, L, **zeros)}
-    if parts:
-        total |= {
-            "conv": torch.zeros(P, n, K, L, **zeros),
-            "ssm": torch.zeros(P, n, L, **zeros),
-            "skip": torch.zeros(P, n, L, **zeros),
-        }
+    total = {
+        "edges": torch.zeros(P, n + 1, n + 1, L, **zeros),
+        "parts": torch.zeros(P, n, len(of_layer), L, **zeros),
+    }
+    replaced = {part.site for part in of_layer if not part.is_term}
+    rows = torch.arange(P, device=device_of(model))
 
     def score(logits: Tensor, patch: Patch, point: _Point) -> dict[str, Tensor]:
         difference = logit_diff(logits, answer, wrong)
+        here = point.values | {key: value for key, value in point.gradient_at.items() if key[0] in replaced}
         if "logit_diff" not in clean:  # the first point is alpha = 0, the clean run
             clean["logit_diff"] = difference.detach()
             if variant == "clean-difference":
-                gradient_at = {name: value for name, value in point.gradient_at.items() if name[0] in ("y", "skip")}
                 clean["outputs"] = [output.detach() for output in patch.outputs]
-                clean["values"] = {name: value.detach() for name, value in (point.values | gradient_at).items()}
+                clean["values"] = {key: value.detach() for key, value in here.items()}
         metric = normalized_logit_diff(difference, clean["logit_diff"], from_corrupted).sum()
         keys = list(point.gradient_at)
         gradients = torch.autograd.grad(metric, [point.gradient_at[key] for key in keys])
         gradient = dict(zip(keys, gradients, strict=True))
         with torch.no_grad():
             outputs = clean.get("outputs", patch.outputs)
-            values = clean.get("values", point.values | point.gradient_at)
+            values = clean.get("values", here)
             change = [c.to(wide) - o for c, o in zip(corrupted.outputs, outputs, strict=True)]
             # [pair, pos, sink, source]; also for sources above a sink, which are no edges and not read.
             at_sinks = torch.stack([gradient["sink", j].to(wide) for j in range(n + 1)], dim=2)
             total["edges"] += (at_sinks @ torch.stack(change, dim=3)).permute(0, 3, 2, 1)
-            for i in range(n if parts else 0):
-                for k in range(K):
-                    name = slice_hook(i, k, K)
-                    slice_change = corrupted.sites[name].to(wide) - values[name]
-                    total["conv"][:, i, k] += (gradient["conv", i] * slice_change).sum(-1)
-                rows = torch.arange(P, device=device_of(model))
-                A, C = (values[f"blocks.{i}.hook_{site}"] for site in "AC")
-                y = corrupted_read_out(corrupted, i, A, C, rows) - values["y", i]
-                skip = corrupted.sites[f"blocks.{i}.hook_skip"].to(wide) - values["skip", i]
-                total["ssm"][:, i] += (gradient["y", i] * y).sum(-1)
-                total["skip"][:, i] += (gradient["skip", i] * skip).sum(-1)
+            for i in range(n):
+                there, now = corrupted.sites[i], {site: value for (site, at), value in values.items() if at == i}
+                for k, part in enumerate(of_layer):
+                    made = there[part.own] if part.made is None else part.made(there, now, rows)
+                    change = made.to(wide) - now[part.own]
+                    total["parts"][:, i, k] += (gradient[part.site, i] * change).sum(-1)
         return {}
 
     for alpha in alphas:

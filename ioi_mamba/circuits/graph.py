@@ -2,8 +2,8 @@
 
 Nodes are `embed`, one per layer (`0`, `1`, ...) and `output`. The residual stream makes every earlier node an input
 of every later one, so the layer edges are embed->layer, layer->later layer, layer->output and embed->output
-(paper, appendix D). Inside a layer there are *parts*: the conv slices `conv-3` .. `conv0`, `ssm` (the state the
-read-out sees) and `skip` (the gate); a part is written as an item whose source and target are the layer.
+(paper, appendix D). Inside a layer there are the *parts* that the record of the model's family lists (of a Mamba-1 the
+conv slices, the state and the gate); a part is written as an item whose source and target are the layer.
 
 An item may hold at all positions or at one. A `Circuit` is the set of items kept clean; every other item of its
 `Universe` is patched with the corrupted run.
@@ -26,7 +26,8 @@ from ioi_mamba.charts.notebook import shown
 from ioi_mamba.circuits.charts import circuit_matrices
 from ioi_mamba.errors import InputError
 from ioi_mamba.files import read_table, written_whole
-from ioi_mamba.model.jobs import config_of
+from ioi_mamba.model.families import FAMILIES, family_of, sizes_of
+from ioi_mamba.model.family import Part
 from ioi_mamba.model.portable import portable
 
 _SUFFIXES = (".parquet", ".json")
@@ -43,19 +44,18 @@ class Item(NamedTuple):
     part: str | None = None
 
 
-def conv_parts(conv_width: int) -> tuple[str, ...]:
-    """Names of the conv slices, oldest first: "conv-3", "conv-2", "conv-1", "conv0" for a width of 4."""
-    return tuple(f"conv{s}" for s in range(1 - conv_width, 1))
-
-
 @portable
 class Universe(NamedTuple):
-    """All items there are: the size of the model, whether layers have parts, whether positions are told apart."""
+    """All items there are: the size of the model, whether layers have parts, whether positions are told apart.
+
+    family: the name of the model's family, whose record says which parts a layer has.
+    """
 
     n_layers: int
     conv_width: int = 4
     parts: bool = False
     n_positions: int | None = None
+    family: str = "mamba"
 
     @property
     def nodes(self) -> list[str]:
@@ -63,9 +63,14 @@ class Universe(NamedTuple):
         return ["embed", *map(str, range(self.n_layers)), "output"]
 
     @property
+    def of_layer(self) -> tuple[Part, ...]:
+        """The parts that a layer of this family has, in the order of the tables, also where the graph leaves them out."""
+        return FAMILIES[self.family].parts(self.conv_width)
+
+    @property
     def inside(self) -> tuple[str, ...]:
         """The names of the parts of a layer, in the order of the tables; none where the graph has no parts."""
-        return (*conv_parts(self.conv_width), "ssm", "skip") if self.parts else ()
+        return tuple(part.name for part in self.of_layer) if self.parts else ()
 
     def items(self) -> list[Item]:
         """Every item, edges first in order of target then source, then the parts by layer, then by position."""
@@ -101,15 +106,19 @@ class Universe(NamedTuple):
 
     def _described(self) -> str:
         where = "no positions (None)" if self.n_positions is None else f"positions 0 to {self.n_positions - 1}"
-        inside = "conv slices, ssm and skip inside layers" if self.parts else "no parts inside layers"
+        inside = f"{', '.join(self.inside)} inside layers" if self.parts else "no parts inside layers"
         return f'it has edges forward among "embed", "0" to "{self.n_layers - 1}" and "output", {inside}, {where}'
 
     def check_fits(self, model, n_positions: int) -> None:
         """Raise InputError unless this is a graph of the model, on prompts of so many positions if it has positions."""
-        config = config_of(model)
-        sizes = {"layers": (self.n_layers, config.num_hidden_layers)}
+        if self.family != family_of(model).name:
+            raise InputError(
+                f"The circuit's graph is of a {FAMILIES[self.family].label}, the model is a {family_of(model).label}: "
+                "take universe_of(model)."
+            )
+        sizes = {"layers": (self.n_layers, sizes_of(model).n_layers)}
         if self.parts:
-            sizes["conv slices"] = (self.conv_width, config.conv_kernel)
+            sizes["conv slices"] = (self.conv_width, sizes_of(model).conv_width)
         if self.n_positions is not None:
             sizes["positions"] = (self.n_positions, n_positions)
         for what, (here, there) in sizes.items():
@@ -121,21 +130,25 @@ class Universe(NamedTuple):
 
 def universe_of(model, *, parts: bool = False, n_positions: int | None = None) -> Universe:
     """The universe of an open model; n_positions tells positions apart."""
-    return Universe(config_of(model).num_hidden_layers, config_of(model).conv_kernel, parts, n_positions)
+    sizes = sizes_of(model)
+    return Universe(sizes.n_layers, sizes.conv_width, parts, n_positions, family_of(model).name)
 
 
 @portable
 class Masks(NamedTuple):
     """How much of each item is replaced by the corrupted run, 0..1; one leading axis for sets tested together.
 
-    edges: [set, source, target, pos], sources embed, 0, 1, ..; targets 0, 1, .., output. conv: [set, layer, tap, pos]
-    (tap 0 is the oldest); ssm, skip: [set, layer, pos].
+    edges: [set, source, target, pos], sources embed, 0, 1, ..; targets 0, 1, .., output. parts: [set, layer, part, pos],
+    all that a layer of the family has, in the order of the tables.
     """
 
     edges: Tensor
-    conv: Tensor
-    ssm: Tensor
-    skip: Tensor
+    parts: Tensor
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers the model has."""
+        return self.parts.shape[1]
 
     def __mul__(self, factor: float) -> Masks:  # type: ignore[override]
         return Masks(*(mask * factor for mask in self))
@@ -148,21 +161,18 @@ def masks_of(sets: Sequence[Iterable[Item]], universe: Universe, n_positions: in
     """
     if not sets:
         raise InputError("There is no set of items to patch: give at least one; [] is the set that patches nothing.")
-    n, K = universe.n_layers, universe.conv_width
+    n = universe.n_layers
+    inside = {part.name: k for k, part in enumerate(universe.of_layer)}
     masks = Masks(
-        torch.zeros(len(sets), n + 1, n + 1, n_positions),
-        torch.zeros(len(sets), n, K, n_positions),
-        torch.zeros(len(sets), n, n_positions),
-        torch.zeros(len(sets), n, n_positions),
+        torch.zeros(len(sets), n + 1, n + 1, n_positions), torch.zeros(len(sets), n, len(inside), n_positions)
     )
     index = {name: i for i, name in enumerate(universe.nodes)}
-    taps = {name: k for k, name in enumerate(conv_parts(K))}
     for s, items in enumerate(sets):
         for item in items:
             source, target = index.get(item.source), index.get(item.target)
             where = slice(None) if item.position is None else item.position
-            inside = item.position is None or (_is_whole(item.position) and 0 <= item.position < n_positions)
-            if source is None or target is None or not inside:
+            placed = item.position is None or (_is_whole(item.position) and 0 <= item.position < n_positions)
+            if source is None or target is None or not placed:
                 raise InputError(
                     f"{item} is not in this graph: nodes are embed, 0 to {n - 1}, output; positions below {n_positions}."
                 )
@@ -172,12 +182,10 @@ def masks_of(sets: Sequence[Iterable[Item]], universe: Universe, n_positions: in
                 )
             if item.part is None and source < target:
                 masks.edges[s, source, target - 1, where] = 1
-            elif item.part in taps and source == target and 1 <= source <= n:
-                masks.conv[s, source - 1, taps[item.part], where] = 1
-            elif item.part in ("ssm", "skip") and source == target and 1 <= source <= n:
-                getattr(masks, item.part)[s, source - 1, where] = 1
+            elif item.part in inside and source == target and 1 <= source <= n:
+                masks.parts[s, source - 1, inside[item.part], where] = 1
             else:
-                raise InputError(f"{item} is no edge forward and no part of a layer (conv slices, ssm, skip).")
+                raise InputError(f"{item} is no edge forward and no part of a layer ({', '.join(inside)}).")
     return masks
 
 
@@ -355,13 +363,15 @@ def _check_size(universe: Universe) -> None:
     """Raise InputError for sizes that no model has."""
     if not isinstance(universe, Universe):
         raise InputError(f"{universe!r} is no Universe: give universe_of(model), or a Universe.")
-    n_layers, conv_width, parts, n_positions = universe
+    n_layers, conv_width, parts, n_positions, family = universe
     sizes = {"n_layers": n_layers, "conv_width": conv_width, "n_positions": 1 if n_positions is None else n_positions}
     for name, size in sizes.items():
         if type(size) is not int or not 1 <= size <= _LARGEST[name]:
             raise InputError(f"{name} is {size}, and must be 1 to {_LARGEST[name]}.")
     if type(parts) is not bool:
         raise InputError(f"parts is {parts}, and must be true or false.")
+    if family not in FAMILIES:
+        raise InputError(f"family is {family!r}, and must be {' or '.join(FAMILIES)}.")
 
 
 def _is_whole(value: object) -> bool:

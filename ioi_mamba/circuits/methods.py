@@ -118,9 +118,7 @@ def _by_gradients(
     with pair_named(model, pairs):
         scores = call(model, gradients.scores, pairs.without_text(), *passes, progress=progress)
     columns = [scores["edges"][:, i, j] for j in range(universe.n_layers + 1) for i in range(j + 1)]
-    for i in range(universe.n_layers if universe.parts else 0):
-        columns += [scores["conv"][:, i, k] for k in range(universe.conv_width)]
-        columns += [scores[part][:, i] for part in ("ssm", "skip")]
+    columns += [scores["parts"][:, i, k] for i in range(universe.n_layers) for k in range(len(universe.inside))]
     return torch.stack(columns).movedim(1, -1)
 
 

@@ -7,41 +7,40 @@ residual stream (`hook_layer_input`), for the output node the stream after the l
 and between 0 and 1 on the path of integrated gradients (the paper prints equation 13 with the sign of output_i
 turned; this is the form its code has). Many sets of items are tested in one pass: sets x pairs are its rows.
 
-Parts: a conv slice is its tap applied to the corrupted conv input; `skip` is the gate branch; `ssm` is the state
-that the read-out sees, y_t = C_t h_t with h of the corrupted run and C of this pass, D x untouched (appendix D.2).
+What is put in the place of a part inside a layer stands in the part's record (`family.Part`; appendix D.2).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ioi_mamba.circuits.graph import Item, Masks, masks_of, universe_of
+from ioi_mamba.circuits.graph import Item, Masks, Universe, masks_of, universe_of
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.jobs import call, config_of, device_of
+from ioi_mamba.model.families import family_of, sizes_of
+from ioi_mamba.model.family import Part
+from ioi_mamba.model.jobs import call, device_of
 from ioi_mamba.model.portable import portable
-from ioi_mamba.model.scan import selective_scan
 from ioi_mamba.passes.forward import Edit, Given, Observer, Start, forward
 from ioi_mamba.tasks.base import Pairs, check_pairs
-
-_SSM_SITES = (
-    "ssm_input",
-    "delta",
-    "B",
-)  # what a corrupted state is recomputed from, 16 times smaller than the state
 
 
 @portable
 @dataclass(frozen=True)
 class CorruptedRun:
-    """What patches are taken from. outputs: per source node [pair, pos, D]; sites: hook name -> value, for parts."""
+    """What patches are taken from.
+
+    outputs: per source node [pair, pos, D]. sites: per layer the values by site that parts take from it; none where no part
+    is patched. logits: [pair, vocab] at the last position.
+    """
 
     outputs: list[Tensor]
-    sites: dict[str, Tensor]
-    logits: Tensor  # [pair, vocab] at the last position
+    sites: list[dict[str, Tensor]]
+    logits: Tensor
 
 
 @portable
@@ -59,12 +58,11 @@ class PatchedRun:
 
     def agrees_below(self, masks: Masks) -> int:
         """The lowest layer into which, or in which, any of these sets patches other items; the last if none does."""
-        n_layers = masks.skip.shape[1]
-        edges, conv, ssm, skip = (mask != other for mask, other in zip(masks, self.masks, strict=True))
-        differs = edges.any(3).any(1)[:, :n_layers] | conv.flatten(2).any(2) | ssm.any(2) | skip.any(2)
+        edges, parts = (mask != other for mask, other in zip(masks, self.masks, strict=True))
+        differs = edges.any(3).any(1)[:, : masks.n_layers] | parts.flatten(2).any(2)
         layers = torch.nonzero(differs.any(0))[:, 0].tolist()
         needed = set(self.dropped) - set(dropped_layers(masks))
-        return min([*layers, *needed, n_layers - 1])
+        return min([*layers, *needed, masks.n_layers - 1])
 
 
 def dropped_layers(masks: Masks) -> list[int]:
@@ -72,7 +70,7 @@ def dropped_layers(masks: Masks) -> list[int]:
 
     Whoever reads such a layer gets the corrupted run's output in place of its own, so the layer need not be run.
     """
-    return [i for i in range(masks.skip.shape[1]) if bool((masks.edges[:, i + 1, i + 1 :] == 1).all())]
+    return [i for i in range(masks.n_layers) if bool((masks.edges[:, i + 1, i + 1 :] == 1).all())]
 
 
 def source_hooks(n_layers: int) -> list[str]:
@@ -88,24 +86,33 @@ def sink_hooks(n_layers: int) -> list[str]:
     ]
 
 
-def slice_hook(layer: int, tap: int, conv_width: int) -> str:
-    """Hook of a conv slice by tap; tap 0 is the oldest."""
-    return f"blocks.{layer}.hook_conv_slice.{tap + 1 - conv_width}"
+def parts_of(model) -> tuple[Part, ...]:
+    """The parts that a layer of the model has, in the order of the tables."""
+    return family_of(model).parts(sizes_of(model).conv_width)
+
+
+def corrupted_sites(parts: Iterable[Part]) -> list[str]:
+    """The sites of a layer that some part takes from the corrupted run, each once."""
+    return list(dict.fromkeys(site for part in parts for site in part.corrupted))
+
+
+def kept_floats(model, universe: Universe, n_positions: int) -> int:
+    """How many numbers of one pair a corrupted run and a patched one keep."""
+    sites, sizes = family_of(model).sites, sizes_of(model)
+    names = ["out_proj", "out_proj", *(corrupted_sites(universe.of_layer) if universe.parts else ())]
+    return sizes.n_layers * sum(math.prod(sizes.shape(sites[name.split(".")[0]], 1, n_positions)) for name in names)
 
 
 def corrupted_run(model, pairs: Pairs, *, parts: bool) -> CorruptedRun:
     """Run the corrupted prompts once and keep what edge patches need, and with `parts` what parts need."""
-    n, K = config_of(model).num_hidden_layers, config_of(model).conv_kernel
-    sources = source_hooks(n)
-    sites = []
-    if parts:
-        for i in range(n):
-            sites += [slice_hook(i, k, K) for k in range(K)]
-            sites += [f"blocks.{i}.hook_{site}" for site in ("skip", *_SSM_SITES)]
+    n = sizes_of(model).n_layers
+    sources, sites = source_hooks(n), corrupted_sites(parts_of(model)) if parts else []
+    names = [f"blocks.{i}.hook_{site}" for i in range(n) for site in sites]
     with torch.no_grad():
-        kept = forward(model, pairs.corrupted, reads=[*sources, *sites], logits_at=pairs.read_at, own_scan=True)
-    logits = pairs.scores(kept.pop("hook_logits"))
-    return CorruptedRun([kept.pop(name) for name in sources], kept, logits)
+        kept = forward(model, pairs.corrupted, reads=[*sources, *names], logits_at=pairs.read_at, own_scan=True)
+    outputs = [kept[name] for name in sources]
+    of_layers = [{site: kept[f"blocks.{i}.hook_{site}"] for site in sites} for i in range(n)]
+    return CorruptedRun(outputs, of_layers, pairs.scores(kept["hook_logits"]))
 
 
 class Patch:
@@ -127,12 +134,13 @@ class Patch:
         known: Sequence[Tensor] = (),
         dropped: Sequence[int] = (),
     ):
-        self.n_layers, self.conv_width = config_of(model).num_hidden_layers, config_of(model).conv_kernel
+        self.n_layers, self.parts = sizes_of(model).n_layers, parts_of(model)
+        self._by_row = {name for name, site in family_of(model).sites.items() if site.by_row}
         self.corrupted, self.detach = corrupted, detach
         self.masks = Masks(*(mask.to(device_of(model), copy=True) for mask in masks))
         self.outputs: list[Tensor] = list(known)
         self.sinks: dict[int, Tensor] = {}
-        self._now: dict[str, Tensor] = {}
+        self._now: list[dict[str, Tensor]] = [{} for _ in range(self.n_layers)]
         self._differences: list[Tensor] = []  # corrupted output_i - output_i, [set or 1, pair, pos, D]
         self._n_known, self._dropped = len(known), dropped
         # A reader of a dropped layer has nothing left to exchange.
@@ -193,59 +201,51 @@ class Patch:
         return write
 
     def _parts(self, layer: int, edits: dict[str, Edit], observe: dict[str, Observer]) -> None:
-        taps = [tap for tap in range(self.conv_width) if self.masks.conv[:, layer, tap].any()]
-        for tap in taps:
-            name = slice_hook(layer, tap, self.conv_width)
-            observe[name] = self._keep(name)
-        if taps:
-            edits[f"blocks.{layer}.hook_conv"] = lambda x, layer=layer, taps=taps: self._conv(layer, taps, x)
-        name, mask = f"blocks.{layer}.hook_skip", self.masks.skip[:, layer]
-        if mask.any():
-            edits[name] = lambda x, mask=mask, target=self.corrupted.sites[name]: self._toward(mask, x, target)
-        if self.masks.ssm[:, layer].any():
-            observe[f"blocks.{layer}.hook_A"] = self._keep(f"{layer}.A")
-            observe[f"blocks.{layer}.hook_C"] = self._keep(f"{layer}.C")
-            if self.masks.ssm[:, layer].eq(1).all():
-                edits[f"blocks.{layer}.hook_y"] = Given(lambda layer=layer: self._read_out(layer))
+        """The edits of the sites at which some part of a layer is patched."""
+        by_site: dict[str, list[int]] = {}
+        for k, part in enumerate(self.parts):
+            if self.masks.parts[:, layer, k].any():
+                by_site.setdefault(part.site, []).append(k)
+                for site in part.now:
+                    observe[f"blocks.{layer}.hook_{site}"] = self._keep(layer, site)
+        for site, patched in by_site.items():
+            name, part = f"blocks.{layer}.hook_{site}", self.parts[patched[0]]
+            if len(patched) == 1 and part.made is not None and self.masks.parts[:, layer, patched[0]].eq(1).all():
+                # What is replaced everywhere need not be computed.
+                edits[name] = Given(lambda part=part: self._made(layer, part, None))
             else:
-                edits[f"blocks.{layer}.hook_y"] = lambda y, layer=layer: self._ssm(layer, y)
+                edits[name] = lambda x, patched=patched: self._patched(layer, patched, x)
 
-    def _keep(self, key: str) -> Observer:
-        return lambda value: self._now.__setitem__(key, value)
+    def _keep(self, layer: int, site: str) -> Observer:
+        return lambda value: self._now[layer].__setitem__(site, value)
 
-    def _conv(self, layer: int, taps: list[int], x: Tensor) -> Tensor:
-        """The convolution is the sum of its slices, so what changes in these is added to it."""
-        mask = self.masks.conv[:, layer, :, None, :, None]
-        sets = x.unflatten(0, (mask.shape[0], -1))
-        for tap in taps:
-            name = slice_hook(layer, tap, self.conv_width)
-            difference = self.corrupted.sites[name] - self._now[name].unflatten(0, (mask.shape[0], -1))
-            sets = torch.addcmul(sets, mask[:, tap], difference)
-        return sets.flatten(0, 1)
+    def _patched(self, layer: int, patched: list[int], x: Tensor) -> Tensor:
+        """The value of a site with these parts, which are written there, patched."""
+        for k in patched:
+            part, mask = self.parts[k], self.masks.parts[:, layer, k]
+            corrupted = self.corrupted.sites[layer]
+            if part.is_term:
+                sets = x.unflatten(0, (mask.shape[0], -1))
+                difference = corrupted[part.own] - self._now[layer][part.own].unflatten(0, (mask.shape[0], -1))
+                x = torch.addcmul(sets, mask[:, None, :, None], difference).flatten(0, 1)
+            elif part.made is None:
+                x = self._toward(mask, x, corrupted[part.own])
+            else:
+                by_row = self._rows(mask, x)
+                rows = torch.nonzero(by_row.flatten(1).any(1))[:, 0]
+                x = x.index_add(0, rows, by_row[rows] * (self._made(layer, part, rows) - x[rows]))
+        return x
 
-    def _ssm(self, layer: int, y: Tensor) -> Tensor:
-        mask = self._rows(self.masks.ssm[:, layer], y)
-        rows = torch.nonzero(mask.flatten(1).any(1))[:, 0]
-        return y.index_add(0, rows, mask[rows] * (self._read_out(layer, rows) - y[rows]))
-
-    def _read_out(self, layer: int, rows: Tensor | None = None) -> Tensor:
-        A, C = self._now[f"{layer}.A"], self._now[f"{layer}.C"]
-        rows = torch.arange(len(C), device=C.device) if rows is None else rows
-        return corrupted_read_out(self.corrupted, layer, A, C, rows)
-
-
-def corrupted_read_out(corrupted: CorruptedRun, layer: int, A: Tensor, C: Tensor, rows: Tensor) -> Tensor:
-    """C_t h_t [row, pos, E] with the corrupted run's states and this pass' C, for some rows of sets x pairs."""
-    x, delta, B = (corrupted.sites[f"blocks.{layer}.hook_{site}"] for site in _SSM_SITES)
-    of_pair = rows % len(x)
-    wide = delta.dtype
-    y, _ = selective_scan(x[of_pair].to(wide), delta[of_pair], A, B[of_pair].to(wide), C[rows].to(wide))
-    return y
-
-
-def needs_parts(masks: Masks) -> bool:
-    """Whether any conv slice, ssm or skip is patched."""
-    return bool(masks.conv.any() or masks.ssm.any() or masks.skip.any())
+    def _made(self, layer: int, part: Part, rows: Tensor | None) -> Tensor:
+        """What is put in the place of a part that says how it is made, for some rows of sets x pairs; None: all."""
+        assert part.made is not None
+        corrupted, now = self.corrupted.sites[layer], self._now[layer]
+        n_pairs = len(corrupted[part.corrupted[0]])
+        if rows is None:
+            rows = torch.arange(self.masks.parts.shape[0] * n_pairs, device=self.masks.parts.device)
+        else:
+            now = {site: value[rows] if site in self._by_row else value for site, value in now.items()}
+        return part.made(corrupted, now, rows % n_pairs)
 
 
 def patched_logits(model, pairs: Pairs, corrupted: CorruptedRun, masks: Masks, *, everywhere: bool = False) -> Tensor:
@@ -276,7 +276,7 @@ def _patched(model, pairs: Pairs, masks: Masks, patch: Patch, everywhere: bool) 
     n_sets, first, start = masks.edges.shape[0], len(patch.outputs) - 1, None
     if first > 0:
         # The residual stream is the sum of all outputs below, added up in the order and dtype of the model.
-        in_fp32, stream = config_of(model).residual_in_fp32, patch.outputs[0]
+        in_fp32, stream = sizes_of(model).stream_in_fp32, patch.outputs[0]
         for output in patch.outputs[1:]:
             stream = (stream.float() if in_fp32 else stream) + output
         start = Start(first, stream.repeat(n_sets, 1, 1), {}, {})
@@ -299,7 +299,7 @@ def patch_edges(model, pairs: Pairs, edges: Iterable[Sequence], positions: Seque
     """Logits [pair, pos, vocab] of the clean prompts with these edges patched (equation 11).
 
     edges: (source, target), (source, target, position) or (source, target, position, part); nodes are "embed",
-    "0".., "output"; parts "conv-3".."conv0", "ssm", "skip" with source = target. positions: where edges without a
+    "0".., "output"; parts, such as "conv-1" or "ssm", with source = target. positions: where edges without a
     position are patched; default everywhere. Raises InputError for what is no edge of the model.
     """
     check_pairs(pairs)
@@ -315,5 +315,5 @@ def patch_edges(model, pairs: Pairs, edges: Iterable[Sequence], positions: Seque
 
 
 def _patched_everywhere(model, pairs: Pairs, masks: Masks, *, progress=None) -> Tensor:
-    corrupted = corrupted_run(model, pairs, parts=needs_parts(masks))
+    corrupted = corrupted_run(model, pairs, parts=bool(masks.parts.any()))
     return patched_logits(model, pairs, corrupted, masks, everywhere=True)[0]

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.circuits.graph import Item, Masks, Universe, masks_of
-from ioi_mamba.circuits.patching import corrupted_run, needs_parts, patched_run
+from ioi_mamba.circuits.patching import corrupted_run, kept_floats, patched_run
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.jobs import call, config_of, runs_here
+from ioi_mamba.model.jobs import call, runs_here
 from ioi_mamba.model.memory import rows_per_pass
 from ioi_mamba.passes import metrics
 from ioi_mamba.passes.ranges import has_range, no_range
@@ -61,13 +61,7 @@ class Evaluator:
             check_one_layout(pairs)
         self.model, self.pairs, self.universe, self.resume = model, pairs, universe, resume
         self.rows = rows or rows_per_pass(model, pairs.clean.shape[1], "parts" if universe.parts else "edges")
-        config = config_of(model)
-        floats = (
-            pairs.clean.shape[1]
-            * config.num_hidden_layers
-            * (2 * config.hidden_size + (8 * config.intermediate_size if universe.parts else 0))
-        )
-        self.keeps = 4 * floats * len(pairs) <= keep_mib * 2**20
+        self.keeps = 4 * kept_floats(model, universe, pairs.clean.shape[1]) * len(pairs) <= keep_mib * 2**20
         self._memory: dict | None = {} if runs_here(model) and self.keeps else None
         self._ends: Tensor | None = None
         self._kept: Tensor | None = None
@@ -216,7 +210,7 @@ def _scores(
         chunk = pairs[first : first + size]
         values = None if memory is None else memory.get(k)
         if values is None:
-            corrupted = corrupted_run(model, chunk, parts=needs_parts(masks) if memory is None else parts)
+            corrupted = corrupted_run(model, chunk, parts=bool(masks.parts.any()) if memory is None else parts)
             nothing = Masks(*(torch.zeros_like(mask[:1]) for mask in masks))
             logits, last_run = patched_run(model, chunk, corrupted, nothing)
             values = (corrupted, logits[0], last_run)

@@ -1,7 +1,8 @@
 """Exact circuit search (ACDC): decide every edge and part by what removing it does to the metric.
 
 Works back from the output. A *frontier* is all undecided items whose downstream items are decided: first the edges
-into the output, then for every layer from the last one down its ssm and skip, its conv slices, the edges into it.
+into the output, then for every layer from the last one down its parts (first those that reach the layer's output by
+themselves, ssm and skip, then those that lead to these, the conv slices), then the edges into it.
 Each item, or set of items, of a frontier is patched on top of all that was removed before; if the metric (mean
 normalized logit diff) drops by at most `threshold` the set is removed, a single item that drops more is kept, a
 larger set is halved and tried again (appendix D.2). All sets of a round are rows of the same passes.
@@ -18,7 +19,7 @@ because D x carries them around the state.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ import pandas as pd
 
 from ioi_mamba.charts.notebook import shown
 from ioi_mamba.circuits.charts import circuit_matrices
-from ioi_mamba.circuits.graph import Circuit, Item, Universe, conv_parts, frame_of, items_of, universe_of
+from ioi_mamba.circuits.graph import Circuit, Item, Universe, frame_of, items_of, universe_of
 from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.errors import InputError
 from ioi_mamba.files import written_whole
+from ioi_mamba.model.family import Part
 from ioi_mamba.passes.sweep import Progress
 from ioi_mamba.tasks.base import Pairs, check_pairs
 
@@ -73,6 +75,14 @@ class _State:
             raise InputError(f"{path} is no checkpoint of a circuit search ({error}): remove it.") from None
 
 
+def _way_out(part: Part, parts: Sequence[Part]) -> list[str]:
+    """The part and those that it leads to, until the layer's output."""
+    named, way = {each.name: each for each in parts}, [part.name]
+    while (following := named[way[-1]].leads_to) is not None:
+        way.append(following)
+    return way
+
+
 def frontiers(universe: Universe) -> list[list[Item]]:
     """All items, in the groups and the order in which they are decided."""
     positions = [None] if universe.n_positions is None else list(range(universe.n_positions))
@@ -84,8 +94,11 @@ def frontiers(universe: Universe) -> list[list[Item]]:
     groups = [spread([(s, "output", None) for s in ("embed", *layers)])]
     for i in reversed(range(universe.n_layers)):
         if universe.parts:
-            groups.append(spread([(layers[i], layers[i], part) for part in ("ssm", "skip")]))
-            groups.append(spread([(layers[i], layers[i], part) for part in conv_parts(universe.conv_width)]))
+            by_distance: dict[int, list[str]] = {}
+            for part in universe.of_layer:
+                by_distance.setdefault(len(_way_out(part, universe.of_layer)), []).append(part.name)
+            for _, names in sorted(by_distance.items()):
+                groups.append(spread([(layers[i], layers[i], name) for name in names]))
         groups.append(spread([(s, layers[i], None) for s in (*layers[:i], "embed")]))
     return groups
 
@@ -153,27 +166,24 @@ class _Search:
 def _without_effect(state: _State, universe: Universe, paper: bool) -> set[Item]:
     """Kept or undecided items that no path from embed to output uses: removing them changes nothing.
 
-    In `paper` mode a path inside a layer runs through a conv slice and the ssm, or through skip; else through the
-    layer as a whole.
+    In `paper` mode a path inside a layer begins at a part that no other leads to and goes on through all that it leads to
+    (of a Mamba-1 through a conv slice and the ssm, or through skip); else it runs through the layer as a whole.
     """
     alive = [item for item in universe.items() if item not in state.removed]
     passes = {str(i) for i in range(universe.n_layers)}
     if paper and universe.parts:
-        parts = {(item.source, item.part) for item in alive if item.part}
-        convs = {layer for layer, part in parts if part not in ("ssm", "skip")}
-        through_state = {layer for layer in convs if (layer, "ssm") in parts}
-        passes = through_state | {layer for layer, part in parts if part == "skip"}
+        found = {(item.source, item.part) for item in alive if item.part}
+        led_to = {part.leads_to for part in universe.of_layer}
+        ways = [_way_out(part, universe.of_layer) for part in universe.of_layer if part.name not in led_to]
+        passes = {layer for layer in passes if any(all((layer, name) in found for name in way) for way in ways)}
     edges = [i for i in alive if i.part is None and {i.source, i.target} <= passes | {"embed", "output"}]
     live = Circuit(frozenset(edges), universe).pruned().items
     nodes = {node for item in live for node in (item.source, item.target)}
     dead = {item for item in alive if item.part is None and item not in live}
     dead |= {item for item in alive if item.part and item.source not in nodes}
     if paper:
-        dead |= {
-            i
-            for i in alive
-            if i.part and i.part.startswith("conv") and Item(i.source, i.source, i.position, "ssm") in state.removed
-        }
+        leads_to = {part.name: part.leads_to for part in universe.of_layer}
+        dead |= {item for item in alive if item.part and item._replace(part=leads_to[item.part]) in state.removed}
     return dead
 
 

@@ -80,17 +80,18 @@ def _check_mini() -> Check:
 def _check_model(name: str) -> Check:
     """Open a model that is here, and say what it is."""
     from ioi_mamba.errors import InputError
+    from ioi_mamba.model.families import sizes_of
     from ioi_mamba.model.opening import open_model
 
     try:
         model = open_model(name, device="cpu")
     except InputError as error:
         return Check(False, "model", str(error))
-    config = model.config
+    sizes = sizes_of(model)
     return Check(
         True,
         "model",
-        f"{name} opens: {config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary {config.vocab_size}",
+        f"{name} opens: {sizes.n_layers} layers, width {sizes.letters['D']}, vocabulary {sizes.letters['vocab']}",
     )
 
 

@@ -283,19 +283,12 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _sites(arguments: argparse.Namespace) -> int:
+    from ioi_mamba.model.families import FAMILIES
     from ioi_mamba.model.glossary import DIMENSIONS
-    from ioi_mamba.model.sites import MODEL_SITES, SITES
 
-    indexed = {"h": "h[.POS]", "conv_slice": "conv_slice.S"}
-    rows = [
-        ("hook name", "shape", "where it is", "meaning"),
-        ("hook_embed", "batch pos D", MODEL_SITES["embed"], "token embedding"),
-    ]
-    for site in SITES.values():
-        rows.append((f"blocks.I.hook_{indexed.get(site.name, site.name)}", site.shape, site.place, site.meaning))
-    rows.append(("hook_norm", "batch pos D", MODEL_SITES["norm"], "after the last RMSNorm"))
-    rows.append(("hook_logits", "batch pos vocab", MODEL_SITES["logits"], "logits"))
-    print(_columns(rows))
+    for family in FAMILIES.values():
+        print(f"{family.label}\n")
+        print(_columns([("hook name", "shape", "where it is", "meaning"), *family.listed()]))
     print("\nI is the layer, from 0.")
     print(_columns([(term.letter, term.meaning) for term in DIMENSIONS]))
     return 0

@@ -1,6 +1,6 @@
 """How much memory a computation takes: how many rows go into a pass, and whether an experiment fits at all.
 
-The figures are those of measured passes, in float32, rounded up; `python -m bench.scaling` lists them for a large model.
+What a row takes stands in the record of a model's family, counted in float32.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.jobs import config_of, device_of
+from ioi_mamba.model.families import family_of, sizes_of
+from ioi_mamba.model.jobs import device_of
 
 MIB = 2**20
 PASSES = ("sweep", "edges", "parts", "gradients", "part gradients")
@@ -19,17 +20,7 @@ PASSES = ("sweep", "edges", "parts", "gradients", "part gradients")
 
 def row_mib(model, n_positions: int, kind: str) -> float:
     """MiB that one more pair of prompts takes in a pass of that kind (of PASSES), all layers together."""
-    config = config_of(model)
-    E, D, n_layers = config.intermediate_size, config.hidden_size, config.num_hidden_layers
-    per_layer = {
-        "sweep": 2 * n_positions * D + 4 * E * (config.state_size + config.conv_kernel),
-        "edges": 6 * n_positions * D,
-        "parts": 13 * n_positions * E,
-        "gradients": 13 * n_positions * E,
-        "part gradients": 29 * n_positions * E,
-    }[kind]
-    one_layer = 16 * n_positions * E + 2 * E * config.state_size + 4 * config.vocab_size
-    return 4 * (n_layers * per_layer + one_layer) / MIB
+    return 4 * family_of(model).row_floats(sizes_of(model), n_positions, kind) / MIB
 
 
 def rows_per_pass(model, n_positions: int, kind: str = "sweep", budget_mib: float | None = None) -> int:
@@ -42,8 +33,8 @@ def rows_per_pass(model, n_positions: int, kind: str = "sweep", budget_mib: floa
 def needed_mib(model, n_pairs: int, n_positions: int, kind: str) -> float:
     """MiB that an experiment with passes of that kind takes beside the weights: its largest pass, and its scores."""
     rows = min(n_pairs, rows_per_pass(model, n_positions, kind))
-    n_layers, K = config_of(model).num_hidden_layers, config_of(model).conv_kernel
-    per_position = n_layers * 2 if kind == "sweep" else (n_layers + 1) ** 2 + n_layers * (K + 2)
+    n_layers, parts = sizes_of(model).n_layers, family_of(model).parts(sizes_of(model).conv_width)
+    per_position = n_layers * 2 if kind == "sweep" else (n_layers + 1) ** 2 + n_layers * len(parts)
     # Scores of every pair, in chunks and put together.
     return rows * row_mib(model, n_positions, kind) + 2 * 4 * n_pairs * n_positions * per_position / MIB
 

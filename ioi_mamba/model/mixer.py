@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.mixer_pass import MixerPass, fitted
-from ioi_mamba.model.sites import SITES
+from ioi_mamba.model.families import open_layer
+from ioi_mamba.model.layer_pass import LayerPass, fitted
 
 
 class Mixer:
@@ -25,16 +25,16 @@ class Mixer:
 
     `m.B_bar` hands out a copy; editing it in place or assigning `m.B_bar = value` both take effect, on the rows of the
     invoke it is used in. It works in every step of a generation, with a cache or without: a step has one position then.
-    `m.h[rows, pos]` and `m.conv_slice[s]` are read and written by index. Raises InputError as `MixerPass.set` does,
+    `m.h[rows, pos]` and `m.conv_slice[s]` are read and written by index. Raises InputError as `LayerPass.set` does,
     and when used outside its `with` block, where nothing could be handed back to the model.
     """
 
-    _pass: MixerPass
+    _pass: LayerPass
     _open: bool
     _lent: list
 
     def __init__(self, model, layer: int):
-        self.__dict__["_pass"] = MixerPass(model, layer, alone=False)
+        self.__dict__["_pass"] = open_layer(model, layer, alone=False)
         self.__dict__["_open"] = False
         self.__dict__["_lent"] = []  # (copy handed out, its version then, how to write it back)
 
@@ -69,25 +69,27 @@ class Mixer:
         return handed
 
     def __dir__(self) -> list[str]:
-        return [*SITES, *object.__dir__(self)]
+        return [*self._pass.family.sites, *object.__dir__(self)]
 
     def __repr__(self) -> str:
         state = "open" if self._open else "to be opened with `with`"
-        return f"<Mixer of layer {self._pass._layer}, {state}; sites: {', '.join(SITES)}>"
+        return f"<Mixer of layer {self._pass._layer}, {state}; sites: {', '.join(self._pass.family.sites)}>"
 
     def __getattr__(self, site: str) -> Any:
-        if site not in SITES:
-            raise AttributeError(f"a mixer has no site {site!r}; the sites are {', '.join(SITES)}")
+        sites = self._pass.family.sites
+        if site not in sites:
+            raise AttributeError(f"a mixer has no site {site!r}; the sites are {', '.join(sites)}")
         self._settle()
-        if site == "h":
+        if sites[site].indexed_by == "position":
             return _States(self)
-        if site == "conv_slice":
+        if sites[site].indexed_by == "slice":
             return _ConvSlices(self)
         return self._lend(self._pass.get(site), lambda value: self._pass.set(site, value))
 
     def __setattr__(self, site: str, value) -> None:
-        if site not in SITES or site == "conv_slice":
-            raise AttributeError(f"{site!r} cannot be assigned; the sites are {', '.join(SITES)}")
+        sites = self._pass.family.sites
+        if site not in sites or sites[site].indexed_by == "slice":
+            raise AttributeError(f"{site!r} cannot be assigned; the sites are {', '.join(sites)}")
         if isinstance(value, _States):  # what `m.h[...] op= value` ends with; the item was written already
             return
         self._settle()
@@ -183,7 +185,7 @@ class _States:
         h = self._mixer._pass.get("h")
         written = torch.zeros_like(h)
         written[key] = value
-        written = fitted(f"blocks.{self._mixer._pass._layer}.hook_h", written, h)
+        written = fitted(self._mixer._pass.name("h"), written, h)
         mask = torch.zeros_like(h, dtype=torch.bool)
         mask[key] = True
         self._mixer._pass.write_states(mask, written)

@@ -11,10 +11,10 @@ import torch
 
 from ioi_mamba.errors import InputError
 from ioi_mamba.files import MINI
-from ioi_mamba.model import checkpoints
-from ioi_mamba.model.sites import check_labels
+from ioi_mamba.model.families import FAMILIES, check_labels
+from ioi_mamba.model.mamba import checkpoints
 
-KNOWN = ("mini", *(f"state-spaces/mamba-{size}-hf" for size in ("370m", "130m", "790m", "1.4b", "2.8b")))
+KNOWN = ("mini", *(name for family in FAMILIES.values() for name in family.published))
 """The embedded model and the published ones, to be named where an unknown name is near."""
 BACKENDS = ("local", "ndif", "local-serialized")
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -25,7 +25,6 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
-_SILU = ("silu", "swish")  # two names of one function
 _NOT_READ = {
     "mamba2": "Mamba-2 has another mixer",
     "falcon_mamba": "Falcon-Mamba normalises B, C and delta",
@@ -89,12 +88,15 @@ def _refuse(config: dict, name: str, any_architecture: bool) -> None:
         raise InputError(
             f"{name!r} is a {kind} model, which is not supported ({_NOT_READ[kind]}): use a Mamba-1 checkpoint."
         )
-    if kind != "mamba" and not any_architecture:
+    if kind not in FAMILIES:
+        if any_architecture:
+            return
+        known = " or ".join(map(repr, FAMILIES))
         raise InputError(
-            f"{name!r} is a {kind} model, not a Mamba: use a checkpoint whose config says model_type 'mamba'."
+            f"{name!r} is a {kind} model, not a Mamba: use a checkpoint whose config says model_type {known}."
         )
-    if kind == "mamba" and config.get("hidden_act", "silu") not in _SILU:
-        raise InputError(f"{name!r} uses the activation {config['hidden_act']!r}; only 'silu' is supported.")
+    if (why := FAMILIES[kind].refusal(config)) is not None:
+        raise InputError(f"{name!r} {why}")
 
 
 def open_model(
@@ -109,7 +111,7 @@ def open_model(
     """An nnsight `TransformersModel` ready for `read`, `run`, `mixer` and every experiment. Parameters are frozen.
 
     name: "mini", a hub id such as "state-spaces/mamba-370m-hf", or a directory, in the layout of transformers or of
-    mamba_ssm (`checkpoints.py`); without a tokenizer, prompts are token ids. device: "cpu", "cuda", ...; default a GPU
+    mamba_ssm (`mamba/checkpoints.py`); without a tokenizer, prompts are token ids. device: "cpu", "cuda", ...; default a GPU
     if there is one. dtype: float32, float64, bfloat16 or float16, by name or as torch has it; the scan itself never runs below float32.
     any_architecture: accept causal language models that are no Mamba too (for `layer-removal`, which needs none).
     backend: "local"; "ndif", the model stays on an NDIF server (`host`, default nnsight's setting; dtype and device
@@ -148,7 +150,7 @@ def open_model(
             from ioi_mamba.remote.client import SerializedJobs
 
             model.jobs = SerializedJobs(name)
-    if config.get("model_type") == "mamba":
+    if config.get("model_type") in FAMILIES:
         check_labels(model)
     return model
 

@@ -10,14 +10,15 @@ last one is run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import nnsight
 import torch
 from torch import Tensor
 
-from ioi_mamba.model.jobs import config_of, device_of
-from ioi_mamba.model.mixer_pass import MixerPass
+from ioi_mamba.model.families import blocks_of, family_of, head_of, open_layer, sizes_of
+from ioi_mamba.model.jobs import device_of
 from ioi_mamba.passes import metrics
 from ioi_mamba.passes.forward import forward
 from ioi_mamba.passes.sweep import Roll, block_sites, layer_count
@@ -34,8 +35,10 @@ Score = tuple[float, float, float]
 
 def _rows_per_pass(model, pairs: Pairs) -> int:
     """How many prompts keep what is held of them (`_Rows`) within 1 GiB, or 8 GiB on an accelerator."""
-    config = config_of(model)
-    held = layer_count(model) * pairs.clean.shape[1] * (2 * config.intermediate_size + config.hidden_size)
+    sizes, sites = sizes_of(model), family_of(model).sites
+    held = sizes.n_layers * sum(
+        math.prod(sizes.shape(sites[site], 1, pairs.clean.shape[1])) for site in (*SCANNED, "resid_pre")
+    )
     budget = (1 if torch.device(device_of(model)).type == "cpu" else 8) * 2**30
     return max(1, budget // (4 * held))
 
@@ -151,7 +154,8 @@ class _Rows:
 
     def _candidate(self, layer: int) -> Tensor:
         """Logits [row, vocab] at the last position with `layer` given back too."""
-        blocks, stream, n_layers = self.model.backbone.layers, self.streams[layer], layer_count(self.model)
+        blocks, stream, n_layers = blocks_of(self.model), self.streams[layer], layer_count(self.model)
+        head = head_of(self.model)
         clean = self.circuit | {layer}
         highest = max(clean)
         index = torch.arange(len(stream), device=stream.device)
@@ -168,13 +172,13 @@ class _Rows:
                     blocks[i].input = blocks[i].input[index, self.last][:, None]
                 self._walk(i, self.at_last)
             if highest + 1 == n_layers:
-                self.model.lm_head.input = self.model.lm_head.input[index, self.last][:, None]
-            logits = nnsight.save(self.model.lm_head.output)
+                head.input = head.input[index, self.last][:, None]
+            logits = nnsight.save(head.output)
         return logits[:, 0]
 
     def _walk(self, layer: int, values: dict[str, list[Tensor]] | None) -> None:
         """Run one layer as it is, or with `values` in place of its own."""
-        mixer = MixerPass(self.model, layer, alone=True)
+        mixer = open_layer(self.model, layer, alone=True)
         if values is None:
             mixer.own_scan()
         else:

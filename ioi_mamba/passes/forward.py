@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.jobs import call, config_of, device_of
+from ioi_mamba.model.families import at, blocks_of, family_of, head_of, hooks_of, open_layer, sizes_of
+from ioi_mamba.model.family import SCAN, Family
+from ioi_mamba.model.jobs import call, device_of
+from ioi_mamba.model.layer_pass import LayerPass, fitted
 from ioi_mamba.model.mixer import Mixer
-from ioi_mamba.model.mixer_pass import MixerPass, fitted
 from ioi_mamba.model.portable import portable
-from ioi_mamba.model.sites import SITES, STAGES, Address, expanded, parse
+from ioi_mamba.model.sites import Address
 from ioi_mamba.model.tokens import check_tokens, prompts_of
 
 
@@ -61,24 +63,17 @@ def mixer(model, layer: int) -> Mixer:
 
     A negative layer counts from the last. Raises InputError for a layer out of range and a model that is no Mamba.
     """
-    _check_mamba(model)
-    n_layers = config_of(model).num_hidden_layers
+    n_layers = sizes_of(model).n_layers
     if not isinstance(layer, int) or not -n_layers <= layer < n_layers:
         raise InputError(f"The model has layers 0 to {n_layers - 1}, not {layer!r}.")
     return Mixer(model, layer % n_layers)
 
 
-def _check_mamba(model) -> None:
-    kind = config_of(model).model_type
-    if kind != "mamba":
-        raise InputError(f"A {kind} model has none of these sites: open a Mamba.")
-
-
 def _addresses(model, names: Iterable[str], n_positions: int) -> dict[str, Address]:
     """The address of each name. Raises InputError for two names of one value, of which only one could take effect."""
-    config, where = config_of(model), {}
+    hooks, where = hooks_of(model, n_positions), {}
     for name in dict.fromkeys(names):
-        address = parse(name, config.num_hidden_layers, n_positions, config.conv_kernel)
+        address = hooks.address(name)
         other = next((known for known, place in where.items() if place == address), None)
         if other is not None:
             raise InputError(f"{other!r} and {name!r} are the same value: give it once.")
@@ -103,7 +98,7 @@ def _apply(edit: Edit, current: Callable[[], Tensor], name: str) -> Tensor:
     return value
 
 
-def _edit_states(open_pass: MixerPass, name: str, index: int | None, edit: Edit) -> None:
+def _edit_states(open_pass: LayerPass, name: str, index: int | None, edit: Edit) -> None:
     """Write states: one position (`hook_h.p`) or the whole stack (`hook_h`).
 
     A function given the whole stack writes the entries it changes; the others go on following the recurrence.
@@ -125,7 +120,7 @@ def _key(address: Address) -> str:
     return address.site if address.index is None else f"{address.site}.{address.index}"
 
 
-def _value(open_pass: MixerPass, address: Address) -> Tensor:
+def _value(open_pass: LayerPass, address: Address) -> Tensor:
     if address.site == "h" and address.index is not None:
         return open_pass.get("h")[:, address.index]
     return open_pass.get(_key(address))
@@ -140,23 +135,23 @@ class _LayerPlan:
     observers: dict[Address, Observer] = field(default_factory=dict)
     reads: dict[Address, str] = field(default_factory=dict)
 
-    def _output_is_given(self, layer: int) -> bool:
+    def _output_is_given(self, family: Family, layer: int) -> bool:
         """Whether the mixer's output is a tensor, and nothing inside the mixer is asked for: then it need not run."""
         output = Address(layer, "out_proj", None)
-        inside = range(STAGES.index("in_proj"), STAGES.index("mixer_output"))
         asked = {*self.edits, *self.observers, *self.reads}
         return isinstance(self.edits.get(output, ("", None))[1], Tensor) and not any(
-            STAGES.index(SITES[address.site].stage) in inside for address in asked
+            family.sites[address.site].stage in family.inside for address in asked
         )
 
     def walk(self, model, layer: int, saved: dict[str, Tensor], own_scan: bool) -> None:
         """Do all of it in the order the layer computes its values; an edit precedes a read of the same site."""
-        open_pass = MixerPass(model, layer, alone=True)
-        own_scan = own_scan and not self._output_is_given(layer)
+        open_pass, family = open_layer(model, layer, alone=True), family_of(model)
+        own_scan = own_scan and not self._output_is_given(family, layer)
         wanted = sorted({*self.edits, *self.observers, *self.reads}, key=lambda a: (a.index is not None, a.index or 0))
-        for site in SITES:
-            if own_scan and site == "delta_2":
+        for site, record in family.sites.items():
+            if own_scan and record.stage == SCAN:
                 open_pass.own_scan()
+                own_scan = False
             here = [address for address in wanted if address.site == site]
             for address in here:
                 if address in self.edits:
@@ -209,7 +204,8 @@ def forward(
     tokens = check_tokens(model, tokens).to(device_of(model))
     edits, observe, reads = dict(edits or {}), dict(observe or {}), list(reads)
     where = _addresses(model, [*edits, *observe, *reads], tokens.shape[1])
-    n_layers, first, stream_in = config_of(model).num_hidden_layers, 0, None
+    n_layers, first, stream_in = sizes_of(model).n_layers, 0, None
+    tree, blocks, head = family_of(model).tree, blocks_of(model), head_of(model)
     if start is not None:
         first, stream_in = start.layer, start.resid_pre
         for site, values in (("conv_start", start.conv_start), ("h_start", start.h_start)):
@@ -236,17 +232,17 @@ def forward(
     with model.trace(tokens, use_cache=False):
         saved: dict[str, Tensor] = {}
         if start is None:
-            _edit_place(model.backbone.embeddings, "hook_embed", edits, observe, reads, saved)
+            _edit_place(at(model, tree.embeddings), "hook_embed", edits, observe, reads, saved)
         for i in range(first):
-            model.backbone.layers[i].skip(stream_in)
+            blocks[i].skip(stream_in)
         for i in sorted(plans):
             plans[i].walk(model, i, saved, own_scan)
-        _edit_place(model.backbone.norm_f, "hook_norm", edits, observe, reads, saved)
+        _edit_place(at(model, tree.last_norm), "hook_norm", edits, observe, reads, saved)
         if logits_at is not None:
-            stream = model.lm_head.input
+            stream = head.input
             rows = torch.arange(stream.shape[0], device=stream.device)[:, None]
-            model.lm_head.input = stream[rows, logits_at.to(stream.device)]
-        _edit_place(model.lm_head, "hook_logits", edits, observe, [*reads, "hook_logits"], saved)
+            head.input = stream[rows, logits_at.to(stream.device)]
+        _edit_place(head, "hook_logits", edits, observe, [*reads, "hook_logits"], saved)
         if reduce is not None:
             saved = reduce(saved)
         saved = nnsight.save(saved)
@@ -257,16 +253,16 @@ def read(model, tokens: Any, names: str | Iterable[str], *, own_scan: bool = Fal
     """Values by MambaLens hook name, from one stock forward pass.
 
     tokens: Long[batch, pos], or a text, texts, an encoding or `Pairs` (see `tokens.prompts_of`). names: one or several
-    of `hook_embed`, `hook_norm`, `hook_logits` and `blocks.{i}.hook_{site}`; shapes in `ioi_mamba.model.sites.SITES`. A `*`
+    of `hook_embed`, `hook_norm`, `hook_logits` and `blocks.{i}.hook_{site}`; `ioi-mamba sites` lists them with their shapes. A `*`
     stands for any layer, site or index (`blocks.*.hook_h.7`); negative layers and positions count from the end.
     own_scan: run `scan.py` in every layer instead of the stock loop, so that states that are
     read are computed once: the same values within rounding, at about two thirds of the cost for all of them.
     Raises InputError for an unknown name, a layer, position or slice out of range, tokens outside the vocabulary, and a
     model that is no Mamba.
     """
-    _check_mamba(model)
-    tokens, config = check_tokens(model, prompts_of(model, tokens)), config_of(model)
-    names = expanded(names, config.num_hidden_layers, tokens.shape[1], config.conv_kernel)
+    family_of(model)  # refused before the tokens are looked at
+    tokens = check_tokens(model, prompts_of(model, tokens))
+    names = hooks_of(model, tokens.shape[1]).expanded(names)
     return call(model, _read, tokens, names, own_scan)
 
 
@@ -284,12 +280,12 @@ def run(model, tokens: Any, edits: Mapping[str, Edit] | None = None, *, own_scan
     writes the entries it changes. `layer_input` reaches its layer only, `resid_pre` all that follows.
     own_scan: as `read` takes it. Raises InputError as `read` does, and for an edit of the wrong shape or with NaN in it.
     """
-    _check_mamba(model)
+    family_of(model)  # refused before the tokens are looked at
     if edits is not None and not isinstance(edits, Mapping):
         raise InputError(f"Edits are a dictionary from hook name to value, not {type(edits).__name__}.")
-    tokens, config = check_tokens(model, prompts_of(model, tokens)), config_of(model)
-    sizes = (config.num_hidden_layers, tokens.shape[1], config.conv_kernel)
-    found = {name: edit for names, edit in (edits or {}).items() for name in expanded(names, *sizes)}
+    tokens = check_tokens(model, prompts_of(model, tokens))
+    hooks = hooks_of(model, tokens.shape[1])
+    found = {name: edit for names, edit in (edits or {}).items() for name in hooks.expanded(names)}
     return call(model, _run, tokens, found, own_scan)
 
 

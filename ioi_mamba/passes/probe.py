@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ioi_mamba.errors import ServerError
+from ioi_mamba.errors import InputError, ServerError
 from ioi_mamba.model.jobs import call, runs_here
 from ioi_mamba.passes.forward import forward
 
@@ -28,7 +28,7 @@ def probe(model) -> dict[str, Any]:
     try:
         # A job of its own: after a failed one a server's sandbox is not in order.
         found["gradients"] = call(model, _gradients)
-    except (ServerError, RuntimeError, AttributeError):
+    except (ServerError, InputError, RuntimeError):
         found["gradients"] = False
     return found
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.jobs import call, config_of, device_of
+from ioi_mamba.model.families import family_of, hooks_of, open_layer, sizes_of
+from ioi_mamba.model.jobs import call, device_of
 from ioi_mamba.model.memory import rows_per_pass
 from ioi_mamba.model.portable import portable
-from ioi_mamba.model.sites import CONV_OP, parse
 from ioi_mamba.passes.ablations import RESAMPLE, Ablation, AblationName, ablation_of
 from ioi_mamba.passes.forward import Start, forward
 from ioi_mamba.passes.metrics import answer_logits, logit_diff
@@ -35,7 +35,7 @@ STATE_AND_CONV = "h_and_conv"  # a layer's whole memory: its state and the conv 
 
 
 def layer_count(model) -> int:
-    return config_of(model).num_hidden_layers
+    return sizes_of(model).n_layers
 
 
 def block_sites(site: str, layers: Sequence[int]) -> list[str]:
@@ -48,7 +48,7 @@ def block_sites(site: str, layers: Sequence[int]) -> list[str]:
 class Roll:
     """A run stopped before `position`, with the conv inputs and states every layer needs to go on from there.
 
-    tokens: Long[batch, pos], all of them. conv_start: per layer [batch, K-1, E]; h_start: per layer [batch, E, N].
+    tokens: Long[batch, pos], all of them. conv_start, h_start: per layer, of the shapes of the sites of these names.
     """
 
     model: Any
@@ -60,9 +60,11 @@ class Roll:
     @classmethod
     def begin(cls, model, tokens: Tensor) -> Roll:
         """Before the first token: all zeros."""
-        config, layers = config_of(model), range(layer_count(model))
-        conv = tokens.new_zeros(len(tokens), config.conv_kernel - 1, config.intermediate_size, dtype=torch.float32)
-        state = tokens.new_zeros(len(tokens), config.intermediate_size, config.state_size, dtype=torch.float32)
+        sites, sizes, layers = family_of(model).sites, sizes_of(model), range(layer_count(model))
+        conv, state = (
+            tokens.new_zeros(sizes.shape(sites[name], len(tokens), 0), dtype=torch.float32)
+            for name in ("conv_start", "h_start")
+        )
         return cls(model, tokens, 0, dict.fromkeys(layers, conv), dict.fromkeys(layers, state))
 
     def start(self, layer: int, resid_pre: Tensor, rows: Tensor | slice = slice(None)) -> Start:
@@ -156,10 +158,13 @@ def _checked(model, pairs: Pairs, site: str, layers, positions) -> tuple[list[in
     n_pos = check_pairs(pairs).clean.shape[1]
     layers = list(range(layer_count(model)) if layers is None else layers)
     positions = list(range(n_pos) if positions is None else positions)
+    hooks = hooks_of(model, n_pos)
     for name in block_sites("h" if site == STATE_AND_CONV else site, layers):
-        parse(name, layer_count(model), n_pos, config_of(model).conv_kernel)
-    if site in ("A", "h_start", "conv_start") or site.startswith("h."):
-        raise InputError(f"{site!r} has no value of its own at every position: sweep another site.")
+        address = hooks.address(name)
+        record = hooks.sites[address.site]
+        at_one = address.index is not None and record.indexed_by == "position"
+        if at_one or not record.by_position:
+            raise InputError(f"{site!r} has no value of its own at every position: sweep another site.")
     if not positions or not all(0 <= p < n_pos for p in positions):
         raise InputError(f"positions {positions} are not in this prompt: give some of 0 to {n_pos - 1}.")
     return layers, positions
@@ -339,18 +344,16 @@ def _sweep_chunk(
 
 
 def _conv_weights(model, layers) -> dict[int, Tensor]:
-    """The weights of each layer's convolution, [E, K], as a pass hands them over: a server may show no parameters."""
+    """The weights of each layer's convolution, [channel, K], as a pass hands them over: a server may show no parameters."""
     with model.trace(torch.zeros(1, 1, dtype=torch.int64, device=device_of(model)), use_cache=False):
-        weights = nnsight.save(
-            {i: getattr(model.backbone.layers[i].mixer.source, CONV_OP).inputs[0][1] for i in layers}
-        )
+        weights = nnsight.save({i: open_layer(model, i, alone=True).conv_weight() for i in sorted(set(layers))})
     return weights
 
 
 def _patched(model, tokens, read_at, site: str, layer: int, p: int, value: Tensor, start: Start | None, taps) -> Tensor:
     """Logits [row, k, vocab] at `read_at` with `value` (position axis of length 1) written at (layer, p).
 
-    taps: (weights [E, K], clean, corrupted conv inputs [row, K-1, E] up to p), to be exchanged for the positions after
+    taps: (weights [channel, K], clean, corrupted conv inputs [row, K-1, channel] up to p), to be exchanged for the positions after
     p, or None.
     """
     at = 0 if start else p

@@ -289,8 +289,9 @@ class SerializedJobs(Jobs):
 def _code_hash() -> str:
     digest = hashlib.sha256()
     root = Path(sys.modules[PACKAGE].__file__ or "").parent
-    # Each room by itself: from the sources, that of the experiments is a link.
-    for path in sorted(file for room in (root, *root.iterdir()) for file in room.glob("*.py")):
+    # Each room by itself: from the sources, that of the experiments is a link, which `rglob` from above does not follow.
+    rooms = [room for room in root.iterdir() if room.is_dir()]
+    for path in sorted([*root.glob("*.py"), *(file for room in rooms for file in room.rglob("*.py"))]):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.jobs import config_of
+from ioi_mamba.model.families import sizes_of
 from ioi_mamba.passes.metrics import effect
 from ioi_mamba.passes.ranges import usable
 from ioi_mamba.passes.sweep import layer_count, swept_logit_diffs
@@ -43,7 +43,7 @@ def find_offset(model, layer: int) -> int:
     As far as the convolution reaches, 0 to K-1; |1 - normalized logit diff|, mean over the corruptions. Raises InputError
     where no pair has a range.
     """
-    pairs, reach = usable(model, _sample(model)).pairs, config_of(model).conv_kernel
+    pairs, reach = usable(model, _sample(model)).pairs, sizes_of(model).conv_width
     names = pairs.first_difference
     positions = list(range(int(names.min()), min(int(names.max()) + reach, pairs.clean.shape[1])))
     effects = effect(**swept_logit_diffs(model, pairs, "ssm_input", layers=[layer], positions=positions))[0]

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.jobs import call, config_of, device_of
+from ioi_mamba.model.families import blocks_of, head_of, open_layer, sizes_of
+from ioi_mamba.model.jobs import call, device_of
 from ioi_mamba.model.memory import rows_per_pass
-from ioi_mamba.model.mixer_pass import MixerPass
 from ioi_mamba.model.portable import portable
 from ioi_mamba.passes.forward import forward
 from ioi_mamba.passes.probe import weights_of
@@ -133,7 +133,7 @@ def _totals(
     model, prompts: Tensor, read_at: Tensor, cell: Tensor, weight: Tensor, n_cells: int, layer: int, *, progress=None
 ) -> Tensor:
     """Float64[cell, E]: the sum of `ssm_input` at `read_at` [prompt, slot], times `weight`, by `cell`."""
-    total = torch.zeros(n_cells, config_of(model).intermediate_size, dtype=torch.float64)
+    total = torch.zeros(n_cells, sizes_of(model).letters["E"], dtype=torch.float64)
     done = 0
     with torch.no_grad():
         for rows in torch.arange(len(prompts)).split(rows_per_pass(model, prompts.shape[1])):
@@ -281,13 +281,13 @@ def _continued(
 
 def read_up_to(model, tokens: Tensor, layer: int, site: str) -> Tensor:
     """The value of a site of `layer`, from a pass that ends there. tokens: Int64[row, pos]."""
-    blocks, n_layers = model.backbone.layers, layer_count(model)
+    blocks, head, n_layers = blocks_of(model), head_of(model), layer_count(model)
     with model.trace(tokens.to(device_of(model)), use_cache=False):
         for i in range(layer):
-            below = MixerPass(model, i, alone=True)
+            below = open_layer(model, i, alone=True)
             below.own_scan()
             below.finish()
-        here = MixerPass(model, layer, alone=True)
+        here = open_layer(model, layer, alone=True)
         value = nnsight.save(here.get(site))
         here.own_scan()
         here.finish()
@@ -296,7 +296,7 @@ def read_up_to(model, tokens: Tensor, layer: int, site: str) -> Tensor:
         after = blocks[layer].output
         for i in range(layer + 1, n_layers):
             blocks[i].skip(after)
-        model.lm_head.input = model.lm_head.input[:, :1]
+        head.input = head.input[:, :1]
     return value
 
 

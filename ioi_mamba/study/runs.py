@@ -28,6 +28,7 @@ from ioi_mamba import analyses, paper, tasks
 from ioi_mamba.errors import InputError, Submitted
 from ioi_mamba.experiments.experiment import Context, Experiment, Need, resolved
 from ioi_mamba.files import MINI, sha256_of, written_whole
+from ioi_mamba.model.families import FAMILIES
 from ioi_mamba.model.jobs import config_of, runs_here
 from ioi_mamba.model.memory import check_fits
 from ioi_mamba.passes.probe import probe
@@ -305,14 +306,8 @@ def describe_model(model, model_id: str | None = None) -> dict[str, Any]:
     if model_id is None:
         path = str(getattr(config, "_name_or_path", "") or "unnamed")
         model_id = "mini" if path == str(MINI) else path
-    sizes = (
-        "num_hidden_layers",
-        "hidden_size",
-        "intermediate_size",
-        "state_size",
-        "conv_kernel",
-        "vocab_size",
-    )
+    family = FAMILIES.get(config.model_type)
+    sizes = ("num_hidden_layers", "hidden_size", "vocab_size") if family is None else family.config_names
     summary = {name: getattr(config, name) for name in sizes if getattr(config, name, None) is not None}
     revision = getattr(config, "_commit_hash", None)
     return {"id": model_id, "revision": revision, "architecture": config.model_type, "config": summary}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ioi_mamba as im
-from ioi_mamba.circuits.graph import Circuit, Item, Universe, conv_parts, items_of, kind_of, masks_of, universe_of
+from ioi_mamba.circuits.graph import Circuit, Item, Universe, items_of, kind_of, masks_of, universe_of
 from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.errors import InputError
 from ioi_mamba.passes.sweep import resample_sweep
@@ -36,8 +36,9 @@ def test_a_graph_has_every_edge_forward_once_and_every_part_of_every_layer():
     assert len(UNIVERSE.items()) == len(set(UNIVERSE.items())) == 2 * (10 + 15)
 
 
-def test_conv_parts_go_from_the_oldest_tap_to_the_token_itself():
-    assert conv_parts(4) == ("conv-3", "conv-2", "conv-1", "conv0")
+def test_the_parts_of_a_layer_are_its_taps_from_the_oldest_its_state_and_its_gate():
+    assert Universe(1, 4, parts=True).inside == ("conv-3", "conv-2", "conv-1", "conv0", "ssm", "skip")
+    assert Universe(1, 4).inside == ()
 
 
 @pytest.mark.parametrize(
@@ -69,13 +70,12 @@ def test_masks_are_one_exactly_where_the_items_of_each_set_are():
         ],
         [],
     ]
-    edges, conv, ssm, skip = masks_of(sets, Universe(3, 3, parts=True), 4)
+    edges, parts = masks_of(sets, Universe(3, 3, parts=True), 4)
     ones = lambda mask: {tuple(index) for index in torch.nonzero(mask).tolist()}
-    assert (edges.shape, conv.shape, ssm.shape, skip.shape) == ((3, 4, 4, 4), (3, 3, 3, 4), (3, 3, 4), (3, 3, 4))
+    assert (edges.shape, parts.shape) == ((3, 4, 4, 4), (3, 3, 5, 4))
     assert ones(edges) == {(0, 0, 0, p) for p in range(4)} | {(0, 2, 3, 2)}
-    assert ones(conv) == {(1, 2, 0, p) for p in range(4)} | {(1, 0, 2, 1)}
-    assert ones(ssm) == {(1, 1, 3)}
-    assert ones(skip) == {(1, 2, 0)}
+    # conv-2, conv-1, conv0, ssm, skip
+    assert ones(parts) == {(1, 2, 0, p) for p in range(4)} | {(1, 0, 2, 1), (1, 1, 3, 3), (1, 2, 4, 0)}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_graph_of_no_model_is_refused():
 @given(st.sampled_from([UNIVERSE, LAYERS, POSITIONS, Universe(2, 4, True)]), st.data())
 def test_a_graph_checks_as_the_list_of_its_items_says(universe, data):
     nodes = st.sampled_from([*universe.nodes, "9"])
-    parts = st.sampled_from([None, "ssm", "skip", *conv_parts(4)])
+    parts = st.sampled_from([None, *Universe(1, 4, parts=True).inside])
     item = data.draw(st.builds(Item, nodes, nodes, st.sampled_from([None, -1, 0, 1, 4, 5]), parts))
     if item in universe.items():
         universe.check([item])

@@ -23,7 +23,7 @@ from ioi_mamba.cli.main import _columns, _default_out, main
 from ioi_mamba.experiments import options
 from ioi_mamba.experiments.experiment import Need
 from ioi_mamba.model import sites
-from ioi_mamba.model.sites import SITES
+from ioi_mamba.model.mamba.record import MAMBA
 from ioi_mamba.tasks.base import Pairs
 
 
@@ -220,7 +220,7 @@ def test_option_texts_become_what_the_experiment_asks_for(text, hint, value):
 def test_sites_lists_every_hook(capsys):
     assert main(["sites"]) == 0
     printed = capsys.readouterr().out
-    for name in SITES:
+    for name in MAMBA.sites:
         assert f"blocks.I.hook_{name}" in printed
     for name in ("hook_embed", "hook_norm", "hook_logits", "width of the residual stream"):
         assert name in printed

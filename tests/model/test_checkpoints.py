@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM, FalconMambaConfig, Mamba2Config
 import ioi_mamba as im
 from ioi_mamba.analyses import layer_ablation
 from ioi_mamba.errors import InputError
-from ioi_mamba.model import checkpoints, sites
+from ioi_mamba.model.mamba import checkpoints
+from ioi_mamba.model.mamba.record import MAMBA
+from ioi_mamba.model.sites import MODEL_SITES
 from ioi_mamba.passes.probe import probe
 from ioi_mamba.study.runs import describe_model
 
@@ -82,7 +84,7 @@ def test_every_site_of_every_layer_has_the_value_of_the_reference(models, tensor
     got = im.read(models[layout], prompts.clean, list(want))
     bad = {hook: error for hook in want if not (error := golden.relative_error(got[hook], want[hook])) < 1e-5}
     assert not bad
-    assert {hook.rsplit("hook_", 1)[1].split(".")[0] for hook in want} == {*sites.SITES, *sites.MODEL_SITES}
+    assert {hook.rsplit("hook_", 1)[1].split(".")[0] for hook in want} == {*MAMBA.sites, *MODEL_SITES}
 
 
 def test_both_layouts_are_one_model_to_a_manifest_but_for_its_name(directories, models):

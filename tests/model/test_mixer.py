@@ -7,9 +7,9 @@ import torch
 
 import ioi_mamba as im
 from ioi_mamba.errors import InputError
-from ioi_mamba.model import sites
+from ioi_mamba.model.mamba.record import MAMBA
 
-PLAIN = [site for site in sites.SITES if site not in ("h", "conv_slice")]
+PLAIN = [site for site in MAMBA.sites if site not in ("h", "conv_slice")]
 TOKENS = golden.golden_pairs().clean
 
 

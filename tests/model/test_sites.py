@@ -1,5 +1,7 @@
 """Hook names, and the values read by them: against the golden file and against the plain reference."""
 
+import dataclasses
+
 import golden
 import pytest
 import reference
@@ -7,7 +9,9 @@ import torch
 
 import ioi_mamba as im
 from ioi_mamba.errors import InputError
-from ioi_mamba.model import sites
+from ioi_mamba.model import families
+from ioi_mamba.model.mamba.record import MAMBA
+from ioi_mamba.model.sites import Hooks
 
 HOOKS = {
     key.rsplit("/", 1)[1]: value
@@ -23,7 +27,7 @@ def golden_reads():
 
 def test_the_golden_file_has_every_site_that_mambalens_has():
     seen = {name.split("hook_")[1] for name in HOOKS}
-    assert seen == {*sites.SITES, "embed", "norm"} - {"conv_start", "conv_slice", "h_start"}
+    assert seen == {*MAMBA.sites, "embed", "norm"} - {"conv_start", "conv_slice", "h_start"}
 
 
 @pytest.mark.parametrize("name", HOOKS)
@@ -67,11 +71,12 @@ def test_a_value_has_the_shape_that_its_site_promises(name):
         "K-1": config.conv_kernel - 1,
     }
     hooks = {
-        f"blocks.1.hook_{site.name}" + (".0" if site.name == "conv_slice" else ""): site.shape
-        for site in sites.SITES.values()
+        f"blocks.1.hook_{site.name}" + (".0" if site.name == "conv_slice" else ""): site
+        for site in MAMBA.sites.values()
     }
     for hook, value in im.read(model, pairs.clean, list(hooks)).items():
-        assert value.shape == tuple(sizes[letter] for letter in hooks[hook].split()), hook
+        assert value.shape == tuple(sizes[letter] for letter in hooks[hook].shape.split()), hook
+        assert value.shape == families.sizes_of(model).shape(hooks[hook], *pairs.clean.shape), hook
 
 
 def test_the_slices_of_a_convolution_sum_to_its_output_without_the_bias():
@@ -86,7 +91,7 @@ def test_the_slices_of_a_convolution_sum_to_its_output_without_the_bias():
 def test_reading_every_value_leaves_the_logits_bit_for_bit_those_of_the_stock_model():
     model, pairs = golden.model(), golden.golden_pairs()
     stock = model._module(pairs.clean, use_cache=False).logits
-    names = [f"blocks.{i}.hook_{s}" for i in range(4) for s in sites.SITES if s != "conv_slice"]
+    names = [f"blocks.{i}.hook_{s}" for i in range(4) for s in MAMBA.sites if s != "conv_slice"]
     names += [f"blocks.{i}.hook_conv_slice.{s}" for i in range(4) for s in range(-3, 1)]
     got = im.read(model, pairs.clean, [*names, "hook_embed", "hook_norm", "hook_logits"])
     assert torch.equal(got["hook_logits"], stock)
@@ -112,7 +117,7 @@ def test_reads_come_back_in_the_order_in_which_they_were_asked_for():
     ],
 )
 def test_a_hook_name_is_taken_apart(hook, address):
-    assert sites.parse(hook, 4, 20, 4) == address
+    assert Hooks(MAMBA.sites, n_layers=4, n_positions=20, conv_width=4).address(hook) == address
 
 
 @pytest.mark.parametrize(
@@ -142,6 +147,7 @@ def test_a_name_that_is_not_there_is_refused_by_naming_it_and_the_fix(verb, hook
 
 
 def test_a_moved_operation_label_is_named_when_a_model_is_opened(monkeypatch):
-    monkeypatch.setattr(sites, "OPS", ("mamba_selective_scan_9",))
+    moved = dataclasses.replace(MAMBA, operations=("mamba_selective_scan_9",))
+    monkeypatch.setitem(families.FAMILIES, "mamba", moved)
     with pytest.raises(RuntimeError, match="'mamba_selective_scan_9' is not in layer 0"):
-        sites.check_labels(golden.model())
+        families.check_labels(golden.model())

@@ -9,11 +9,11 @@ import torch
 
 import ioi_mamba as im
 from ioi_mamba.errors import InputError
-from ioi_mamba.model import sites
+from ioi_mamba.model.mamba.record import MAMBA
 from ioi_mamba.passes.sweep import resample_sweep
 
 TOKENS = golden.golden_pairs().clean
-WRITABLE = [site for site in sites.SITES if site not in ("h", "conv_slice", "conv_start", "h_start")]
+WRITABLE = [site for site in MAMBA.sites if site not in ("h", "conv_slice", "conv_start", "h_start")]
 EDITS = {site: {site: lambda x: 0.7 * x + 0.05} for site in WRITABLE}
 
 
@@ -111,7 +111,7 @@ def test_with_the_cache_on_values_are_those_without(length):
     with model.trace(TOKENS[:2, :length]):  # noqa: SIM117  the body of a trace is what is inside it
         with im.mixer(model, 2) as m:
             found = {}
-            for name in sites.SITES:
+            for name in MAMBA.sites:
                 if name in names:
                     found[name] = m.h[:] if name == "h" else getattr(m, name)
             got = nnsight.save(found)
@@ -195,7 +195,7 @@ def test_an_edit_in_one_invoke_of_a_cached_generation_reaches_its_rows_alone():
 
 def test_reading_in_a_cached_generation_changes_nothing():
     def read_all(m, p):
-        for name in sites.SITES:
+        for name in MAMBA.sites:
             if name not in ("conv_slice", "h"):
                 getattr(m, name)
 
@@ -362,7 +362,7 @@ def test_names_may_be_one_a_pattern_or_count_from_the_end():
     assert list(slices) == [f"blocks.2.hook_conv_slice.{s}" for s in (-3, -2, -1, 0)]
     every = im.read(model, TOKENS, ["blocks.1.hook_*", "blocks.1.hook_y"])
     assert "blocks.1.hook_h" in every
-    assert len(every) == len(sites.SITES) - 1  # a conv slice needs its index
+    assert len(every) == len(MAMBA.sites) - 1  # a conv slice needs its index
     last = im.read(model, TOKENS, ["blocks.-1.hook_y", "blocks.0.hook_h.-1"])
     assert torch.equal(last["blocks.-1.hook_y"], im.read(model, TOKENS, "blocks.3.hook_y")["blocks.3.hook_y"])
     assert torch.equal(last["blocks.0.hook_h.-1"], im.read(model, TOKENS, "blocks.0.hook_h")["blocks.0.hook_h"][:, -1])

@@ -9,7 +9,8 @@ from golden import at_last, relative_error
 
 import ioi_mamba as im
 from ioi_mamba.errors import InputError
-from ioi_mamba.model import scan, sites
+from ioi_mamba.model import scan
+from ioi_mamba.model.mamba.record import MAMBA
 from ioi_mamba.passes.forward import Start, forward
 from ioi_mamba.passes.sweep import Roll
 
@@ -67,7 +68,7 @@ def writable(name):
     """The hooks of one layer, with every conv slice and some single states, and those of the whole model."""
     config = golden.opened(name).config
     layer = config.num_hidden_layers // 2
-    inside = [site for site in sites.SITES if site != "conv_slice"]
+    inside = [site for site in MAMBA.sites if site != "conv_slice"]
     inside += [f"conv_slice.{s}" for s in range(1 - config.conv_kernel, 1)]
     inside += [f"h.{p}" for p in (0, 4, 8)]
     return ["hook_embed", *(f"blocks.{layer}.hook_{site}" for site in inside), "hook_norm", "hook_logits"]
@@ -164,11 +165,11 @@ def test_many_edits_in_one_layer_and_in_many_layers_combine(name, own_scan):
             assert relative_error(got, want) < 1e-5
 
 
-@pytest.mark.parametrize("first", sites.SITES)
+@pytest.mark.parametrize("first", MAMBA.sites)
 def test_any_two_sites_of_a_layer_can_be_written_in_one_pass(first):
     model, tokens, weights = golden.odd_model(), golden.random_pairs("odd").clean, golden.weights("odd")
     name = lambda site: f"blocks.1.hook_{site}" + (".-1" if site == "conv_slice" else ".5" if site == "h" else "")
-    for second in sites.SITES:
+    for second in MAMBA.sites:
         edits = {name(second): lambda x: x * 0.6 + 0.01, name(first): lambda x: x * 0.8 + 0.02}
         assert relative_error(im.run(model, tokens, edits), reference.logits(weights, tokens, edits)) < 1e-5, second
 
@@ -291,7 +292,7 @@ def test_our_own_scan_gives_the_logits_of_the_stock_one(name):
 @pytest.mark.parametrize("name", ["golden", "odd"])
 def test_reads_and_edits_with_our_own_scan_give_the_same_values(name):
     model, pairs = golden.opened(name), golden.random_pairs(name)
-    hooks = [f"blocks.1.hook_{site}" for site in (*(s for s in sites.SITES if s != "conv_slice"), "conv_slice.0")]
+    hooks = [f"blocks.1.hook_{site}" for site in (*(s for s in MAMBA.sites if s != "conv_slice"), "conv_slice.0")]
     stock, own = (im.read(model, pairs.clean, hooks, own_scan=own) for own in (False, True))
     for hook in hooks:
         assert relative_error(own[hook], stock[hook]) < 1e-5, hook
@@ -360,7 +361,7 @@ def test_gradients_at_every_site_are_those_of_the_reference(name):
         golden.random_pairs(name),
         golden.opened(name).config.num_hidden_layers - 1,
     )
-    inside = [site for site in sites.SITES if site not in ("conv_slice", "h")] + [
+    inside = [site for site in MAMBA.sites if site not in ("conv_slice", "h")] + [
         "conv_slice.-1",
         "h.3",
         "h.8",

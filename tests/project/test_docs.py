@@ -15,7 +15,8 @@ import torch
 import ioi_mamba
 import ioi_mamba.paper
 from ioi_mamba import analyses
-from ioi_mamba.model.sites import MODEL_SITES, SITES
+from ioi_mamba.model.mamba.record import MAMBA
+from ioi_mamba.model.sites import MODEL_SITES
 from ioi_mamba.tasks.prompts import NAME_LIST_KEYS, PLAIN_KEYS, TEXT_KEYS
 
 ROOT = Path(__file__).parents[2]
@@ -152,7 +153,7 @@ def test_the_site_builds_strictly_and_has_every_site_and_experiment(tmp_path, mo
     build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site"), strict=True))
     site = tmp_path / "site"
     concepts = (site / "concepts" / "index.html").read_text()
-    for name in (*SITES, *MODEL_SITES):
+    for name in (*MAMBA.sites, *MODEL_SITES):
         assert f"hook_{name}" in concepts
     experiments = (site / "experiments" / "index.html").read_text()
     for name in analyses.available():

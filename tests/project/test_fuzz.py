@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import ioi_mamba as im
 from ioi_mamba.cli.main import main
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.sites import MODEL_SITES, SITES, parse
+from ioi_mamba.model.mamba.record import MAMBA
+from ioi_mamba.model.sites import MODEL_SITES, Hooks
 from ioi_mamba.passes import metrics
 from ioi_mamba.results import stored
 from ioi_mamba.tasks.base import Pairs
@@ -144,12 +145,13 @@ def test_a_circuit_file_is_read_or_refused(n, tmp_path, tried):
     tried("a circuit file", n)
 
 
+HOOKS = Hooks(MAMBA.sites, n_layers=4, n_positions=5, conv_width=4)
 NAME = st.one_of(
     st.text(max_size=25),
     st.builds(
         lambda layer, site, index: f"blocks.{layer}.hook_{site}{index}",
         st.integers(-1, 5) | st.text(max_size=3),
-        st.sampled_from(sorted(SITES)) | st.text(max_size=5),
+        st.sampled_from(sorted(MAMBA.sites)) | st.text(max_size=5),
         st.just("") | st.integers(-6, 6).map(lambda i: f".{i}"),
     ),
     st.sampled_from([f"hook_{name}" for name in MODEL_SITES]),
@@ -162,12 +164,12 @@ def test_a_hook_name_is_an_address_or_refused(n, tried):
     @given(NAME)
     def check(name):
         try:
-            layer, site, index = parse(name, 4, 5, 4)
+            layer, site, index = HOOKS.address(name)
         except InputError as error:
             one_sentence(error)
             return
         again = f"hook_{site}" if layer is None else f"blocks.{layer}.hook_{site}"
-        assert parse(again + ("" if index is None else f".{index}"), 4, 5, 4) == (layer, site, index)
+        assert HOOKS.address(again + ("" if index is None else f".{index}")) == (layer, site, index)
 
     check()
     tried("a hook name", n)
@@ -186,7 +188,9 @@ EDIT = st.one_of(
         [lambda x: x * 0.5, lambda x: x.flip(0), lambda x: x[:0], lambda x: None, lambda x: x * float("inf")]
     ),
 )
-GOOD_NAME = st.sampled_from([f"blocks.{i}.hook_{site}" for i in range(4) for site in SITES if site != "conv_slice"])
+GOOD_NAME = st.sampled_from(
+    [f"blocks.{i}.hook_{site}" for i in range(4) for site in MAMBA.sites if site != "conv_slice"]
+)
 
 
 @sizes(15, 400)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import ioi_mamba as im
-from ioi_mamba.model import sites
+from ioi_mamba.model.mamba.record import MAMBA
 from ioi_mamba.passes.sweep import resample_sweep
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
-WRITABLE = [site for site in sites.SITES if site not in ("h", "conv_slice", "conv_start", "h_start")]
+WRITABLE = [site for site in MAMBA.sites if site not in ("h", "conv_slice", "conv_start", "h_start")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,7 +34,7 @@ def near(got, want, rounding=2e-5):
 
 def test_every_site_reads_as_on_the_cpu():
     tokens = golden.golden_pairs().clean
-    names = [f"blocks.{i}.hook_{site}" for i in range(4) for site in sites.SITES if site != "conv_slice"]
+    names = [f"blocks.{i}.hook_{site}" for i in range(4) for site in MAMBA.sites if site != "conv_slice"]
     got, want = (im.read(on(device), tokens, names) for device in ("cuda", "cpu"))
     assert {value.device.type for value in got.values()} == {"cuda"}
     assert [name for name in names if not near(got[name], want[name])] == []

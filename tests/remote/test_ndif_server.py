@@ -21,7 +21,7 @@ from nnsight import TransformersModel
 from nnsight.modeling import huggingface
 
 from ioi_mamba.files import MINI
-from ioi_mamba.model.sites import SCAN_OP
+from ioi_mamba.model.mamba.calls import SCAN_OP
 
 MINI = str(MINI)
 PROMPT = "Then, Mark, Leah and Erik went to the store. Mark and Leah gave a necklace to"

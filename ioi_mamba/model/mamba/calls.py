@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.sites import CONV_OP, SCAN_OP, STEP_CONV_OP, STEP_SCAN_OP
+
+# Operations inside MambaMixer.forward as nnsight's `.source` labels them; the last two are those of a step of a
+# generation with a cache.
+CONV_OP = "causal_conv1d_fn_0"
+SCAN_OP = "mamba_selective_scan_0"
+STEP_CONV_OP = "causal_conv1d_update_0"
+STEP_SCAN_OP = "mamba_selective_state_update_0"
+OPERATIONS = (CONV_OP, SCAN_OP, STEP_CONV_OP, STEP_SCAN_OP)
 
 
 class Calls:

@@ -1,0 +1,186 @@
+"""What a Mamba-1 is made of.
+
+The labels of its operations are as nnsight's `.source` gives them to `MambaMixer.forward`, in every transformers that
+pyproject.toml allows; opening a model verifies them, so that a moved label is named and never silently dead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ioi_mamba.model.family import SCAN, Family, Part, Sizes, Tree
+from ioi_mamba.model.mamba.calls import CONV_OP, OPERATIONS, SCAN_OP
+from ioi_mamba.model.mamba.layer import MambaLayer
+from ioi_mamba.model.scan import selective_scan
+from ioi_mamba.model.sites import Site
+
+STAGES = (
+    "block_input",
+    "norm_input",
+    "norm_output",
+    "in_proj",
+    "conv",
+    "x_proj",
+    SCAN,
+    "mixer_output",
+    "block_output",
+)
+
+_SITES = (
+    Site("resid_pre", "block_input", "batch pos D", "layers[i].input", "residual stream entering the layer"),
+    Site(
+        "layer_input",
+        "norm_input",
+        "batch pos D",
+        "layers[i].norm.input",
+        "the layer's own copy of resid_pre; edits reach this layer only",
+    ),
+    Site("normalized_input", "norm_output", "batch pos D", "layers[i].norm.output", "after RMSNorm"),
+    Site("in_proj", "in_proj", "batch pos E", "mixer.in_proj.output, first half", "SSM branch, before the conv"),
+    Site("skip", "in_proj", "batch pos E", "mixer.in_proj.output, second half", "gate branch, before SiLU"),
+    Site(
+        "conv_start",
+        "conv",
+        "batch K-1 E",
+        "not in the module: zeros",
+        "conv inputs before the first position (not in MambaLens)",
+    ),
+    Site(
+        "conv_slice",
+        "conv",
+        "batch pos E",
+        "weight[:, K-1+s] * in_proj shifted by |s|",
+        "one tap of the convolution, before bias and SiLU; takes an index s (not in MambaLens)",
+        indexed_by="slice",
+    ),
+    Site("conv", "conv", "batch pos E", f"recomputed from {CONV_OP}.inputs", "conv output after bias, before SiLU"),
+    Site("ssm_input", "conv", "batch pos E", f"{CONV_OP}.output", "x, the input of the SSM"),
+    Site("delta_1", "x_proj", "batch pos R", "mixer.x_proj.output[..., :R]", "low-rank delta"),
+    Site("B", "x_proj", "batch pos N", "mixer.x_proj.output[..., R:R+N]", "B_t (equation 8)"),
+    Site("C", "x_proj", "batch pos N", "mixer.x_proj.output[..., R+N:]", "C_t (equation 9)"),
+    Site("delta_2", SCAN, "batch pos E", f"from {SCAN_OP}.inputs", "projected delta with its bias, before softplus"),
+    Site("delta", SCAN, "batch pos E", f"from {SCAN_OP}.inputs", "softplus(delta_2) (equation 10)"),
+    Site("A", SCAN, "E N", f"{SCAN_OP}.inputs", "-exp(A_log)"),
+    Site("A_bar", SCAN, "batch pos E N", f"from {SCAN_OP}.inputs", "exp(delta A) (equation 7)"),
+    Site("B_bar", SCAN, "batch pos E N", f"from {SCAN_OP}.inputs", "delta B (equation 8)"),
+    Site("h_start", SCAN, "batch E N", "not in the module: zeros", "the state before the first position"),
+    Site(
+        "h",
+        SCAN,
+        "batch pos E N",
+        f"from {SCAN_OP}.inputs",
+        "states after each token (equation 5); with an index, one of them [batch E N]",
+        indexed_by="position",
+    ),
+    Site("y", SCAN, "batch pos E", f"from {SCAN_OP}.inputs", "C h (equation 6), before D x"),
+    Site("ssm_output", SCAN, "batch pos E", f"from {SCAN_OP}.inputs", "y + D x"),
+    Site("after_skip", SCAN, "batch pos E", f"{SCAN_OP}.output", "ssm_output * SiLU(skip)"),
+    Site("out_proj", "mixer_output", "batch pos D", "layers[i].mixer.output", "what the layer adds to the stream"),
+    Site("resid_post", "block_output", "batch pos D", "layers[i].output", "resid_pre + out_proj"),
+)
+
+_READ_OUT_FROM = ("ssm_input", "delta", "B")
+"""What a corrupted state is recomputed from, 16 times smaller than the state."""
+
+
+def sizes(config: Any) -> Sizes:
+    """The sizes of a `MambaConfig`."""
+    letters = {
+        "D": config.hidden_size,
+        "E": config.intermediate_size,
+        "N": config.state_size,
+        "R": config.time_step_rank,
+        "K": config.conv_kernel,
+        "vocab": config.vocab_size,
+    }
+    return Sizes(config.num_hidden_layers, letters, config.residual_in_fp32)
+
+
+def recurrence_terms(A_bar: Tensor, B_bar: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Equation 5: h_t = A_bar_t h_(t-1) + B_bar_t x_t. A_bar, B_bar: [..., E, N]; x: [..., E]."""
+    return A_bar, B_bar * x[..., None]
+
+
+def corrupted_read_out(corrupted: Mapping[str, Tensor], now: Mapping[str, Tensor], of_pair: Tensor) -> Tensor:
+    """C_t h_t [row, pos, E] with the corrupted run's states and this pass' A and C (appendix D.2)."""
+    x, delta, B = (corrupted[site] for site in _READ_OUT_FROM)
+    wide, C = delta.dtype, now["C"].contiguous()  # in one layout, wherever it comes from: sums are then rounded alike
+    y, _ = selective_scan(x[of_pair].to(wide), delta[of_pair], now["A"], B[of_pair].to(wide), C.to(wide))
+    return y
+
+
+def parts(conv_width: int) -> tuple[Part, ...]:
+    """The conv slices from the oldest tap to the token itself, the state that the read-out sees, and the gate."""
+    slices = tuple(
+        Part(
+            name=f"conv{s}",
+            meaning=f"the tap of the convolution that reads {'the token itself' if s == 0 else f'{-s} before'}",
+            site="conv",
+            own=f"conv_slice.{s}",
+            corrupted=(f"conv_slice.{s}",),
+            now=(f"conv_slice.{s}",),
+            leads_to="ssm",
+            on_path=True,
+        )
+        for s in range(1 - conv_width, 1)
+    )
+    state = Part(
+        name="ssm",
+        meaning="the state that the read-out sees: y_t = C_t h_t with h of the corrupted run, D x untouched",
+        site="y",
+        own="y",
+        corrupted=_READ_OUT_FROM,
+        now=("A", "C"),
+        made=corrupted_read_out,
+    )
+    gate = Part(name="skip", meaning="the gate branch", site="skip", own="skip", corrupted=("skip",))
+    return (*slices, state, gate)
+
+
+def row_floats(size: Sizes, n_positions: int, kind: str) -> float:
+    """Those of measured passes, rounded up; `python -m bench.scaling` lists them for a large model."""
+    D, E, N, K, vocab = (size.letters[letter] for letter in ("D", "E", "N", "K", "vocab"))
+    per_layer = {
+        "sweep": 2 * n_positions * D + 4 * E * (N + K),
+        "edges": 6 * n_positions * D,
+        "parts": 13 * n_positions * E,
+        "gradients": 13 * n_positions * E,
+        "part gradients": 29 * n_positions * E,
+    }[kind]
+    return size.n_layers * per_layer + 16 * n_positions * E + 2 * E * N + 4 * vocab
+
+
+def refusal(config: Mapping[str, Any]) -> str | None:
+    """Its activation must be SiLU, which the formulas have built in."""
+    activation = config.get("hidden_act", "silu")
+    if activation in ("silu", "swish"):  # two names of one function
+        return None
+    return f"uses the activation {activation!r}; only 'silu' is supported."
+
+
+MAMBA = Family(
+    name="mamba",
+    label="Mamba-1",
+    published=tuple(f"state-spaces/mamba-{size}-hf" for size in ("370m", "130m", "790m", "1.4b", "2.8b")),
+    tree=Tree(
+        blocks="backbone.layers",
+        embeddings="backbone.embeddings",
+        last_norm="backbone.norm_f",
+        head="lm_head",
+        mixer="mixer",
+    ),
+    operations=OPERATIONS,
+    stages=STAGES,
+    inside=("in_proj", "conv", "x_proj", SCAN),
+    sites={site.name: site for site in _SITES},
+    config_names=("num_hidden_layers", "hidden_size", "intermediate_size", "state_size", "conv_kernel", "vocab_size"),
+    sizes=sizes,
+    layer_pass=MambaLayer,
+    recurrence_terms=recurrence_terms,
+    parts=parts,
+    row_floats=row_floats,
+    refusal=refusal,
+)
