@@ -11,6 +11,7 @@ finer curve), and what an experiment adds. Prompts without a range are in none o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -20,10 +21,11 @@ from ioi_mamba.circuits import faithfulness
 from ioi_mamba.circuits.attribution import attributions
 from ioi_mamba.circuits.faithfulness import estimates, random_circuits
 from ioi_mamba.circuits.graph import Circuit, items_of, universe_of
-from ioi_mamba.circuits.methods import METHODS, Options
-from ioi_mamba.circuits.ranking import Ranking
+from ioi_mamba.circuits.methods import METHODS, VARIANTS, Options
+from ioi_mamba.circuits.ranking import ORDERS, Ranking
 from ioi_mamba.circuits.scoring import Evaluator, chosen_sizes
 from ioi_mamba.experiments.experiment import Column, Context, Need
+from ioi_mamba.experiments.options import option
 from ioi_mamba.passes.intervals import Estimate, Resampled, mean_interval
 from ioi_mamba.passes.ranges import left_out_sentence, usable_of
 from ioi_mamba.passes.sweep import Progress
@@ -51,6 +53,7 @@ CIRCUIT_ROWS = (
     Column("n", "int", "prompts", nullable=True, later=True),
     Column("left_out", "int", "prompts without a range", later=True),
 )
+METHOD = "of attribution; exact needs no gradients: each item is patched alone"
 MEASURES = ("accuracy", "normalized_logit_diff", "f", "kl")
 CURVE_PROMPTS = 60  # curves and random circuits are many evaluations: they use this many of the held-out prompts
 CURVE_SIZES = 12
@@ -59,6 +62,19 @@ N_RANDOM = 5
 N_SPLITS = 3  # into halves that each choose a circuit anew: two searches a split,
 SPLIT_PROMPTS = 200  # on this many of the training prompts
 MIB_GRID = "MIB grid"
+
+
+@dataclass(frozen=True)
+class AttributionOptions:
+    """Options of the experiments that rank items by attribution and keep the first ones."""
+
+    target: float = option(0.85, "the accuracy on training prompts that the circuit must exceed", at_least=0, at_most=1)
+    steps: int = option(5, "points on the path from clean to corrupted, of eap-ig", at_least=1)
+    variant: str = option(
+        "paper", "of the scores: `ioi_mamba.circuits.attribution` says which to use", choices=VARIANTS
+    )
+    method: str = option("eap-ig", METHOD, choices=METHODS)
+    ranking: str = option("signed", "most negative scores first, or largest sizes first", choices=ORDERS)
 
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:

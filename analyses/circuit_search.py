@@ -52,9 +52,7 @@ class Options:
     compare_prompts: int = option(
         60, "about how many pairs search and attribution are compared on; 0: no comparison", at_least=0
     )
-    method: str = option(
-        "eap-ig", "of attribution; exact needs no gradients: each item is patched alone", choices=METHODS
-    )
+    method: str = option("eap-ig", _circuits.METHOD, choices=METHODS)
     resume: bool = option(True, "start each test at the layer it is about: same values, faster")
 
 

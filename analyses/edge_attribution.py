@@ -29,7 +29,7 @@ from ioi_mamba.charts import circuit_charts
 from ioi_mamba.circuits.attribution import ranked
 from ioi_mamba.circuits.faithfulness import rank_correlation
 from ioi_mamba.circuits.graph import items_of, universe_of
-from ioi_mamba.circuits.methods import METHODS, VARIANTS
+from ioi_mamba.circuits.methods import METHODS
 from ioi_mamba.circuits.methods import Options as Scoring
 from ioi_mamba.circuits.ranking import Ranking
 from ioi_mamba.circuits.scoring import Evaluator
@@ -43,20 +43,9 @@ LARGE_EDGES = f"edges with an effect of {LARGE} or more"
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(_circuits.AttributionOptions):
     """Options of edge-attribution."""
 
-    target: float = option(0.85, "the accuracy on training prompts that the circuit must exceed", at_least=0, at_most=1)
-    steps: int = option(5, "points on the path from clean to corrupted, of eap-ig", at_least=1)
-    variant: str = option(
-        "paper", "of the scores: `ioi_mamba.circuits.attribution` says which to use", choices=VARIANTS
-    )
-    method: str = option(
-        "eap-ig", "of attribution; exact needs no gradients: each item is patched alone", choices=METHODS
-    )
-    ranking: str = option(
-        "signed", "most negative scores first, or largest sizes first", choices=("signed", "absolute")
-    )
     part_prompts: int = option(_circuits.PART_PROMPTS, "about how many pairs parts are scored on", at_least=1)
     exact_prompts: int = option(25, "of these, how many exact effects are measured on", at_least=1)
 
@@ -104,7 +93,7 @@ def run(context: Context) -> pd.DataFrame:
     is_edge = totals["part"].isna()
     edges = ranked(totals[is_edge], options.ranking)
     train = Evaluator(model, pairs, universe_of(model))
-    order = Ranking(tuple(items_of(edges)), edges["score"].to_numpy(), train.universe)
+    order = Ranking.from_frame(edges, train.universe)
     circuit = _circuits.chosen_circuit(train, order, options.target)
     edges["kept"] = edges["rank"] <= len(circuit)
     held = train if held_out is pairs else Evaluator(model, held_out, train.universe)

@@ -20,8 +20,7 @@ from ioi_mamba.analyses import _circuits, _missing_names
 from ioi_mamba.charts import circuit_charts, position_charts
 from ioi_mamba.circuits.attribution import ranked
 from ioi_mamba.circuits.faithfulness import estimates
-from ioi_mamba.circuits.graph import Circuit, items_of, universe_of
-from ioi_mamba.circuits.methods import METHODS, VARIANTS
+from ioi_mamba.circuits.graph import Circuit, universe_of
 from ioi_mamba.circuits.methods import Options as Scoring
 from ioi_mamba.circuits.ranking import Ranking
 from ioi_mamba.circuits.scoring import Evaluator
@@ -38,20 +37,9 @@ LAST_ONLY, LOST = "kept, bottleneck at last only", "kept - bottleneck at last on
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(_circuits.AttributionOptions):
     """Options of positional-attribution."""
 
-    target: float = option(0.85, "the accuracy on training prompts that the circuit must exceed", at_least=0, at_most=1)
-    steps: int = option(5, "points on the path from clean to corrupted, of eap-ig", at_least=1)
-    variant: str = option(
-        "paper", "of the scores: `ioi_mamba.circuits.attribution` says which to use", choices=VARIANTS
-    )
-    method: str = option(
-        "eap-ig", "of attribution; exact needs no gradients: each item is patched alone", choices=METHODS
-    )
-    ranking: str = option(
-        "signed", "most negative scores first, or largest sizes first", choices=("signed", "absolute")
-    )
     layer: int | None = option(None, "the bottleneck; none: the layer with the most |score| into it", at_least=0)
 
 
@@ -80,7 +68,7 @@ def run(context: Context) -> pd.DataFrame:
     table = ranked(_circuits.with_scores(each, per_item, pairs.clusters), ranking)
     universe = universe_of(model, n_positions=n_positions)
     train = Evaluator(model, pairs, universe)
-    order = Ranking(tuple(items_of(table)), table["score"].to_numpy(), universe)
+    order = Ranking.from_frame(table, universe)
     circuit = _circuits.chosen_circuit(train, order, target)
     table["kept"] = table["rank"] <= len(circuit)
     table["bottleneck"] = busiest_layer(table) if layer is None else layer

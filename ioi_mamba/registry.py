@@ -18,6 +18,23 @@ from ioi_mamba.errors import InputError
 Record = TypeVar("Record")
 
 
+def named(kind: str, record: str | Record, records: Mapping[str, Record], type: type[Record]) -> Record:
+    """The record of that name among ours, or the record itself.
+
+    Raises:
+        InputError: For a name that none of them has, with the nearest one.
+    """
+    if isinstance(record, type):
+        return record
+    if record not in records:
+        nearest = difflib.get_close_matches(str(record), records, n=1, cutoff=0.0)[0]
+        raise InputError(
+            f"{kind} {record!r} is unknown: did you mean {nearest!r}? There are {', '.join(records)}; one of your own "
+            f"is given as {_an(type.__name__)}."
+        )
+    return records[record]  # type: ignore[index]  # what is no record is a name
+
+
 class Registry(Generic[Record]):
     """Finds the records of one kind by their name, or by the file that holds one.
 
@@ -151,4 +168,4 @@ def _package(point: EntryPoint) -> str:
 
 
 def _an(word: str) -> str:
-    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+    return f"an {word}" if word[0].lower() in "aeiou" else f"a {word}"

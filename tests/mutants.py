@@ -30,7 +30,7 @@ class Fault(NamedTuple):
 
 SCAN, MIXER, SWEEP = "tests/model/test_scan.py", "tests/model/test_mixer.py", "tests/passes/test_sweep.py"
 METRICS, INTERVALS, RANGES = (f"tests/passes/test_{name}.py" for name in ("metrics", "intervals", "ranges"))
-GRAPH, PATCHING, ACDC = (f"tests/circuits/test_{name}.py" for name in ("graph", "patching", "acdc"))
+GRAPH, PATCHING, ACDC, PARTS = (f"tests/circuits/test_{name}.py" for name in ("graph", "patching", "acdc", "parts"))
 ATTRIBUTION, FAITHFULNESS = "tests/circuits/test_attribution.py", "tests/circuits/test_faithfulness.py"
 PAIRS, IOI, EFFECTS = "tests/tasks/test_pairs.py", "tests/tasks/test_ioi.py", "tests/analyses/test_effects.py"
 EXTENSIONS, SURFACE = "tests/project/test_extensions.py", "tests/project/test_surface.py"
@@ -73,31 +73,31 @@ FAULTS = (
         SCAN,
     ),
     Fault(
-        "ioi_mamba/model/mixer_pass.py",
+        "ioi_mamba/model/mamba/layer.py",
         "first = weight.shape[-1] - 1 + s",
         "first = -s",
         f"{MIXER} tests/model/test_sites.py",
     ),
     Fault(
-        "ioi_mamba/model/mixer_pass.py",
+        "ioi_mamba/model/mamba/layer.py",
         "torch.where(mask, 0.0, decay), torch.where(mask, value, drive)",
         "torch.where(mask, 1.0, decay), torch.where(mask, value, drive)",
         MIXER,
     ),
     Fault(
-        "ioi_mamba/model/mixer_pass.py",
+        "ioi_mamba/model/mamba/layer.py",
         'return self.get("y") + self._scan.x * self._scan.D',
         'return self.get("y") - self._scan.x * self._scan.D',
         f"{MIXER} tests/model/test_sites.py",
     ),
     Fault(
-        "ioi_mamba/model/mixer_pass.py",
+        "ioi_mamba/model/mamba/layer.py",
         'self.get("ssm_output") * F.silu(self._scan.z)',
         'self.get("ssm_output") * torch.sigmoid(self._scan.z)',
         MIXER,
     ),
     Fault(
-        "ioi_mamba/model/mixer_pass.py",
+        "ioi_mamba/model/mamba/layer.py",
         'return F.softplus(self.get("delta_2"))',
         'return self.get("delta_2").exp()',
         f"{MIXER} tests/model/test_sites.py",
@@ -113,15 +113,15 @@ FAULTS = (
     ),
     Fault(
         "ioi_mamba/model/sites.py",
-        "str(int(found[0]) % n_positions)",
-        "str(int(found[0]) % n_layers)",
+        "str(int(found[0]) % self.n_positions)",
+        "str(int(found[0]) % self.n_layers)",
         SURFACE + " -k patterns",
     ),
     # passes
     Fault(
         "ioi_mamba/passes/sweep.py",
-        "alive = torch.nonzero((begins <= p) & (p <= last))[:, 0]",
-        "alive = torch.nonzero((begins < p) & (p <= last))[:, 0]",
+        "begun = begins <= p if ablation.like_corrupted",
+        "begun = begins < p if ablation.like_corrupted",
         SWEEP,
     ),
     Fault("ioi_mamba/passes/sweep.py", "read_at - p) if start", "read_at) if start", SWEEP),
@@ -201,10 +201,22 @@ FAULTS = (
     ),
     Fault(
         "ioi_mamba/circuits/patching.py",
-        "mask[rows] * (self._read_out(layer, rows) - y[rows])",
-        "mask[rows] * (y[rows] - self._read_out(layer, rows))",
+        "by_row[rows] * (self._made(layer, part, rows) - x[rows])",
+        "by_row[rows] * (x[rows] - self._made(layer, part, rows))",
         PATCHING,
     ),
+    Fault("ioi_mamba/model/mamba/record.py", 'leads_to="ssm",', "leads_to=None,", f"{ACDC} {PARTS}"),
+    Fault("ioi_mamba/model/mamba/record.py", "on_path=True,", "on_path=False,", ATTRIBUTION),
+    Fault(
+        "ioi_mamba/model/mamba/record.py",
+        'now=("A", "C"),\n        made=corrupted_read_out,',
+        'now=("A", "C"),',
+        PATCHING,
+    ),
+    Fault(
+        "ioi_mamba/circuits/gradients.py", "made.to(wide) - now[part.own]", "now[part.own] - made.to(wide)", ATTRIBUTION
+    ),
+    Fault("ioi_mamba/circuits/search.py", "if part.name not in led_to]", "]", ACDC),
     Fault(
         "ioi_mamba/circuits/gradients.py",
         "change = [c.to(wide) - o for c, o",

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import altair as alt
-
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 BLUE, ORANGE = "#2f7fc1", "#dd6b20"
 CATEGORIES = (BLUE, ORANGE, "#8a63c9", "#2a9d8f", "#c0527f", "#8d8d3d")
@@ -66,12 +64,6 @@ def config() -> dict[str, Any]:
         "rule": {"color": ink},
         "range": {"category": list(CATEGORIES)},
     }
-
-
-@alt.theme.register("ioi-mamba", enable=False)
-def theme() -> Any:
-    """The house theme."""
-    return {"config": config()}
 
 
 def themed(chart: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -13,10 +12,10 @@ from torch import Tensor
 from ioi_mamba.circuits import gradients
 from ioi_mamba.circuits.graph import Item, Universe
 from ioi_mamba.circuits.scoring import Evaluator
-from ioi_mamba.errors import InputError
 from ioi_mamba.model.jobs import call
 from ioi_mamba.model.memory import rows_per_pass
 from ioi_mamba.passes.sweep import Progress, pair_named
+from ioi_mamba.registry import named
 from ioi_mamba.tasks.base import Pairs
 
 MethodName = Literal["eap", "eap-ig", "exact"]
@@ -65,15 +64,7 @@ class Method:
 
 def method_of(method: str | Method) -> Method:
     """The record of a method. Raises InputError, with the nearest name, for one that is not there."""
-    if isinstance(method, Method):
-        return method
-    if method not in METHODS:
-        nearest = difflib.get_close_matches(str(method), METHODS, n=1, cutoff=0.0)[0]
-        raise InputError(
-            f"method {method!r} is unknown: did you mean {nearest!r}? Methods are {', '.join(METHODS)}; one of your own "
-            "is given as a Method."
-        )
-    return METHODS[method]
+    return named("method", method, METHODS, Method)
 
 
 def kinds_of(universe: Universe) -> list[Kind]:

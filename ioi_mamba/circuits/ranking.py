@@ -11,7 +11,7 @@ import pandas as pd
 
 from ioi_mamba.charts.notebook import shown
 from ioi_mamba.circuits.charts import circuit_matrices
-from ioi_mamba.circuits.graph import Circuit, Item, Universe, frame_of
+from ioi_mamba.circuits.graph import Circuit, Item, Universe, frame_of, items_of
 from ioi_mamba.errors import InputError
 
 Order = Literal["signed", "absolute"]
@@ -50,6 +50,11 @@ class Ranking:
         universe.check(items)
         values = np.asarray(scores)
         return cls(tuple(items[k] for k in places), values[places], universe)
+
+    @classmethod
+    def from_frame(cls, table: pd.DataFrame, universe: Universe) -> Ranking:
+        """The items of a table in its own order, which is theirs; columns as `to_frame` gives them, without the rank."""
+        return cls(tuple(items_of(table)), table["score"].to_numpy(), universe)
 
     def __len__(self) -> int:
         return len(self.items)

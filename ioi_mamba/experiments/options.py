@@ -121,7 +121,7 @@ def _kinds(option: Option) -> list[Any]:
     """The types of an option; text last, which reads everything."""
     hint = option.hint
     kinds = list(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
-    return sorted(kinds, key=lambda kind: (kind is type(None), kind is str))
+    return sorted(kinds, key=lambda kind: kind is str)
 
 
 def _fits(value: Any, option: Option) -> bool:
@@ -152,7 +152,7 @@ def _item(kind: Any) -> Any:
 
 
 def _read(kinds: Sequence[Any], text: str) -> Any:
-    for kind in sorted(kinds, key=lambda kind: kind is str):
+    for kind in kinds:
         if kind is type(None) and text.lower() == "none":
             return None
         if kind is bool and text.lower() in ("true", "false"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -10,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ioi_mamba.errors import InputError
 from ioi_mamba.model.portable import portable
+from ioi_mamba.registry import named
 
 AblationName = Literal["resample", "mean", "zero", "noise"]
 
@@ -65,12 +64,4 @@ ABLATIONS: dict[str, Ablation] = {each.name: each for each in (RESAMPLE, MEAN, Z
 
 def ablation_of(ablation: str | Ablation) -> Ablation:
     """The record of a kind of ablation. Raises InputError, with the nearest name, for one that is not there."""
-    if isinstance(ablation, Ablation):
-        return ablation
-    if ablation not in ABLATIONS:
-        nearest = difflib.get_close_matches(str(ablation), ABLATIONS, n=1, cutoff=0.0)[0]
-        raise InputError(
-            f"ablation {ablation!r} is unknown: did you mean {nearest!r}? There are {', '.join(ABLATIONS)}; one of your "
-            "own is given as an Ablation."
-        )
-    return ABLATIONS[ablation]
+    return named("ablation", ablation, ABLATIONS, Ablation)

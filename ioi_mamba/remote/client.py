@@ -51,6 +51,8 @@ _TRANSIENT = (
 )
 """In the message of a failure that may be gone a moment later: an actor that restarts, a backend that reconnects."""
 
+_REFUSED = "The server refuses the API key: set it with nnsight.CONFIG.set_default_api_key or NDIF_API_KEY."
+
 
 class _EnvelopeUnpickler(pickle.Unpickler):
     """Reads what a status message is made of, text, bytes and a status, and refuses everything else."""
@@ -374,8 +376,7 @@ def in_plain_words(error: Exception, host: str | None) -> str:
             "submitting request",
             "The model's process on the server ended while it worked, again and again: run the same again with --resume, or with fewer pairs.",
         ),
-        ("401", "The server refuses the API key: set it with nnsight.CONFIG.set_default_api_key or NDIF_API_KEY."),
-        ("403", "The server refuses the API key: set it with nnsight.CONFIG.set_default_api_key or NDIF_API_KEY."),
+        *((code, _REFUSED) for code in ("401", "403")),
     ):
         if _says(text, sign):
             return sentence.format(host=where, last=last)

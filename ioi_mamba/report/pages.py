@@ -25,6 +25,7 @@ from markupsafe import Markup
 
 from ioi_mamba import analyses, tasks
 from ioi_mamba.charts import drawing
+from ioi_mamba.charts.theme import themed
 from ioi_mamba.claims import TASK, compare, names_summary
 from ioi_mamba.claims.names_summary import Summary
 from ioi_mamba.errors import InputError
@@ -354,8 +355,7 @@ def _summaries(sections: list[Section]) -> list[Section]:
 
 def chart_spec(chart: Any) -> dict[str, Any]:
     """A chart as Vega-Lite, in the house theme. Raises InputError for data of more than 5,000 rows."""
-    with alt.theme.enable("ioi-mamba"):
-        spec = chart.to_dict()
+    spec = themed(chart).to_dict()
     for rows in spec.get("datasets", {}).values():
         if len(rows) > drawing.MAX_ROWS:
             raise InputError(f"A chart of {len(rows)} rows is too large: aggregate to {drawing.MAX_ROWS} at most.")

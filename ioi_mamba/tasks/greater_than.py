@@ -69,7 +69,7 @@ def _first_tokens(endings: Mapping[int, list[list[int]]]) -> Tensor:
     return torch.tensor([row[0] if row else ABSENT for row in _usual(endings)])
 
 
-def generate(tokenizer: Any, n_pairs: int, seed: int) -> Pairs:
+def generate(tokenizer: Any, n_pairs: int, seed: int = 27) -> Pairs:
     """`n_pairs` pairs drawn from `seed`, without swapped copies: the corrupted prompt has no wrong later years.
 
     Roles: `noun`, `century` and `year` (of the first date; `year+1` if it has two tokens), `out`. The labels are the

@@ -255,7 +255,7 @@ def test_progress_counts_the_pairs():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"method": "ig"}, "method 'ig' is unknown: did you mean 'eap-ig'\\? Methods are eap, eap-ig, exact"),
+        ({"method": "ig"}, "method 'ig' is unknown: did you mean 'eap-ig'\\? There are eap, eap-ig, exact"),
         ({"variant": "exact"}, "variant 'exact' is unknown"),
         ({"steps": 1}, "at least 2 steps, not 1"),
         ({"pairs_per_pass": 0}, "pairs_per_pass"),
