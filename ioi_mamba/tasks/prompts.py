@@ -142,7 +142,7 @@ def tokenize(pairs: Sequence[PromptPair], tokenizer: Any) -> list[TokenizedPair]
     """Tokenise both prompts of each pair, BOS in front, and find the roles.
 
     Raises InputError, naming the pair's `source`, for a name that is not one token with its leading space, two names
-    that are the same token, an answer that is the wrong one too, a word unknown to the tokenizer, or unequal lengths.
+    that are the same token, a word unknown to the tokenizer, or unequal lengths.
     """
     names_after: dict[str, set[str]] = {}
     for pair in pairs:
@@ -159,10 +159,6 @@ def tokenize(pairs: Sequence[PromptPair], tokenizer: Any) -> list[TokenizedPair]
             other = name_of.setdefault(ids_of[name], name)
             if other != name:
                 raise InputError(f"{pair.source}: {other!r} and {name!r} are the same token; use another name.")
-        if pair.answer == pair.wrong:
-            raise InputError(
-                f"{pair.source}: {pair.answer!r} is both the answer and the wrong one; give the one that continues each prompt."
-            )
         for prompt in (clean, corrupted):
             if prompt.lacks(tokenizer.unk_token_id):
                 raise InputError(
