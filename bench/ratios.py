@@ -20,7 +20,7 @@ import torch
 import ioi_mamba as im
 from ioi_mamba.analyses import _circuits, cross_talk
 from ioi_mamba.circuits.attribution import Options, attributions
-from ioi_mamba.model.mamba.record import MAMBA
+from ioi_mamba.model.families.mamba import MAMBA
 from ioi_mamba.passes.sweep import resample_sweep
 
 from . import shapes, timing

@@ -74,7 +74,7 @@ FAULTS = (
     ),
     Fault(
         "ioi_mamba/model/mamba/layer.py",
-        "first = weight.shape[-1] - 1 + s",
+        "first = width - 1 + s",
         "first = -s",
         f"{MIXER} tests/model/test_sites.py",
     ),
@@ -114,7 +114,7 @@ FAULTS = (
     Fault(
         "ioi_mamba/model/sites.py",
         "str(int(found[0]) % self.n_positions)",
-        "str(int(found[0]) % self.n_layers)",
+        "str(int(found[0]) % len(self.blocks))",
         SURFACE + " -k patterns",
     ),
     # passes
@@ -124,10 +124,10 @@ FAULTS = (
         "begun = begins < p if ablation.like_corrupted",
         SWEEP,
     ),
-    Fault("ioi_mamba/passes/sweep.py", "read_at - p) if start", "read_at) if start", SWEEP),
+    Fault("ioi_mamba/passes/sweep.py", "logits_at=read_at - begin", "logits_at=read_at", SWEEP),
     Fault(
         "ioi_mamba/passes/sweep.py",
-        "resumes = resume and pairs.readout is None",
+        "resumes = resume and (pairs.readout is None or not by_position)",
         "resumes = resume",
         EXTENSIONS + " -k two_tokens",
     ),
@@ -188,8 +188,8 @@ FAULTS = (
     # circuits
     Fault(
         "ioi_mamba/circuits/graph.py",
-        "for j in range(1, len(nodes)) for i in range(j)",
-        "for j in range(1, len(nodes)) for i in range(max(0, j - 1))",
+        "for j in range(1, len(places)) for i in range(j)",
+        "for j in range(1, len(places)) for i in range(max(0, j - 1))",
         GRAPH,
     ),
     Fault("ioi_mamba/circuits/graph.py", "if i.source in live and i.target in live", "if i.source in live", GRAPH),
@@ -201,14 +201,14 @@ FAULTS = (
     ),
     Fault(
         "ioi_mamba/circuits/patching.py",
-        "by_row[rows] * (self._made(layer, part, rows) - x[rows])",
-        "by_row[rows] * (x[rows] - self._made(layer, part, rows))",
+        "by_row[rows] * (self._made(w, part, rows) - x[rows])",
+        "by_row[rows] * (x[rows] - self._made(w, part, rows))",
         PATCHING,
     ),
-    Fault("ioi_mamba/model/mamba/record.py", 'leads_to="ssm",', "leads_to=None,", f"{ACDC} {PARTS}"),
-    Fault("ioi_mamba/model/mamba/record.py", "on_path=True,", "on_path=False,", ATTRIBUTION),
+    Fault("ioi_mamba/model/mamba/kind.py", 'leads_to="ssm",', "leads_to=None,", f"{ACDC} {PARTS}"),
+    Fault("ioi_mamba/model/mamba/kind.py", "on_path=True,", "on_path=False,", ATTRIBUTION),
     Fault(
-        "ioi_mamba/model/mamba/record.py",
+        "ioi_mamba/model/mamba/kind.py",
         'now=("A", "C"),\n        made=corrupted_read_out,',
         'now=("A", "C"),',
         PATCHING,

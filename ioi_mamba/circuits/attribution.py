@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ioi_mamba.charts.notebook import shown
 from ioi_mamba.circuits.graph import Circuit, Universe, items_of, universe_of
-from ioi_mamba.circuits.methods import VARIANTS, Kind, Method, MethodName, Options, Variant, kinds_of, method_of
+from ioi_mamba.circuits.methods import VARIANTS, Kind, Method, MethodName, Options, Variant, method_of
 from ioi_mamba.circuits.ranking import Ranking, places_of
 from ioi_mamba.circuits.scoring import check_one_layout
 from ioi_mamba.errors import InputError
@@ -127,7 +127,7 @@ def attributions(
     method = _checked(options)
     n_positions = pairs.clean.shape[1] if options.positions else None
     universe = universe_of(model, parts=options.parts, n_positions=n_positions)
-    return kinds_of(universe), method.run(model, pairs, universe, options, progress)
+    return universe.kinds(), method.run(model, pairs, universe, options, progress)
 
 
 def _checked(options: Options) -> Method:

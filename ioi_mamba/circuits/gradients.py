@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.circuits.graph import Masks, Universe, universe_of
-from ioi_mamba.circuits.patching import CorruptedRun, Patch, corrupted_run, parts_of, sink_hooks
-from ioi_mamba.model.families import sizes_of
+from ioi_mamba.circuits.patching import CorruptedRun, Patch, corrupted_run, nodes_of, parts_of, sink_hooks
 from ioi_mamba.model.jobs import device_of
 from ioi_mamba.model.portable import portable
 from ioi_mamba.passes.forward import forward
@@ -26,20 +25,23 @@ from ioi_mamba.tasks.base import Pairs
 class _Point:
     """One pass on the path: the tensors that gradients are taken at, and the differences they are multiplied with."""
 
-    gradient_at: dict[tuple, Tensor]  # ("sink", j), or (site of a part, layer)
-    values: dict[tuple[str, int], Tensor]  # (site, layer): what parts are made from
+    gradient_at: dict[tuple, Tensor]  # ("sink", j), or (site of a part, node)
+    values: dict[tuple[str, int], Tensor]  # (site, node): what parts are made from
 
 
 def _path_masks(universe: Universe, n_positions: int, alpha: float, parts: bool) -> Masks:
-    n = universe.n_layers
-    forward_edges = torch.triu(torch.ones(n + 1, n + 1))[None, :, :, None].expand(1, -1, -1, n_positions)
+    n = len(universe.writers)
+    grid = torch.zeros(n + 1, n + 1)
+    for source, target in universe.edges():
+        grid[source, target - 1] = 1
+    forward_edges = grid[None, :, :, None].expand(1, -1, -1, n_positions)
     on_path = torch.tensor([float(part.on_path and parts) for part in universe.of_layer])
     return Masks(forward_edges * alpha, (on_path * alpha)[None, None, :, None].expand(1, n, -1, n_positions))
 
 
 def _differentiable_pass(model, pairs: Pairs, corrupted: CorruptedRun, alpha: float, variant: str, parts: bool, score):
     """Run the clean prompts at one point of the path; `score(logits, patch, point)` is called inside the trace."""
-    n, of_layer = sizes_of(model).n_layers, parts_of(model) if parts else ()
+    nodes, of_layer = nodes_of(model), parts_of(model) if parts else ()
     universe = universe_of(model, parts=parts)
     masks = _path_masks(universe, pairs.clean.shape[1], alpha, parts and variant == "paper")
     patch = Patch(model, corrupted, masks, detach=variant == "detached")
@@ -63,15 +65,15 @@ def _differentiable_pass(model, pairs: Pairs, corrupted: CorruptedRun, alpha: fl
 
     edits, observe = patch.hooks()
     edits["hook_embed"] = leaf(("embed",))
-    for j, name in enumerate(sink_hooks(n)):
+    for j, name in enumerate(sink_hooks(nodes)):
         edits[name] = leaf(("sink", j), edits.get(name))
-    for i in range(n):
-        for site in {part.site: None for part in of_layer}:
-            name = f"blocks.{i}.hook_{site}"
-            edits[name] = leaf((site, i), edits.get(name))
-        for site in {site: None for part in of_layer for site in part.now}:
-            name = f"blocks.{i}.hook_{site}"
-            observe[name] = keep((site, i), observe.get(name))
+    for w, node in enumerate(nodes):
+        for site in {part.site: None for part in of_layer if node.mixer}:
+            name = f"blocks.{node.layer}.hook_{site}"
+            edits[name] = leaf((site, w), edits.get(name))
+        for site in {site: None for part in of_layer if node.mixer for site in part.now}:
+            name = f"blocks.{node.layer}.hook_{site}"
+            observe[name] = keep((site, w), observe.get(name))
 
     with torch.enable_grad():
         return forward(
@@ -86,9 +88,9 @@ def _differentiable_pass(model, pairs: Pairs, corrupted: CorruptedRun, alpha: fl
 
 
 def _chunk_scores(model, pairs: Pairs, alphas: list[float], steps: int, variant: str, parts: bool) -> dict[str, Tensor]:
-    """Scores of one chunk: edges [pair, source, target, pos]; parts [pair, layer, part, pos]."""
-    n, of_layer = sizes_of(model).n_layers, parts_of(model) if parts else ()
-    P, L = pairs.clean.shape
+    """Scores of one chunk: edges [pair, source, target, pos]; parts [pair, node, part, pos]."""
+    nodes, of_layer = nodes_of(model), parts_of(model) if parts else ()
+    n, (P, L) = len(nodes), pairs.clean.shape
     corrupted = corrupted_run(model, pairs, parts=parts)
     answer, wrong = pairs.answer.to(device_of(model)), pairs.wrong.to(device_of(model))
     from_corrupted = logit_diff(corrupted.logits, answer, wrong)
@@ -122,9 +124,9 @@ def _chunk_scores(model, pairs: Pairs, alphas: list[float], steps: int, variant:
             # [pair, pos, sink, source]; also for sources above a sink, which are no edges and not read.
             at_sinks = torch.stack([gradient["sink", j].to(wide) for j in range(n + 1)], dim=2)
             total["edges"] += (at_sinks @ torch.stack(change, dim=3)).permute(0, 3, 2, 1)
-            for i in range(n):
+            for i, node in enumerate(nodes):
                 there, now = corrupted.sites[i], {site: value for (site, at), value in values.items() if at == i}
-                for k, part in enumerate(of_layer):
+                for k, part in enumerate(of_layer if node.mixer else ()):
                     made = there[part.own] if part.made is None else part.made(there, now, rows)
                     change = made.to(wide) - now[part.own]
                     total["parts"][:, i, k] += (gradient[part.site, i] * change).sum(-1)

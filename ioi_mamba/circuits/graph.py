@@ -1,8 +1,8 @@
-"""A Mamba as a graph: nodes, the items that can be patched, and circuits (sets of items that are kept).
+"""A model as a graph: nodes, the items that can be patched, and circuits (sets of items that are kept).
 
-Nodes are `embed`, one per layer (`0`, `1`, ...) and `output`. The residual stream makes every earlier node an input
-of every later one, so the layer edges are embed->layer, layer->later layer, layer->output and embed->output
-(paper, appendix D). Inside a layer there are the *parts* that the record of the model's family lists (of a Mamba-1 the
+Nodes are `embed`, whatever adds to the residual stream, and `output`. In a block with one sub-block that is the layer
+(`0`, `1`, ...), else each of its sub-blocks (`0.mamba`, `0.attn`, `0.mlp`). The stream makes every earlier node an input
+of every later one (paper, appendix D), but for two that stand side by side in one block. Inside a layer there are the *parts* that the record of the model's family lists (of a Mamba-1 the
 conv slices, the state and the gate); a part is written as an item whose source and target are the layer.
 
 An item may hold at all positions or at one. A `Circuit` is the set of items kept clean; every other item of its
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +27,12 @@ from ioi_mamba.charts.notebook import shown
 from ioi_mamba.circuits.charts import circuit_matrices
 from ioi_mamba.errors import InputError
 from ioi_mamba.files import read_table, written_whole
-from ioi_mamba.model.families import FAMILIES, family_of, sizes_of
+from ioi_mamba.model.families import FAMILIES, block_of, family_of, sizes_of
 from ioi_mamba.model.family import Part
 from ioi_mamba.model.portable import portable
 
+Layout = tuple[tuple[tuple[str, ...], ...], ...]
+"""Of each block its sub-blocks, in order; those of an inner tuple stand side by side."""
 _SUFFIXES = (".parquet", ".json")
 _LARGEST = {"n_layers": 1000, "conv_width": 64, "n_positions": 10_000}
 
@@ -48,7 +51,8 @@ class Item(NamedTuple):
 class Universe(NamedTuple):
     """All items there are: the size of the model, whether layers have parts, whether positions are told apart.
 
-    family: the name of the model's family, whose record says which parts a layer has.
+    family: the name of the model's family, whose record says which parts a mixer has. layout: of each block its sub-blocks
+    by name ("mamba", "attn", "mlp"), those of an inner tuple side by side; None: one mixer in every block.
     """
 
     n_layers: int
@@ -56,11 +60,30 @@ class Universe(NamedTuple):
     parts: bool = False
     n_positions: int | None = None
     family: str = "mamba"
+    layout: Layout | None = None
+
+    @property
+    def writers(self) -> list[tuple[int, int, str]]:
+        """(block, place in it, name) of every node between embed and output; nodes of one place stand side by side."""
+        blocks = ((("mamba",),),) * self.n_layers if self.layout is None else self.layout
+        return [(i, k, name) for i, block in enumerate(blocks) for k, group in enumerate(block) for name in group]
 
     @property
     def nodes(self) -> list[str]:
-        """embed, the layers, output."""
-        return ["embed", *map(str, range(self.n_layers)), "output"]
+        """embed, what adds to the stream, output."""
+        writers = self.writers
+        many = {i for (i, *_), (j, *_) in pairwise(writers) if i == j}
+        return ["embed", *(f"{i}.{name}" if i in many else str(i) for i, _, name in writers), "output"]
+
+    @property
+    def mixers(self) -> list[str]:
+        """The nodes that have parts."""
+        return [node for node, (*_, name) in zip(self.nodes[1:], self.writers, strict=False) if name == "mamba"]
+
+    def edges(self) -> list[tuple[int, int]]:
+        """(source, target) of every edge by number of node, in order of target then source."""
+        places = [(-1, 0), *((i, k) for i, k, _ in self.writers), (self.n_layers, 0)]
+        return [(i, j) for j in range(1, len(places)) for i in range(j) if places[i] != places[j]]
 
     @property
     def of_layer(self) -> tuple[Part, ...]:
@@ -74,21 +97,24 @@ class Universe(NamedTuple):
 
     def items(self) -> list[Item]:
         """Every item, edges first in order of target then source, then the parts by layer, then by position."""
-        nodes = self.nodes
-        kinds = [(nodes[i], nodes[j], None) for j in range(1, len(nodes)) for i in range(j)]
-        kinds += [(layer, layer, part) for layer in map(str, range(self.n_layers)) for part in self.inside]
         positions = [None] if self.n_positions is None else range(self.n_positions)
-        return [Item(s, t, p, part) for s, t, part in kinds for p in positions]
+        return [Item(s, t, p, part) for s, t, part in self.kinds() for p in positions]
+
+    def kinds(self) -> list[tuple[str, str, str | None]]:
+        """(source, target, part) of every item, in the order of `items`."""
+        nodes = self.nodes
+        found: list[tuple[str, str, str | None]] = [(nodes[i], nodes[j], None) for i, j in self.edges()]
+        return found + [(node, node, part) for node in self.mixers for part in self.inside]
 
     def size(self) -> int:
         """How many items there are."""
-        n = self.n_layers
-        return ((n + 1) * (n + 2) // 2 + n * len(self.inside)) * (1 if self.n_positions is None else self.n_positions)
+        n = len(self.edges()) + len(self.mixers) * len(self.inside)
+        return n * (1 if self.n_positions is None else self.n_positions)
 
     def check(self, items: Iterable[Item]) -> None:
         """Raise InputError, naming it, for the first of the items that is not one of this graph's; makes no list."""
         nodes = {name: k for k, name in enumerate(self.nodes)}
-        last, inside = self.n_layers + 1, set(self.inside)
+        edges, inside, mixers = set(self.edges()), set(self.inside), set(self.mixers)
         for item in items:
             if not isinstance(item, Item):
                 raise InputError(
@@ -99,15 +125,16 @@ class Universe(NamedTuple):
                 placed = position is None
             else:
                 placed = _is_whole(position) and 0 <= position < self.n_positions  # type: ignore[operator]
-            i, j = nodes.get(source, last), nodes.get(target, -1)
-            there = i < j if part is None else part in inside and 1 <= i == j < last
+            edge = (nodes.get(source, -1), nodes.get(target, -1))
+            there = edge in edges if part is None else part in inside and source == target and source in mixers
             if not (there and placed):
                 raise InputError(f"{item} is not in this graph: {self._described()}.")
 
     def _described(self) -> str:
         where = "no positions (None)" if self.n_positions is None else f"positions 0 to {self.n_positions - 1}"
         inside = f"{', '.join(self.inside)} inside layers" if self.parts else "no parts inside layers"
-        return f'it has edges forward among "embed", "0" to "{self.n_layers - 1}" and "output", {inside}, {where}'
+        nodes = self.nodes
+        return f'it has edges forward among "embed", "{nodes[1]}" to "{nodes[-2]}" and "output", {inside}, {where}'
 
     def check_fits(self, model, n_positions: int) -> None:
         """Raise InputError unless this is a graph of the model, on prompts of so many positions if it has positions."""
@@ -116,6 +143,8 @@ class Universe(NamedTuple):
                 f"The circuit's graph is of a {FAMILIES[self.family].label}, the model is a {family_of(model).label}: "
                 "take universe_of(model)."
             )
+        if self.writers != universe_of(model).writers and self.n_layers == sizes_of(model).n_layers:
+            raise InputError("The circuit's graph has other sub-blocks than the model: take universe_of(model).")
         sizes = {"layers": (self.n_layers, sizes_of(model).n_layers)}
         if self.parts:
             sizes["conv slices"] = (self.conv_width, sizes_of(model).conv_width)
@@ -131,24 +160,24 @@ class Universe(NamedTuple):
 def universe_of(model, *, parts: bool = False, n_positions: int | None = None) -> Universe:
     """The universe of an open model; n_positions tells positions apart."""
     sizes = sizes_of(model)
-    return Universe(sizes.n_layers, sizes.conv_width, parts, n_positions, family_of(model).name)
+    blocks = [block_of(model, i).writers for i in range(sizes.n_layers)]
+    layout = tuple(tuple(tuple(writer.name for writer in group) for group in block) for block in blocks)
+    plain = all(block == (("mamba",),) for block in layout)
+    return Universe(
+        sizes.n_layers, sizes.conv_width, parts, n_positions, family_of(model).name, None if plain else layout
+    )
 
 
 @portable
 class Masks(NamedTuple):
     """How much of each item is replaced by the corrupted run, 0..1; one leading axis for sets tested together.
 
-    edges: [set, source, target, pos], sources embed, 0, 1, ..; targets 0, 1, .., output. parts: [set, layer, part, pos],
-    all that a layer of the family has, in the order of the tables.
+    edges: [set, source, target, pos], sources embed and the nodes after it, targets these and output. parts: [set, node,
+    part, pos], nodes without embed and output, all parts that a mixer of the family has, in the order of the tables.
     """
 
     edges: Tensor
     parts: Tensor
-
-    @property
-    def n_layers(self) -> int:
-        """How many layers the model has."""
-        return self.parts.shape[1]
 
     def __mul__(self, factor: float) -> Masks:  # type: ignore[override]
         return Masks(*(mask * factor for mask in self))
@@ -161,7 +190,7 @@ def masks_of(sets: Sequence[Iterable[Item]], universe: Universe, n_positions: in
     """
     if not sets:
         raise InputError("There is no set of items to patch: give at least one; [] is the set that patches nothing.")
-    n = universe.n_layers
+    n, edges, mixers = len(universe.writers), set(universe.edges()), set(universe.mixers)
     inside = {part.name: k for k, part in enumerate(universe.of_layer)}
     masks = Masks(
         torch.zeros(len(sets), n + 1, n + 1, n_positions), torch.zeros(len(sets), n, len(inside), n_positions)
@@ -174,15 +203,16 @@ def masks_of(sets: Sequence[Iterable[Item]], universe: Universe, n_positions: in
             placed = item.position is None or (_is_whole(item.position) and 0 <= item.position < n_positions)
             if source is None or target is None or not placed:
                 raise InputError(
-                    f"{item} is not in this graph: nodes are embed, 0 to {n - 1}, output; positions below {n_positions}."
+                    f"{item} is not in this graph: nodes are {', '.join(_shortened(universe.nodes))}; positions below "
+                    f"{n_positions}."
                 )
             if item.part is not None and not universe.parts:
                 raise InputError(
                     f"{item} is a part of a layer, and this graph has none: take a universe with parts=True."
                 )
-            if item.part is None and source < target:
+            if item.part is None and (source, target) in edges:
                 masks.edges[s, source, target - 1, where] = 1
-            elif item.part in inside and source == target and 1 <= source <= n:
+            elif item.part in inside and source == target and item.source in mixers:
                 masks.parts[s, source - 1, inside[item.part], where] = 1
             else:
                 raise InputError(f"{item} is no edge forward and no part of a layer ({', '.join(inside)}).")
@@ -336,7 +366,10 @@ class Circuit:
         path = Path(path)
         try:
             table = read_table(path.with_name(path.name + _SUFFIXES[0]))
-            universe = Universe(**json.loads(path.with_name(path.name + _SUFFIXES[1]).read_text())["universe"])
+            fields = json.loads(path.with_name(path.name + _SUFFIXES[1]).read_text())["universe"]
+            if fields.get("layout") is not None:
+                fields["layout"] = tuple(tuple(map(tuple, block)) for block in fields["layout"])
+            universe = Universe(**fields)
             return cls(frozenset(items_of(table)), universe)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is no saved circuit (two files, .parquet and .json): {error}") from None
@@ -346,6 +379,8 @@ class Circuit:
 
         Layers appear as MIB's `m{i}` (one block without heads), embed as `input`, output as `logits`.
         """
+        if self.universe.layout is not None:
+            raise InputError("MIB's JSON has no place for blocks of several kinds: save this circuit with `save`.")
         names = {"embed": "input", "output": "logits"} | {str(i): f"m{i}" for i in range(self.universe.n_layers)}
         kept = {(i.source, i.target) for i in self.items if i.part is None}
         edges = [i for i in Universe(self.universe.n_layers).items()]
@@ -359,11 +394,15 @@ class Circuit:
         }
 
 
+def _shortened(nodes: list[str]) -> list[str]:
+    return nodes if len(nodes) <= 12 else [*nodes[:5], "...", *nodes[-3:]]
+
+
 def _check_size(universe: Universe) -> None:
     """Raise InputError for sizes that no model has."""
     if not isinstance(universe, Universe):
         raise InputError(f"{universe!r} is no Universe: give universe_of(model), or a Universe.")
-    n_layers, conv_width, parts, n_positions, family = universe
+    n_layers, conv_width, parts, n_positions, family, layout = universe
     sizes = {"n_layers": n_layers, "conv_width": conv_width, "n_positions": 1 if n_positions is None else n_positions}
     for name, size in sizes.items():
         if type(size) is not int or not 1 <= size <= _LARGEST[name]:
@@ -372,6 +411,8 @@ def _check_size(universe: Universe) -> None:
         raise InputError(f"parts is {parts}, and must be true or false.")
     if family not in FAMILIES:
         raise InputError(f"family is {family!r}, and must be {' or '.join(FAMILIES)}.")
+    if layout is not None and len(layout) != n_layers:
+        raise InputError(f"layout has {len(layout)} blocks, and must have {n_layers}.")
 
 
 def _is_whole(value: object) -> bool:
@@ -395,11 +436,12 @@ def _each_once(items: Iterable[Item]) -> list[Item]:
 
 
 def kind_of(item: Item) -> str:
-    """embed->layer, layer->layer, layer->output, embed->output, or the name of the part."""
+    """embed->layer, layer->layer, layer->output, embed->output, or the name of the part; of sub-blocks by their names."""
     if item.part is not None:
         return item.part
-    return (
-        f"{item.source if item.source == 'embed' else 'layer'}->{item.target if item.target == 'output' else 'layer'}"
+    return "->".join(
+        node if node in ("embed", "output") else node.partition(".")[2] or "layer"
+        for node in (item.source, item.target)
     )
 
 

@@ -48,7 +48,7 @@ class Method:
         needs_gradients: Whether it takes backward passes.
         by_position: Whether scores at positions cost no more than their sums.
         run: Scores Float[item, pos, pair] of (model, pairs, universe, options, progress), items in the order of
-            `kinds_of`; the axis of positions has length 1 without `options.positions`, that of pairs without
+            `Universe.kinds`; the axis of positions has length 1 without `options.positions`, that of pairs without
             `options.per_pair`.
         least_steps: The fewest steps it makes sense with.
     """
@@ -65,13 +65,6 @@ class Method:
 def method_of(method: str | Method) -> Method:
     """The record of a method. Raises InputError, with the nearest name, for one that is not there."""
     return named("method", method, METHODS, Method)
-
-
-def kinds_of(universe: Universe) -> list[Kind]:
-    """(source, target, part) of the items, in the order of the tables."""
-    nodes = universe.nodes
-    kinds: list[Kind] = [(nodes[i], nodes[j + 1], None) for j in range(universe.n_layers + 1) for i in range(j + 1)]
-    return kinds + [(str(i), str(i), part) for i in range(universe.n_layers) for part in universe.inside]
 
 
 def _at_the_clean_point(
@@ -108,13 +101,14 @@ def _by_gradients(
     passes = (alphas, steps, variant, parts, positions, per_pair, pairs_per_pass)
     with pair_named(model, pairs):
         scores = call(model, gradients.scores, pairs.without_text(), *passes, progress=progress)
-    columns = [scores["edges"][:, i, j] for j in range(universe.n_layers + 1) for i in range(j + 1)]
-    columns += [scores["parts"][:, i, k] for i in range(universe.n_layers) for k in range(len(universe.inside))]
+    columns = [scores["edges"][:, i, j - 1] for i, j in universe.edges()]
+    mixers = [w for w, (*_, name) in enumerate(universe.writers) if name == "mamba"]
+    columns += [scores["parts"][:, w, k] for w in mixers for k in range(len(universe.inside))]
     return torch.stack(columns).movedim(1, -1)
 
 
 def _patched_alone(model: Any, pairs: Pairs, universe: Universe, options: Options, progress: Progress | None) -> Tensor:
-    kinds = kinds_of(universe)
+    kinds = universe.kinds()
     places = range(pairs.clean.shape[1]) if options.positions else [None]
     items = [Item(source, target, p, part) for source, target, part in kinds for p in places]
     scores = Evaluator(model, pairs, universe).exact_effects(items, progress)

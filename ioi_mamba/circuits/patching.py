@@ -15,14 +15,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ioi_mamba.circuits.graph import Item, Masks, Universe, masks_of, universe_of
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.families import family_of, sizes_of
-from ioi_mamba.model.family import Part
+from ioi_mamba.model.families import block_of, family_of, sizes_of
+from ioi_mamba.model.family import MAMBA_WRITER, Part, Writer
 from ioi_mamba.model.jobs import call, device_of
 from ioi_mamba.model.portable import portable
 from ioi_mamba.passes.forward import Edit, Given, Observer, Start, forward
@@ -30,11 +31,43 @@ from ioi_mamba.tasks.base import Pairs, check_pairs
 
 
 @portable
+class Node(NamedTuple):
+    """A node between embed and output.
+
+    Attributes:
+        layer: Its block.
+        group: Its place in the block; nodes of one place stand side by side.
+        writer: What reads the stream there and adds to it.
+        mixer: Whether it has parts.
+    """
+
+    layer: int
+    group: int
+    writer: Writer
+    mixer: bool
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Block and place in it."""
+        return self.layer, self.group
+
+
+def nodes_of(model) -> list[Node]:
+    """The nodes between embed and output, in order."""
+    return [
+        Node(layer, group, writer, writer.name == MAMBA_WRITER.name)
+        for layer in range(sizes_of(model).n_layers)
+        for group, writers in enumerate(block_of(model, layer).writers)
+        for writer in writers
+    ]
+
+
+@portable
 @dataclass(frozen=True)
 class CorruptedRun:
     """What patches are taken from.
 
-    outputs: per source node [pair, pos, D]. sites: per layer the values by site that parts take from it; none where no part
+    outputs: per source node [pair, pos, D]. sites: per node the values by site that parts take from it; none where no part
     is patched. logits: [pair, vocab] at the last position.
     """
 
@@ -49,9 +82,10 @@ class PatchedRun:
     """A run with one set of items patched, which other sets can go on from.
 
     Where two sets agree on everything that enters or lies in the layers below some layer, so do their runs there.
-    outputs: per source node [pair, pos, D]. dropped: the layers that were not run, see `dropped_layers`.
+    outputs: per source node [pair, pos, D]. dropped: the nodes that were not run, see `dropped_nodes`.
     """
 
+    nodes: list[Node]
     masks: Masks
     outputs: list[Tensor]
     dropped: list[int]
@@ -59,30 +93,36 @@ class PatchedRun:
     def agrees_below(self, masks: Masks) -> int:
         """The lowest layer into which, or in which, any of these sets patches other items; the last if none does."""
         edges, parts = (mask != other for mask, other in zip(masks, self.masks, strict=True))
-        differs = edges.any(3).any(1)[:, : masks.n_layers] | parts.flatten(2).any(2)
-        layers = torch.nonzero(differs.any(0))[:, 0].tolist()
-        needed = set(self.dropped) - set(dropped_layers(masks))
-        return min([*layers, *needed, masks.n_layers - 1])
+        differs = edges.any(3).any(1)[:, : parts.shape[1]] | parts.flatten(2).any(2)
+        nodes = torch.nonzero(differs.any(0))[:, 0].tolist()
+        needed = set(self.dropped) - set(dropped_nodes(masks, self.nodes))
+        return min(self.nodes[w].layer for w in (*nodes, *needed, len(self.nodes) - 1))
 
 
-def dropped_layers(masks: Masks) -> list[int]:
-    """The layers all of whose edges to later nodes are patched, at all positions in all sets.
+def dropped_nodes(masks: Masks, nodes: Sequence[Node]) -> list[int]:
+    """The nodes all of whose edges to later nodes are patched, at all positions in all sets.
 
-    Whoever reads such a layer gets the corrupted run's output in place of its own, so the layer need not be run.
+    Whoever reads such a node gets the corrupted run's output in place of its own, so it need not be run.
     """
-    return [i for i in range(masks.n_layers) if bool((masks.edges[:, i + 1, i + 1 :] == 1).all())]
+    found = []
+    for w, node in enumerate(nodes):
+        # Nodes side by side have no edge between them.
+        readers = [j for j in range(w + 1, len(nodes) + 1) if j == len(nodes) or nodes[j].place != node.place]
+        if bool((masks.edges[:, w + 1, readers] == 1).all()):
+            found.append(w)
+    return found
 
 
-def source_hooks(n_layers: int) -> list[str]:
-    """Hooks whose values are the outputs of the source nodes: embed, then every layer."""
-    return ["hook_embed", *(f"blocks.{i}.hook_out_proj" for i in range(n_layers))]
+def source_hooks(nodes: Sequence[Node]) -> list[str]:
+    """Hooks whose values are the outputs of the source nodes: embed, then every node after it."""
+    return ["hook_embed", *(f"blocks.{node.layer}.hook_{node.writer.adds}" for node in nodes)]
 
 
-def sink_hooks(n_layers: int) -> list[str]:
-    """Hooks whose values are the inputs of the target nodes: every layer, then output."""
+def sink_hooks(nodes: Sequence[Node]) -> list[str]:
+    """Hooks whose values are the inputs of the target nodes: every node, then output."""
     return [
-        *(f"blocks.{i}.hook_layer_input" for i in range(n_layers)),
-        f"blocks.{n_layers - 1}.hook_resid_post",
+        *(f"blocks.{node.layer}.hook_{node.writer.reads}" for node in nodes),
+        f"blocks.{nodes[-1].layer}.hook_resid_post",
     ]
 
 
@@ -99,28 +139,30 @@ def corrupted_sites(parts: Iterable[Part]) -> list[str]:
 def kept_floats(model, universe: Universe, n_positions: int) -> int:
     """How many numbers of one pair a corrupted run and a patched one keep."""
     sites, sizes = family_of(model).sites, sizes_of(model)
-    names = ["out_proj", "out_proj", *(corrupted_sites(universe.of_layer) if universe.parts else ())]
-    return sizes.n_layers * sum(math.prod(sizes.shape(sites[name.split(".")[0]], 1, n_positions)) for name in names)
+    inside = corrupted_sites(universe.of_layer) if universe.parts else ()
+    of_mixer = sum(math.prod(sizes.shape(sites[name.split(".")[0]], 1, n_positions)) for name in inside)
+    return 2 * len(universe.writers) * n_positions * sizes.letters["D"] + len(universe.mixers) * of_mixer
 
 
 def corrupted_run(model, pairs: Pairs, *, parts: bool) -> CorruptedRun:
     """Run the corrupted prompts once and keep what edge patches need, and with `parts` what parts need."""
-    n = sizes_of(model).n_layers
-    sources, sites = source_hooks(n), corrupted_sites(parts_of(model)) if parts else []
-    names = [f"blocks.{i}.hook_{site}" for i in range(n) for site in sites]
+    nodes, sites = nodes_of(model), corrupted_sites(parts_of(model)) if parts else []
+    sources = source_hooks(nodes)
+    names = [{site: f"blocks.{node.layer}.hook_{site}" for site in sites if node.mixer} for node in nodes]
+    reads = [*sources, *(name for each in names for name in each.values())]
     with torch.no_grad():
-        kept = forward(model, pairs.corrupted, reads=[*sources, *names], logits_at=pairs.read_at, own_scan=True)
+        kept = forward(model, pairs.corrupted, reads=reads, logits_at=pairs.read_at, own_scan=True)
     outputs = [kept[name] for name in sources]
-    of_layers = [{site: kept[f"blocks.{i}.hook_{site}"] for site in sites} for i in range(n)]
-    return CorruptedRun(outputs, of_layers, pairs.scores(kept["hook_logits"]))
+    of_nodes = [{site: kept[name] for site, name in each.items()} for each in names]
+    return CorruptedRun(outputs, of_nodes, pairs.scores(kept["hook_logits"]))
 
 
 class Patch:
     """Edits and observers of one pass that carries out `masks` (see `graph.Masks`).
 
     Rows of the pass are sets x pairs, sets first. detach: stop gradients through output_i in the sum. known: outputs
-    [pair, pos, D] of the first source nodes, the same in all sets; the pass then begins at layer len(known) - 1.
-    dropped: layers that are not run, see `dropped_layers`; their output is the corrupted run's.
+    [pair, pos, D] of the first source nodes, the same in all sets; the pass then begins at the block of the next.
+    dropped: nodes that are not run, see `dropped_nodes`; their output is the corrupted run's.
     After the pass `outputs` holds output_i and `sinks` input_j, both as this pass had them.
     """
 
@@ -134,32 +176,32 @@ class Patch:
         known: Sequence[Tensor] = (),
         dropped: Sequence[int] = (),
     ):
-        self.n_layers, self.parts = sizes_of(model).n_layers, parts_of(model)
+        self.nodes, self.parts = nodes_of(model), parts_of(model)
         self._by_row = {name for name, site in family_of(model).sites.items() if site.by_row}
         self.corrupted, self.detach = corrupted, detach
         self.masks = Masks(*(mask.to(device_of(model), copy=True) for mask in masks))
         self.outputs: list[Tensor] = list(known)
         self.sinks: dict[int, Tensor] = {}
-        self._now: list[dict[str, Tensor]] = [{} for _ in range(self.n_layers)]
+        self._now: list[dict[str, Tensor]] = [{} for _ in self.nodes]
         self._differences: list[Tensor] = []  # corrupted output_i - output_i, [set or 1, pair, pos, D]
         self._n_known, self._dropped = len(known), dropped
-        # A reader of a dropped layer has nothing left to exchange.
-        for layer in dropped:
-            self.masks.edges[:, layer + 1] = 0
+        # A reader of a dropped node has nothing left to exchange.
+        for w in dropped:
+            self.masks.edges[:, w + 1] = 0
 
     def hooks(self) -> tuple[dict[str, Edit], dict[str, Observer]]:
         """The edits and the observers. Not kept here: they refer to this object, and its tensors must go with it."""
         first, n_sets = max(0, self._n_known - 1), self.masks.edges.shape[0]
         edits: dict[str, Edit] = {}
-        observe = dict.fromkeys(source_hooks(self.n_layers)[self._n_known :], self.outputs.append)
-        for j, name in enumerate(sink_hooks(self.n_layers)):
+        observe = dict.fromkeys(source_hooks(self.nodes)[self._n_known :], self.outputs.append)
+        for j, name in enumerate(sink_hooks(self.nodes)):
             if j >= first and j not in self._dropped and self.masks.edges[:, :, j].any():
                 edits[name] = self._sink(j)
-        for layer in range(first, self.n_layers):
-            if layer in self._dropped:
-                edits[f"blocks.{layer}.hook_out_proj"] = self.corrupted.outputs[layer + 1].repeat(n_sets, 1, 1)
-            else:
-                self._parts(layer, edits, observe)
+        for w in range(first, len(self.nodes)):
+            if w in self._dropped:
+                edits[source_hooks(self.nodes)[w + 1]] = self.corrupted.outputs[w + 1].repeat(n_sets, 1, 1)
+            elif self.nodes[w].mixer:
+                self._parts(w, edits, observe)
         return edits, observe
 
     def _rows(self, mask: Tensor, value: Tensor) -> Tensor:
@@ -200,46 +242,46 @@ class Patch:
 
         return write
 
-    def _parts(self, layer: int, edits: dict[str, Edit], observe: dict[str, Observer]) -> None:
-        """The edits of the sites at which some part of a layer is patched."""
+    def _parts(self, w: int, edits: dict[str, Edit], observe: dict[str, Observer]) -> None:
+        """The edits of the sites at which some part of a node is patched."""
         by_site: dict[str, list[int]] = {}
         for k, part in enumerate(self.parts):
-            if self.masks.parts[:, layer, k].any():
+            if self.masks.parts[:, w, k].any():
                 by_site.setdefault(part.site, []).append(k)
                 for site in part.now:
-                    observe[f"blocks.{layer}.hook_{site}"] = self._keep(layer, site)
+                    observe[f"blocks.{self.nodes[w].layer}.hook_{site}"] = self._keep(w, site)
         for site, patched in by_site.items():
-            name, part = f"blocks.{layer}.hook_{site}", self.parts[patched[0]]
-            if len(patched) == 1 and part.made is not None and self.masks.parts[:, layer, patched[0]].eq(1).all():
+            name, part = f"blocks.{self.nodes[w].layer}.hook_{site}", self.parts[patched[0]]
+            if len(patched) == 1 and part.made is not None and self.masks.parts[:, w, patched[0]].eq(1).all():
                 # What is replaced everywhere need not be computed.
-                edits[name] = Given(lambda part=part: self._made(layer, part, None))
+                edits[name] = Given(lambda part=part: self._made(w, part, None))
             else:
-                edits[name] = lambda x, patched=patched: self._patched(layer, patched, x)
+                edits[name] = lambda x, patched=patched: self._patched(w, patched, x)
 
-    def _keep(self, layer: int, site: str) -> Observer:
-        return lambda value: self._now[layer].__setitem__(site, value)
+    def _keep(self, w: int, site: str) -> Observer:
+        return lambda value: self._now[w].__setitem__(site, value)
 
-    def _patched(self, layer: int, patched: list[int], x: Tensor) -> Tensor:
+    def _patched(self, w: int, patched: list[int], x: Tensor) -> Tensor:
         """The value of a site with these parts, which are written there, patched."""
         for k in patched:
-            part, mask = self.parts[k], self.masks.parts[:, layer, k]
-            corrupted = self.corrupted.sites[layer]
+            part, mask = self.parts[k], self.masks.parts[:, w, k]
+            corrupted = self.corrupted.sites[w]
             if part.is_term:
                 sets = x.unflatten(0, (mask.shape[0], -1))
-                difference = corrupted[part.own] - self._now[layer][part.own].unflatten(0, (mask.shape[0], -1))
+                difference = corrupted[part.own] - self._now[w][part.own].unflatten(0, (mask.shape[0], -1))
                 x = torch.addcmul(sets, mask[:, None, :, None], difference).flatten(0, 1)
             elif part.made is None:
                 x = self._toward(mask, x, corrupted[part.own])
             else:
                 by_row = self._rows(mask, x)
                 rows = torch.nonzero(by_row.flatten(1).any(1))[:, 0]
-                x = x.index_add(0, rows, by_row[rows] * (self._made(layer, part, rows) - x[rows]))
+                x = x.index_add(0, rows, by_row[rows] * (self._made(w, part, rows) - x[rows]))
         return x
 
-    def _made(self, layer: int, part: Part, rows: Tensor | None) -> Tensor:
+    def _made(self, w: int, part: Part, rows: Tensor | None) -> Tensor:
         """What is put in the place of a part that says how it is made, for some rows of sets x pairs; None: all."""
         assert part.made is not None
-        corrupted, now = self.corrupted.sites[layer], self._now[layer]
+        corrupted, now = self.corrupted.sites[w], self._now[w]
         n_pairs = len(corrupted[part.corrupted[0]])
         if rows is None:
             rows = torch.arange(self.masks.parts.shape[0] * n_pairs, device=self.masks.parts.device)
@@ -261,25 +303,28 @@ def patched_run(
     before: an earlier run of the same pairs: the pass starts at the first layer where a set differs from it, and runs
     no layer that nobody reads. None: everything is run.
     """
-    known = [] if before is None else before.outputs[: before.agrees_below(masks) + 1]
-    dropped = [] if before is None else dropped_layers(masks)
-    # A layer below the start that is dropped only now was run before: its readers get the corrupted output from here on.
+    nodes, known, dropped = nodes_of(model), [], []
+    if before is not None:
+        first = before.agrees_below(masks)
+        known = before.outputs[: 1 + sum(node.layer < first for node in nodes)]
+        dropped = dropped_nodes(masks, nodes)
+    # A node below the start that is dropped only now was run before: its readers get the corrupted output from here on.
     known = [corrupted.outputs[i] if i - 1 in dropped else output for i, output in enumerate(known)]
     patch = Patch(model, corrupted, masks, known=known, dropped=dropped)
     logits = _patched(model, pairs, masks, patch, False)
     # Copies, so that the rows of the other sets are let go.
     own = [output[: len(pairs)].clone() for output in patch.outputs[len(known) :]]
-    return logits, PatchedRun(Masks(*(mask[:1] for mask in masks)), [*known, *own], dropped)
+    return logits, PatchedRun(nodes, Masks(*(mask[:1] for mask in masks)), [*known, *own], dropped)
 
 
 def _patched(model, pairs: Pairs, masks: Masks, patch: Patch, everywhere: bool) -> Tensor:
-    n_sets, first, start = masks.edges.shape[0], len(patch.outputs) - 1, None
-    if first > 0:
+    n_sets, start = masks.edges.shape[0], None
+    if len(patch.outputs) > 1:
         # The residual stream is the sum of all outputs below, added up in the order and dtype of the model.
         in_fp32, stream = sizes_of(model).stream_in_fp32, patch.outputs[0]
         for output in patch.outputs[1:]:
             stream = (stream.float() if in_fp32 else stream) + output
-        start = Start(first, stream.repeat(n_sets, 1, 1), {}, {})
+        start = Start(patch.nodes[len(patch.outputs) - 1].layer, stream.repeat(n_sets, 1, 1), {}, {})
     edits, observe = patch.hooks()
     with torch.no_grad():
         logits = forward(

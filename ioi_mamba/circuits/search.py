@@ -86,20 +86,23 @@ def _way_out(part: Part, parts: Sequence[Part]) -> list[str]:
 def frontiers(universe: Universe) -> list[list[Item]]:
     """All items, in the groups and the order in which they are decided."""
     positions = [None] if universe.n_positions is None else list(range(universe.n_positions))
-    layers = [str(i) for i in range(universe.n_layers)]
+    nodes = universe.nodes
 
     def spread(pairs: list[tuple[str, str, str | None]]) -> list[Item]:
         return [Item(s, t, p, part) for s, t, part in pairs for p in positions]
 
-    groups = [spread([(s, "output", None) for s in ("embed", *layers)])]
-    for i in reversed(range(universe.n_layers)):
-        if universe.parts:
-            by_distance: dict[int, list[str]] = {}
-            for part in universe.of_layer:
-                by_distance.setdefault(len(_way_out(part, universe.of_layer)), []).append(part.name)
-            for _, names in sorted(by_distance.items()):
-                groups.append(spread([(layers[i], layers[i], name) for name in names]))
-        groups.append(spread([(s, layers[i], None) for s in (*layers[:i], "embed")]))
+    into: dict[int, list[int]] = {}
+    for source, target in universe.edges():
+        into.setdefault(target, []).append(source)
+    by_distance: dict[int, list[str]] = {}
+    for part in universe.of_layer:
+        by_distance.setdefault(len(_way_out(part, universe.of_layer)), []).append(part.name)
+    groups = [spread([(nodes[s], "output", None) for s in into[len(nodes) - 1]])]
+    for target in reversed(range(1, len(nodes) - 1)):
+        node = nodes[target]
+        if universe.parts and node in universe.mixers:
+            groups += [spread([(node, node, name) for name in names]) for _, names in sorted(by_distance.items())]
+        groups.append(spread([(nodes[s], node, None) for s in (*into[target][1:], 0)]))
     return groups
 
 
@@ -170,12 +173,13 @@ def _without_effect(state: _State, universe: Universe, paper: bool) -> set[Item]
     (of a Mamba-1 through a conv slice and the ssm, or through skip); else it runs through the layer as a whole.
     """
     alive = [item for item in universe.items() if item not in state.removed]
-    passes = {str(i) for i in range(universe.n_layers)}
+    passes = set(universe.nodes[1:-1])
     if paper and universe.parts:
         found = {(item.source, item.part) for item in alive if item.part}
         led_to = {part.leads_to for part in universe.of_layer}
         ways = [_way_out(part, universe.of_layer) for part in universe.of_layer if part.name not in led_to]
-        passes = {layer for layer in passes if any(all((layer, name) in found for name in way) for way in ways)}
+        open_ = {node for node in universe.mixers if any(all((node, name) in found for name in way) for way in ways)}
+        passes -= set(universe.mixers) - open_
     edges = [i for i in alive if i.part is None and {i.source, i.target} <= passes | {"embed", "output"}]
     live = Circuit(frozenset(edges), universe).pruned().items
     nodes = {node for item in live for node in (item.source, item.target)}

@@ -6,9 +6,9 @@ that can be read and written, the ways through a layer that circuits take apart,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -17,6 +17,13 @@ from ioi_mamba.model.sites import MODEL_SITES, Hooks, Site
 
 SCAN = "scan"
 """The stage of a layer's pass in which its recurrence runs; every family has it."""
+
+
+def at(root: Any, path: str) -> Any:
+    """What lies at a dotted path of a module tree; "" is its root."""
+    for name in path.split(".") if path else ():
+        root = getattr(root, name)
+    return root
 
 
 @portable
@@ -46,13 +53,89 @@ class Sizes(NamedTuple):
 
 @portable
 class Tree(NamedTuple):
-    """Where a model of transformers has its parts: paths from the model, and of the mixer from its block."""
+    """Where a model of transformers has its parts: paths from the model.
+
+    Attributes:
+        blocks, embeddings, last_norm, head: The paths.
+        embedded: The entry of the config by which the embeddings are multiplied; None for none.
+        scaled: The entry of the config by which the head's output is multiplied, or "/name", divided.
+        returns: How many values a block returns: 0, the stream itself, or a tuple of so many, the stream first.
+    """
 
     blocks: str
     embeddings: str
     last_norm: str
     head: str
-    mixer: str
+    embedded: str | None = None
+    scaled: str | None = None
+    returns: int = 0
+
+
+@portable
+class End(NamedTuple):
+    """Where a site's value goes into a module or comes out of it.
+
+    Attributes:
+        path: The module's path from its block; "" for the block itself.
+        side: "input" or "output"; of several values the first.
+        times: The entry of the config by which what is there is multiplied to give the site's value; None for none.
+        added: Modules that run before it and whose outputs are added to its own.
+    """
+
+    path: str
+    side: Literal["input", "output"]
+    times: str | None = None
+    added: tuple[str, ...] = ()
+
+
+@portable
+class Writer(NamedTuple):
+    """A sub-block that reads the residual stream and adds to it: a node of graphs.
+
+    Attributes:
+        name: "mamba", "attn" or "mlp".
+        reads: The site of its own copy of the stream.
+        adds: The site of what it adds.
+    """
+
+    name: str
+    reads: str
+    adds: str
+
+
+MAMBA_WRITER = Writer("mamba", "layer_input", "out_proj")
+ATTENTION_WRITER = Writer("attn", "attn_in", "attn_out")
+MLP_WRITER = Writer("mlp", "mlp_in", "mlp_out")
+
+
+@portable
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A kind of block.
+
+    Attributes:
+        sites: By name, in the order in which a pass reaches them; sites of one stage are served together.
+        ends: Of the sites that a module takes or gives, where.
+        writers: Its sub-blocks in order; those of an inner tuple read the same stream side by side.
+        mixer: The path of its state-space mixer; None where it has none.
+        layer_pass: The class of a pass through it, made of (family, block, model, layer, alone).
+        attends: Whether a position sees earlier ones otherwise than by convolution and state, as in attention.
+    """
+
+    sites: Mapping[str, Site]
+    ends: Mapping[str, End]
+    writers: tuple[tuple[Writer, ...], ...]
+    mixer: str | None
+    layer_pass: Callable[..., Any]
+    attends: bool = False
+
+    def stages(self) -> list[str]:
+        """The stages of a pass through it, in order."""
+        return list(dict.fromkeys(site.stage for site in self.sites.values()))
+
+    def all_writers(self) -> list[Writer]:
+        """Its sub-blocks, one after the other."""
+        return [writer for group in self.writers for writer in group]
 
 
 @portable
@@ -100,16 +183,15 @@ class Family:
         published: Ids of checkpoints, to be named where an unknown name is near; the one that is meant most, first.
         tree: Where its parts are in the module tree.
         operations: The labels by which nnsight finds the calls inside a mixer, see `families.check_labels`.
-        stages: Of the pass through one layer, in order; sites of one stage are served by one place in the module tree.
-        inside: Those of them that need the mixer to run.
-        sites: By name, in the order in which a pass reaches them.
+        kinds: The kinds of block that its models can have, by the name that `blocks` gives.
+        blocks: The kind of each block, of (config).
         config_names: The entries of its config that say how large it is.
         sizes: The sizes of (config).
-        layer_pass: The class of a pass through one layer, made of (family, model, layer, alone).
-        recurrence_terms: (decay, drive) of (A_bar, B_bar, x), each of the shape of h: h_t = decay_t h_(t-1) + drive_t.
-        parts: The parts of a layer, in the order of tables, of (conv width).
+        recurrence_terms: (decay, drive) of (A_bar, B_bar, x), each as wide as h: h_t = decay_t h_(t-1) + drive_t.
+        parts: The parts of a mixer, in the order of tables, of (conv width).
         row_floats: How many numbers one more pair takes in a pass, of (sizes, positions, kind of pass); see `memory.py`.
         refusal: Why a config of this family cannot be read, in a sentence after the model's name; None where it can be.
+        cached: Whether the steps of a generation with a cache can be read and written.
     """
 
     name: str
@@ -117,20 +199,24 @@ class Family:
     published: tuple[str, ...]
     tree: Tree
     operations: tuple[str, ...]
-    stages: tuple[str, ...]
-    inside: tuple[str, ...]
-    sites: Mapping[str, Site]
+    kinds: Mapping[str, Block]
+    blocks: Callable[[Any], Sequence[str]]
     config_names: tuple[str, ...]
     sizes: Callable[[Any], Sizes]
-    layer_pass: Callable[..., Any]
     recurrence_terms: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     parts: Callable[[int], tuple[Part, ...]]
     row_floats: Callable[[Sizes, int, str], float]
     refusal: Callable[[Mapping[str, Any]], str | None]
+    cached: bool = True
 
-    def stage(self, site: str) -> int:
-        """The number of the stage that serves a site, named with or without its index."""
-        return self.stages.index(self.sites[site.split(".")[0]].stage)
+    def block(self, config: Any, layer: int) -> Block:
+        """The kind of one block of a model of this config."""
+        return self.kinds[self.blocks(config)[layer]]
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """The sites of all its kinds of block, by name."""
+        return {name: site for kind in self.kinds.values() for name, site in kind.sites.items()}
 
     def listed(self) -> list[tuple[str, str, str, str]]:
         """Every hook name with its shape, its place and its meaning; I stands for the layer."""
@@ -145,5 +231,5 @@ class Family:
 
     def hooks(self, config: Any, n_positions: int) -> Hooks:
         """The hook names of a model of this config, on prompts of so many positions."""
-        sizes = self.sizes(config)
-        return Hooks(self.sites, sizes.n_layers, n_positions, sizes.conv_width)
+        of_blocks = tuple(self.kinds[kind].sites for kind in self.blocks(config))
+        return Hooks(of_blocks, n_positions, self.sizes(config).conv_width)

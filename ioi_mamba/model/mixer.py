@@ -69,14 +69,14 @@ class Mixer:
         return handed
 
     def __dir__(self) -> list[str]:
-        return [*self._pass.family.sites, *object.__dir__(self)]
+        return [*self._pass.block.sites, *object.__dir__(self)]
 
     def __repr__(self) -> str:
         state = "open" if self._open else "to be opened with `with`"
-        return f"<Mixer of layer {self._pass._layer}, {state}; sites: {', '.join(self._pass.family.sites)}>"
+        return f"<Mixer of layer {self._pass._layer}, {state}; sites: {', '.join(self._pass.block.sites)}>"
 
     def __getattr__(self, site: str) -> Any:
-        sites = self._pass.family.sites
+        sites = self._pass.block.sites
         if site not in sites:
             raise AttributeError(f"a mixer has no site {site!r}; the sites are {', '.join(sites)}")
         self._settle()
@@ -87,7 +87,7 @@ class Mixer:
         return self._lend(self._pass.get(site), lambda value: self._pass.set(site, value))
 
     def __setattr__(self, site: str, value) -> None:
-        sites = self._pass.family.sites
+        sites = self._pass.block.sites
         if site not in sites or sites[site].indexed_by == "slice":
             raise AttributeError(f"{site!r} cannot be assigned; the sites are {', '.join(sites)}")
         if isinstance(value, _States):  # what `m.h[...] op= value` ends with; the item was written already

@@ -25,10 +25,6 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
-_NOT_READ = {
-    "mamba2": "Mamba-2 has another mixer",
-    "falcon_mamba": "Falcon-Mamba normalises B, C and delta",
-}
 
 
 def _token_ids_tokenizer(vocab_size: int):
@@ -84,16 +80,12 @@ def _nearest(name: str) -> str:
 
 def _refuse(config: dict, name: str, any_architecture: bool) -> None:
     kind = config.get("model_type")
-    if kind in _NOT_READ:
-        raise InputError(
-            f"{name!r} is a {kind} model, which is not supported ({_NOT_READ[kind]}): use a Mamba-1 checkpoint."
-        )
     if kind not in FAMILIES:
         if any_architecture:
             return
-        known = " or ".join(map(repr, FAMILIES))
         raise InputError(
-            f"{name!r} is a {kind} model, not a Mamba: use a checkpoint whose config says model_type {known}."
+            f"{name!r} is a {kind} model, not a Mamba: use a checkpoint whose config says one of the model types "
+            f"{', '.join(FAMILIES)}."
         )
     if (why := FAMILIES[kind].refusal(config)) is not None:
         raise InputError(f"{name!r} {why}")
@@ -157,12 +149,15 @@ def open_model(
 
 def _weights(path: str, name: str, original, device: str | None, dtype: str):
     """The model itself, frozen, on its device."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
         # transformers draws first weights before it reads those of the file; the user's generator is not ours to turn.
         with torch.random.fork_rng(devices=[]):
             weights = checkpoints.load_weights(path, original, getattr(torch, dtype))
+    except StrictDataclassError as error:
+        raise InputError(f"The model {name!r} cannot be loaded: {' '.join(str(error).split())}") from None
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"The weights of {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from ioi_mamba.errors import InputError
@@ -75,10 +75,12 @@ class Address(NamedTuple):
 
 @portable
 class Hooks(NamedTuple):
-    """The hook names that a model has on prompts of so many positions."""
+    """The hook names that a model has on prompts of so many positions.
 
-    sites: Mapping[str, Site]
-    n_layers: int
+    blocks: the sites of each block, by name.
+    """
+
+    blocks: Sequence[Mapping[str, Site]]
     n_positions: int
     conv_width: int
 
@@ -91,23 +93,34 @@ class Hooks(NamedTuple):
         if not isinstance(hook, str):
             raise InputError(f"{hook!r} is no hook name: `ioi-mamba sites` lists them all.")
         match = _HOOK.fullmatch(hook)
-        if match is None or not self._has(match):
-            nearest = difflib.get_close_matches(hook, self._examples(), n=1, cutoff=0.0)[0]
-            raise InputError(f"Unknown hook name {hook!r}: did you mean {nearest!r}? `ioi-mamba sites` lists them all.")
+        if match is None:
+            raise self._unknown(hook)
         layer, index = (None if match[part] is None else int(match[part]) for part in ("layer", "index"))
-        if layer is not None:
-            if not -self.n_layers <= layer < self.n_layers:
-                raise InputError(f"{hook!r}: the model has layers 0 to {self.n_layers - 1}, not {layer}.")
-            layer %= self.n_layers
-        if index is not None:
-            if self.sites[match["name"]].indexed_by == "slice":
-                if not -self.conv_width < index <= 0:
-                    raise InputError(f"{hook!r}: conv slices are {1 - self.conv_width} to 0, not {index}.")
-            elif not -self.n_positions <= index < self.n_positions:
+        name, n_layers = match["name"], len(self.blocks)
+        if layer is None:
+            if name not in MODEL_SITES or index is not None:
+                raise self._unknown(hook)
+            return Address(None, name, None)
+        outside = not -n_layers <= layer < n_layers
+        of_any = {each: site for block in self.blocks for each, site in block.items()}
+        site = of_any.get(name) if outside else self.blocks[layer].get(name)
+        if site is None or (index is not None) > (site.indexed_by is not None):
+            if not outside and site is None and name in of_any:
+                has = [i for i, block in enumerate(self.blocks) if name in block]
+                raise InputError(f"{hook!r}: block {layer % n_layers} has no such value; blocks {_ranges(has)} have.")
+            raise self._unknown(hook)
+        if site.indexed_by == "slice" and index is None:
+            raise self._unknown(hook)
+        if outside:
+            raise InputError(f"{hook!r}: the model has layers 0 to {n_layers - 1}, not {layer}.")
+        if index is not None and site.indexed_by == "slice":
+            if not -self.conv_width < index <= 0:
+                raise InputError(f"{hook!r}: conv slices are {1 - self.conv_width} to 0, not {index}.")
+        elif index is not None:
+            if not -self.n_positions <= index < self.n_positions:
                 raise InputError(f"{hook!r}: the prompt has positions 0 to {self.n_positions - 1}, not {index}.")
-            else:
-                index %= self.n_positions
-        return Address(layer, match["name"], index)
+            index %= self.n_positions
+        return Address(layer % n_layers, name, index)
 
     def expanded(self, names: str | Iterable[str]) -> list[str]:
         """The names with each that holds a `*` replaced by all it matches, in the order of a pass; each name once.
@@ -121,7 +134,7 @@ class Hooks(NamedTuple):
                 found[name] = None
                 continue
             # What counts from the end is counted from the start, as the names that are matched are.
-            placed = re.sub(r"(?<=blocks\.)-\d+", lambda found: str(int(found[0]) % self.n_layers), name)
+            placed = re.sub(r"(?<=blocks\.)-\d+", lambda found: str(int(found[0]) % len(self.blocks)), name)
             placed = re.sub(r"(?<=hook_h\.)-\d+$", lambda found: str(int(found[0]) % self.n_positions), placed)
             pattern = re.compile(re.escape(placed).replace(r"\*", "[^.]*"))
             matches = [each for each in self._all() if pattern.fullmatch(each)]
@@ -130,30 +143,27 @@ class Hooks(NamedTuple):
             found |= dict.fromkeys(matches)
         return list(found)
 
-    def _has(self, match: re.Match) -> bool:
-        if match["layer"] is None:
-            return match["name"] in MODEL_SITES and match["index"] is None
-        site = self.sites.get(match["name"])
-        if site is None or (match["index"] is not None and site.indexed_by is None):
-            return False
-        return match["index"] is not None or site.indexed_by != "slice"
-
-    def _plain(self) -> list[str]:
-        names = [f"hook_{name}" for name in MODEL_SITES]
-        for site in self.sites:
-            names += [f"blocks.{i}.hook_{site}" for i in range(self.n_layers)]
-        return names
-
-    def _examples(self) -> list[str]:
-        indexed = {"position": "0", "slice": "-1"}
-        kinds = [(name, indexed[site.indexed_by]) for name, site in self.sites.items() if site.indexed_by is not None]
-        return [*self._plain(), *(f"blocks.0.hook_{name}.{index}" for name, index in kinds)]
+    def _unknown(self, hook: str) -> InputError:
+        indexed = {"position": ".0", "slice": ".-1"}
+        examples = self._names(lambda site: ["", indexed[site.indexed_by]] if site.indexed_by else [""])
+        nearest = difflib.get_close_matches(hook, examples, n=1, cutoff=0.0)[0]
+        return InputError(f"Unknown hook name {hook!r}: did you mean {nearest!r}? `ioi-mamba sites` lists them all.")
 
     def _all(self) -> list[str]:
-        names = [name for name in self._plain() if self._has(_HOOK.fullmatch(name))]  # type: ignore[arg-type]
-        ranges = {"position": range(self.n_positions), "slice": range(1 - self.conv_width, 1)}
-        indexed = [(name, ranges[site.indexed_by]) for name, site in self.sites.items() if site.indexed_by is not None]
-        for i in range(self.n_layers):
-            for name, indices in indexed:
-                names += [f"blocks.{i}.hook_{name}.{index}" for index in indices]
+        """Every name there is, in the order of a pass, block by block."""
+        positions = ["", *(f".{p}" for p in range(self.n_positions))]
+        slices = [f".{s}" for s in range(1 - self.conv_width, 1)]
+        endings = {"position": positions, "slice": slices}
+        return self._names(lambda site: endings[site.indexed_by] if site.indexed_by else [""])
+
+    def _names(self, endings: Callable[[Site], list[str]]) -> list[str]:
+        names = [f"hook_{name}" for name in MODEL_SITES]
+        for i, block in enumerate(self.blocks):
+            names += [f"blocks.{i}.hook_{name}{end}" for name, site in block.items() for end in endings(site)]
         return names
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Numbers in words: "0, 2 and 5"."""
+    texts = list(map(str, numbers))
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.families import at, blocks_of, family_of, head_of, hooks_of, open_layer, sizes_of
-from ioi_mamba.model.family import SCAN, Family
-from ioi_mamba.model.jobs import call, device_of
+from ioi_mamba.model.families import block_of, family_of, head_of, hooks_of, open_layer, sizes_of, skip
+from ioi_mamba.model.family import SCAN, Block, at
+from ioi_mamba.model.jobs import call, config_of, device_of
 from ioi_mamba.model.layer_pass import LayerPass, fitted
 from ioi_mamba.model.mixer import Mixer
 from ioi_mamba.model.portable import portable
@@ -106,7 +106,7 @@ def _edit_states(open_pass: LayerPass, name: str, index: int | None, edit: Edit)
     if index is not None:
         h = open_pass.get("h")
         state = fitted(name, _apply(edit, lambda: h[:, index].clone(), name), h[:, index])
-        here = torch.arange(h.shape[1], device=h.device)[:, None, None] == index
+        here = torch.arange(h.shape[1], device=h.device).view(-1, *[1] * (h.dim() - 2)) == index
         open_pass.write_states(here, state[:, None])
     elif isinstance(edit, Tensor):
         open_pass.set("h", edit)
@@ -135,20 +135,20 @@ class _LayerPlan:
     observers: dict[Address, Observer] = field(default_factory=dict)
     reads: dict[Address, str] = field(default_factory=dict)
 
-    def _output_is_given(self, family: Family, layer: int) -> bool:
+    def _output_is_given(self, block: Block, layer: int) -> bool:
         """Whether the mixer's output is a tensor, and nothing inside the mixer is asked for: then it need not run."""
         output = Address(layer, "out_proj", None)
         asked = {*self.edits, *self.observers, *self.reads}
         return isinstance(self.edits.get(output, ("", None))[1], Tensor) and not any(
-            family.sites[address.site].stage in family.inside for address in asked
+            block.sites[address.site].stage in block.layer_pass.inside for address in asked
         )
 
     def walk(self, model, layer: int, saved: dict[str, Tensor], own_scan: bool) -> None:
         """Do all of it in the order the layer computes its values; an edit precedes a read of the same site."""
-        open_pass, family = open_layer(model, layer, alone=True), family_of(model)
-        own_scan = own_scan and not self._output_is_given(family, layer)
+        open_pass, block = open_layer(model, layer, alone=True), block_of(model, layer)
+        own_scan = own_scan and not self._output_is_given(block, layer)
         wanted = sorted({*self.edits, *self.observers, *self.reads}, key=lambda a: (a.index is not None, a.index or 0))
-        for site, record in family.sites.items():
+        for site, record in block.sites.items():
             if own_scan and record.stage == SCAN:
                 open_pass.own_scan()
                 own_scan = False
@@ -169,14 +169,24 @@ class _LayerPlan:
         open_pass.finish()
 
 
-def _edit_place(place, name: str, edits, observe, reads, saved: dict[str, Tensor]) -> None:
+def _factor(config, name: str | None) -> float | None:
+    """What an entry of the config multiplies with; of "/name", divides by."""
+    if name is None:
+        return None
+    return 1 / getattr(config, name[1:]) if name.startswith("/") else getattr(config, name)
+
+
+def _edit_place(place, factor: float | None, name: str, edits, observe, reads, saved: dict[str, Tensor]) -> None:
+    if name not in edits and name not in observe and name not in reads:
+        return
+    value = place.output if factor is None else place.output * factor
     if name in edits:
-        current = place.output
-        place.output = fitted(name, _apply(edits[name], current.clone, name), current)
+        value = fitted(name, _apply(edits[name], value.clone, name), value)
+        place.output = value if factor is None else value / factor
     if name in observe:
-        observe[name](place.output)
+        observe[name](value)
     if name in reads:
-        saved[name] = place.output
+        saved[name] = value
 
 
 def forward(
@@ -205,7 +215,7 @@ def forward(
     edits, observe, reads = dict(edits or {}), dict(observe or {}), list(reads)
     where = _addresses(model, [*edits, *observe, *reads], tokens.shape[1])
     n_layers, first, stream_in = sizes_of(model).n_layers, 0, None
-    tree, blocks, head = family_of(model).tree, blocks_of(model), head_of(model)
+    tree, head, config = family_of(model).tree, head_of(model), config_of(model)
     if start is not None:
         first, stream_in = start.layer, start.resid_pre
         for site, values in (("conv_start", start.conv_start), ("h_start", start.h_start)):
@@ -232,17 +242,19 @@ def forward(
     with model.trace(tokens, use_cache=False):
         saved: dict[str, Tensor] = {}
         if start is None:
-            _edit_place(at(model, tree.embeddings), "hook_embed", edits, observe, reads, saved)
+            _edit_place(
+                at(model, tree.embeddings), _factor(config, tree.embedded), "hook_embed", edits, observe, reads, saved
+            )
         for i in range(first):
-            blocks[i].skip(stream_in)
+            skip(model, i, stream_in)
         for i in sorted(plans):
             plans[i].walk(model, i, saved, own_scan)
-        _edit_place(at(model, tree.last_norm), "hook_norm", edits, observe, reads, saved)
+        _edit_place(at(model, tree.last_norm), None, "hook_norm", edits, observe, reads, saved)
         if logits_at is not None:
             stream = head.input
             rows = torch.arange(stream.shape[0], device=stream.device)[:, None]
             head.input = stream[rows, logits_at.to(stream.device)]
-        _edit_place(head, "hook_logits", edits, observe, [*reads, "hook_logits"], saved)
+        _edit_place(head, _factor(config, tree.scaled), "hook_logits", edits, observe, [*reads, "hook_logits"], saved)
         if reduce is not None:
             saved = reduce(saved)
         saved = nnsight.save(saved)

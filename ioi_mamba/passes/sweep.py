@@ -1,6 +1,7 @@
 """Many edits as rows of few passes, each pass resumed from the layer and position it touches.
 
-A Mamba is causal and its past is a constant-size state. A row patched at (layer l, position p) equals the clean run
+A Mamba is causal and its past is a constant-size state (a model with attention has another past: there a pass is resumed
+from the layer alone, and runs all positions). A row patched at (layer l, position p) equals the clean run
 below l and before p, so it needs only layers >= l on positions >= p, started from the clean residual stream and, for
 every later layer, the last three conv inputs and the state before p. Averaged over a layer x position sweep that is
 about a quarter of the work, and exact.
@@ -11,6 +12,7 @@ The states are rolled forward with the sweep, one token at a time (`Roll`), so n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,10 +20,11 @@ from typing import Any
 
 import nnsight
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.families import family_of, hooks_of, open_layer, sizes_of
+from ioi_mamba.model.families import attends, family_of, hooks_of, layers_with, open_layer, sizes_of
 from ioi_mamba.model.jobs import call, device_of
 from ioi_mamba.model.memory import rows_per_pass
 from ioi_mamba.model.portable import portable
@@ -60,7 +63,7 @@ class Roll:
     @classmethod
     def begin(cls, model, tokens: Tensor) -> Roll:
         """Before the first token: all zeros."""
-        sites, sizes, layers = family_of(model).sites, sizes_of(model), range(layer_count(model))
+        sites, sizes, layers = family_of(model).sites, sizes_of(model), layers_with(model, "h")
         conv, state = (
             tokens.new_zeros(sizes.shape(sites[name], len(tokens), 0), dtype=torch.float32)
             for name in ("conv_start", "h_start")
@@ -72,23 +75,22 @@ class Roll:
 
         resid_pre: [row, pos, D], the stream entering `layer` from this position on, of these rows.
         """
-        above = range(layer, layer_count(self.model))
         return Start(
             layer,
             resid_pre,
-            {i: self.conv_start[i][rows] for i in above},
-            {i: self.h_start[i][rows] for i in above},
+            {i: value[rows] for i, value in self.conv_start.items() if i >= layer},
+            {i: value[rows] for i, value in self.h_start.items() if i >= layer},
         )
 
     def step(self, reads: Sequence[str] = ()) -> tuple[Roll, dict[str, Tensor]]:
         """Run one token: the roll after it, and the `reads` there (position axes of length 1)."""
-        layers = range(layer_count(self.model))
-        inputs, states = block_sites("in_proj", layers), block_sites("h.0", layers)
+        layers = list(self.h_start)
+        inputs, states = (dict(zip(layers, block_sites(site, layers), strict=True)) for site in ("in_proj", "h.0"))
         token = self.tokens[:, self.position : self.position + 1]
         at = forward(
             self.model,
             token,
-            reads=[*inputs, *states, *reads],
+            reads=[*inputs.values(), *states.values(), *reads],
             start=self.start(0, token.new_empty(0)),
             own_scan=True,
         )
@@ -156,18 +158,24 @@ def resample_sweep(
 def _checked(model, pairs: Pairs, site: str, layers, positions) -> tuple[list[int], list[int]]:
     """The layers and positions of a sweep. Raises InputError for what is not there."""
     n_pos = check_pairs(pairs).clean.shape[1]
-    layers = list(range(layer_count(model)) if layers is None else layers)
+    layers = list(_layers_of(model, site) if layers is None else layers)
     positions = list(range(n_pos) if positions is None else positions)
     hooks = hooks_of(model, n_pos)
     for name in block_sites("h" if site == STATE_AND_CONV else site, layers):
         address = hooks.address(name)
-        record = hooks.sites[address.site]
+        record = family_of(model).sites[address.site]
         at_one = address.index is not None and record.indexed_by == "position"
         if at_one or not record.by_position:
             raise InputError(f"{site!r} has no value of its own at every position: sweep another site.")
     if not positions or not all(0 <= p < n_pos for p in positions):
         raise InputError(f"positions {positions} are not in this prompt: give some of 0 to {n_pos - 1}.")
     return layers, positions
+
+
+def _layers_of(model, site: str) -> list[int]:
+    """The layers that a sweep of a site is over: all that have it. Raises InputError, with the nearest name, for none."""
+    layers = layers_with(model, "h" if site == STATE_AND_CONV else site)
+    return layers or list(range(layer_count(model)))  # then the name is refused for each of them
 
 
 def swept_logit_diffs(
@@ -237,7 +245,7 @@ def _sweep(
     progress: Progress | None = None,
 ) -> Tensor:
     out: list[Tensor] = []
-    chunk = rows_per_pass(model, pairs.clean.shape[1])
+    chunk = _rows(model, pairs, site, layers)
     done, total = 0, len(positions) * len(layers) * len(pairs)
     with torch.no_grad():
         spread = {} if ablation.name == RESAMPLE.name else _spread(model, pairs, site, layers, max(positions) + 1)
@@ -258,15 +266,15 @@ Spread = dict[tuple[int, int], tuple[Tensor, Tensor]]
 
 def _spread(model, pairs: Pairs, site: str, layers, n_positions: int) -> Spread:
     """Of the pairs that reach a position; in float64, so that how pairs are cut into passes changes nothing that counts."""
-    sources, chunk = block_sites("h.0" if site == "h" else site, layers), rows_per_pass(model, pairs.clean.shape[1])
+    chunk = _rows(model, pairs, site, layers)
     sums: dict[tuple[int, int], list[Tensor]] = {}
     for first in range(0, len(pairs), chunk):
         part = pairs[first : first + chunk]
-        roll, last = Roll.begin(model, part.clean.to(device_of(model))), part.last.to(device_of(model))
-        for p in range(n_positions):
-            roll, at = roll.step(sources)
-            for layer, source in zip(layers, sources, strict=True):
-                value = at[source][p <= last].double()
+        last = part.last.to(device_of(model))
+        for moment in _moments(model, part.clean.to(device_of(model)), site, layers, n_positions):
+            p = moment.position
+            for layer in layers:
+                value = moment.values[layer][p <= last].double()
                 found = torch.stack([value.sum(0), value.square().sum(0), torch.full_like(value.sum(0), len(value))])
                 sums.setdefault((layer, p), []).append(found)
     spread: Spread = {}
@@ -309,29 +317,29 @@ def _sweep_chunk(
     unpatched = answer_logits(pairs.scores(run["hook_logits"]), pairs.answer, pairs.wrong)
     out = unpatched.expand(len(layers), len(positions), -1, -1).clone()
     begins = pairs.first_difference.to(device_of(model))
-    roll = Roll.begin(model, torch.cat((clean, corrupted)))
     weights = _conv_weights(model, layers) if site == STATE_AND_CONV else {}
-    sources = block_sites("h.0" if site in ("h", STATE_AND_CONV) else site, layers)
+    by_position = not attends(model)
     # Of several positions that are read, some may lie before the one that is patched.
-    resumes = resume and pairs.readout is None
+    resumes = resume and (pairs.readout is None or not by_position)
     done = 0
-    for p in range(max(positions) + 1):
-        here = roll
-        roll, at = here.step(sources)
+    for moment in _moments(model, torch.cat((clean, corrupted)), site, layers, max(positions) + 1):
+        p = moment.position
         begun = begins <= p if ablation.like_corrupted else torch.ones_like(begins, dtype=torch.bool)
         alive = torch.nonzero(begun & (p <= last))[:, 0]
         for k, layer in enumerate(layers if p in positions else ()):
             if len(alive):
-                value = at[sources[k]][n + alive]
+                value = moment.values[layer][n + alive]
                 if ablation.name != RESAMPLE.name:
-                    clean_value = at[sources[k]][alive]
+                    clean_value = moment.values[layer][alive]
                     mean, deviation = (each.to(value) for each in spread[layer, p])
                     noise = _noise(clean_value, first + alive, layer, p)
                     value = ablation.written(clean_value, value, mean, deviation, noise)
-                start = here.start(layer, run[streams[k]][alive, p:], alive) if resumes else None
-                taps = roll.conv_start[layer]
-                taps = (weights[layer], taps[alive], taps[n + alive]) if site == STATE_AND_CONV else None
-                logits = _patched(model, clean[alive], read_at[alive], site, layer, p, value, start, taps)
+                begin = p if resumes and by_position else 0
+                start = moment.start(layer, run[streams[k]][alive, begin:], alive) if resumes else None
+                taps = None
+                if site == STATE_AND_CONV:
+                    taps = (weights[layer], moment.conv_inputs[layer][alive], moment.conv_inputs[layer][n + alive])
+                logits = _patched(model, clean[alive], read_at[alive], site, layer, p, value, begin, start, taps)
                 rows = alive.cpu()
                 own = pairs if pairs.readout is None else pairs[rows]
                 found = answer_logits(own.scores(logits), pairs.answer[rows], pairs.wrong[rows])
@@ -343,6 +351,66 @@ def _sweep_chunk(
     return out
 
 
+@portable
+@dataclass(frozen=True)
+class _Moment:
+    """One position of some prompts: what a sweep takes from there.
+
+    values: per layer of the sweep the site's value [row, 1, ...], or of states [row, ...]. conv_inputs: per layer the last
+    K-1 inputs of the convolution up to here. start: the resume point of a pass, of (layer, resid_pre, rows).
+    """
+
+    position: int
+    values: dict[int, Tensor]
+    conv_inputs: dict[int, Tensor]
+    start: Callable[[int, Tensor, Tensor], Start]
+
+
+def _moments(model, tokens: Tensor, site: str, layers: Sequence[int], n_positions: int) -> Iterator[_Moment]:
+    """The first positions of these prompts, one after the other."""
+    of_states = site in ("h", STATE_AND_CONV)
+    if attends(model):
+        yield from _kept_moments(model, tokens, "h" if of_states else site, site == STATE_AND_CONV, layers, n_positions)
+        return
+    names = dict(zip(layers, block_sites("h.0" if of_states else site, layers), strict=True))
+    roll = Roll.begin(model, tokens)
+    for p in range(n_positions):
+        here = roll
+        roll, at = here.step(list(names.values()))
+        yield _Moment(p, {layer: at[name] for layer, name in names.items()}, roll.conv_start, here.start)
+
+
+def _kept_moments(
+    model, tokens: Tensor, site: str, with_conv: bool, layers: Sequence[int], n_positions: int
+) -> Iterator[_Moment]:
+    """The same of a model with attention, whose values are those of one pass over all positions."""
+    names = dict(zip(layers, block_sites(site, layers), strict=True))
+    inputs = dict(zip(layers, block_sites("in_proj", layers), strict=True)) if with_conv else {}
+    kept = forward(model, tokens, reads=[*names.values(), *inputs.values()], own_scan=True)
+    reach = sizes_of(model).conv_width - 1
+    padded = {i: F.pad(kept[name], (0, 0, reach, 0)) for i, name in inputs.items()}
+    for p in range(n_positions):
+        values = {i: kept[name][:, p] if site == "h" else kept[name][:, p : p + 1] for i, name in names.items()}
+        before = {i: value[:, p + 1 : p + 1 + reach] for i, value in padded.items()}
+        yield _Moment(p, values, before, _from_layer)
+
+
+def _from_layer(layer: int, resid_pre: Tensor, rows: Tensor) -> Start:
+    """A pass that begins at a layer, and at the first position."""
+    return Start(layer, resid_pre, {}, {})
+
+
+def _rows(model, pairs: Pairs, site: str, layers: Sequence[int]) -> int:
+    """How many pairs go into a pass: fewer where the values of all positions are kept at once."""
+    n_positions = pairs.clean.shape[1]
+    rows = rows_per_pass(model, n_positions)
+    if not attends(model):
+        return rows
+    record = family_of(model).sites["h" if site == STATE_AND_CONV else site.split(".")[0]]
+    held_mib = 8 * len(layers) * math.prod(sizes_of(model).shape(record, 1, n_positions)) / 2**20
+    return max(1, min(rows, int(1024 / held_mib)))
+
+
 def _conv_weights(model, layers) -> dict[int, Tensor]:
     """The weights of each layer's convolution, [channel, K], as a pass hands them over: a server may show no parameters."""
     with model.trace(torch.zeros(1, 1, dtype=torch.int64, device=device_of(model)), use_cache=False):
@@ -350,13 +418,16 @@ def _conv_weights(model, layers) -> dict[int, Tensor]:
     return weights
 
 
-def _patched(model, tokens, read_at, site: str, layer: int, p: int, value: Tensor, start: Start | None, taps) -> Tensor:
+def _patched(
+    model, tokens, read_at, site: str, layer: int, p: int, value: Tensor, begin: int, start: Start | None, taps
+) -> Tensor:
     """Logits [row, k, vocab] at `read_at` with `value` (position axis of length 1) written at (layer, p).
 
+    begin: the first position that is run, from `start` where one is given.
     taps: (weights [channel, K], clean, corrupted conv inputs [row, K-1, channel] up to p), to be exchanged for the positions after
     p, or None.
     """
-    at = 0 if start else p
+    at = p - begin
 
     def write(x: Tensor) -> Tensor:
         x[:, at] = value[:, 0]
@@ -369,8 +440,7 @@ def _patched(model, tokens, read_at, site: str, layer: int, p: int, value: Tenso
     if taps is not None:
         weight, *inputs = taps
         edits |= _exchange_taps(weight, layer, at, *inputs)
-    tokens, read_at = (tokens[:, p:], read_at - p) if start else (tokens, read_at)
-    return forward(model, tokens, edits, logits_at=read_at, start=start)["hook_logits"]
+    return forward(model, tokens[:, begin:], edits, logits_at=read_at - begin, start=start)["hook_logits"]
 
 
 def _exchange_taps(weight: Tensor, layer: int, at: int, clean: Tensor, corrupted: Tensor) -> dict:

@@ -147,7 +147,7 @@ def test_the_baseline_is_drawn_and_named():
 
 
 def test_the_theme_takes_the_colours_of_the_page():
-    config = theme.theme()["config"]
+    config = theme.config()
     assert config["background"] == "transparent"
     assert config["axis"]["labelColor"] == "currentColor"
 
@@ -155,8 +155,8 @@ def test_the_theme_takes_the_colours_of_the_page():
 def test_charts_carry_the_theme_and_leave_the_active_one_alone():
     assert alt.theme.active == "default"
     plain = drawing.position_heatmap(heatmap_table())
-    assert theme.themed(plain).to_dict()["config"] == theme.theme()["config"]
-    assert plain.to_dict()["config"] != theme.theme()["config"]
+    assert theme.themed(plain).to_dict()["config"] == theme.config()
+    assert plain.to_dict()["config"] != theme.config()
     assert alt.theme.active == "default"
 
 

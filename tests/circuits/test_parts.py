@@ -9,8 +9,8 @@ import torch
 import ioi_mamba as im
 from ioi_mamba.circuits.graph import Circuit, Item, universe_of
 from ioi_mamba.model.families import FAMILIES
+from ioi_mamba.model.families.mamba import MAMBA
 from ioi_mamba.model.family import Part
-from ioi_mamba.model.mamba.record import MAMBA
 
 INPUT_MAP = Part(
     name="input map",

@@ -9,7 +9,7 @@ from golden import NODES, at_last, relative_error
 
 import ioi_mamba as im
 from ioi_mamba.circuits.graph import Item, masks_of, universe_of
-from ioi_mamba.circuits.patching import corrupted_run, dropped_layers, patched_logits, patched_run
+from ioi_mamba.circuits.patching import corrupted_run, dropped_nodes, nodes_of, patched_logits, patched_run
 from ioi_mamba.errors import InputError
 from ioi_mamba.passes.metrics import answer_logits, logit_diff, normalized_logit_diff
 from ioi_mamba.tasks.base import Pairs
@@ -284,7 +284,7 @@ def test_layers_that_nobody_reads_are_not_run_until_somebody_does():
     universe, corrupted = universe_of(model, parts=True), corrupted_run(model, pairs, parts=True)
     unread = [Item("1", "2"), Item("1", "3"), Item("1", "output"), Item("1", "1", None, "skip")]
     masks = masks_of([unread], universe, 9)
-    assert dropped_layers(masks) == [1]
+    assert dropped_nodes(masks, nodes_of(model)) == [1]
     _, before = patched_run(model, pairs, corrupted, masks_of([[]], universe, 9))
     runs = calls_of(model)
     got, before = patched_run(model, pairs, corrupted, masks, before)

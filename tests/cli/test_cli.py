@@ -23,7 +23,7 @@ from ioi_mamba.cli.main import _columns, _default_out, main
 from ioi_mamba.experiments import options
 from ioi_mamba.experiments.experiment import Need
 from ioi_mamba.model import sites
-from ioi_mamba.model.mamba.record import MAMBA
+from ioi_mamba.model.families.mamba import MAMBA
 from ioi_mamba.tasks.base import Pairs
 
 

@@ -7,7 +7,7 @@ import torch
 
 import ioi_mamba as im
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.mamba.record import MAMBA
+from ioi_mamba.model.families.mamba import MAMBA
 
 PLAIN = [site for site in MAMBA.sites if site not in ("h", "conv_slice")]
 TOKENS = golden.golden_pairs().clean

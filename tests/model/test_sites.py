@@ -10,7 +10,7 @@ import torch
 import ioi_mamba as im
 from ioi_mamba.errors import InputError
 from ioi_mamba.model import families
-from ioi_mamba.model.mamba.record import MAMBA
+from ioi_mamba.model.families.mamba import MAMBA
 from ioi_mamba.model.sites import Hooks
 
 HOOKS = {
@@ -117,7 +117,7 @@ def test_reads_come_back_in_the_order_in_which_they_were_asked_for():
     ],
 )
 def test_a_hook_name_is_taken_apart(hook, address):
-    assert Hooks(MAMBA.sites, n_layers=4, n_positions=20, conv_width=4).address(hook) == address
+    assert Hooks([MAMBA.sites] * 4, n_positions=20, conv_width=4).address(hook) == address
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 import ioi_mamba as im
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.mamba.record import MAMBA
+from ioi_mamba.model.families.mamba import MAMBA
 from ioi_mamba.passes.sweep import resample_sweep
 
 TOKENS = golden.golden_pairs().clean

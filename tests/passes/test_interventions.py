@@ -10,7 +10,7 @@ from golden import at_last, relative_error
 import ioi_mamba as im
 from ioi_mamba.errors import InputError
 from ioi_mamba.model import scan
-from ioi_mamba.model.mamba.record import MAMBA
+from ioi_mamba.model.families.mamba import MAMBA
 from ioi_mamba.passes.forward import Start, forward
 from ioi_mamba.passes.sweep import Roll
 

@@ -15,7 +15,7 @@ import torch
 import ioi_mamba
 import ioi_mamba.paper
 from ioi_mamba import analyses
-from ioi_mamba.model.mamba.record import MAMBA
+from ioi_mamba.model.families.mamba import MAMBA
 from ioi_mamba.model.sites import MODEL_SITES
 from ioi_mamba.tasks.prompts import NAME_LIST_KEYS, PLAIN_KEYS, TEXT_KEYS
 

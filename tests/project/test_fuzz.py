@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import ioi_mamba as im
 from ioi_mamba.cli.main import main
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.mamba.record import MAMBA
+from ioi_mamba.model.families.mamba import MAMBA
 from ioi_mamba.model.sites import MODEL_SITES, Hooks
 from ioi_mamba.passes import metrics
 from ioi_mamba.results import stored
@@ -145,7 +145,7 @@ def test_a_circuit_file_is_read_or_refused(n, tmp_path, tried):
     tried("a circuit file", n)
 
 
-HOOKS = Hooks(MAMBA.sites, n_layers=4, n_positions=5, conv_width=4)
+HOOKS = Hooks([MAMBA.sites] * 4, n_positions=5, conv_width=4)
 NAME = st.one_of(
     st.text(max_size=25),
     st.builds(

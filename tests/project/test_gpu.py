@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ioi_mamba as im
-from ioi_mamba.model.mamba.record import MAMBA
+from ioi_mamba.model.families.mamba import MAMBA
 from ioi_mamba.passes.sweep import resample_sweep
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]

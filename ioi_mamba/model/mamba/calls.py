@@ -34,8 +34,8 @@ class Calls:
     runs all the same and its output is overwritten, which serves the rows of any invoke and any cache.
     """
 
-    def __init__(self, block, alone: bool):
-        self.mixer, self.alone = block.mixer, alone
+    def __init__(self, mixer, alone: bool):
+        self.mixer, self.alone = mixer, alone
         self.n_positions: int | None = None
         self.is_step = False
         if not alone:

@@ -16,13 +16,12 @@ from torch import Tensor
 
 from ioi_mamba.errors import InputError
 from ioi_mamba.model import scan
-from ioi_mamba.model.family import Family
-from ioi_mamba.model.jobs import config_of
+from ioi_mamba.model.family import Block, Family
 from ioi_mamba.model.layer_pass import LayerPass, base
 from ioi_mamba.model.mamba.calls import Calls, FullConv, FullScan
 
 # What the scan's last state depends on, of all that can be written after its inputs were served.
-_MOVES_STATE = {"delta_2", "delta", "A", "A_bar", "B_bar", "h_start", "h"}
+MOVES_STATE = {"delta_2", "delta", "A", "A_bar", "B_bar", "h_start", "h"}
 
 # What a value is computed from, within its stage.
 _FED_BY = {
@@ -39,16 +38,40 @@ _FED_BY = {
 }
 
 
+def _padded(layer: LayerPass, call: FullConv) -> Tensor:
+    return torch.cat((layer.get("conv_start"), call.u), dim=1)
+
+
+def conv_slice(layer: LayerPass, call: FullConv, s: int) -> Tensor:
+    """One tap of the convolution, [batch, pos, channel], before bias and activation. Raises InputError for no tap."""
+    width = call.weight.shape[-1]
+    first = width - 1 + s
+    if not 0 <= first < width:
+        raise InputError(f"{layer.name('conv_slice')}: conv slices are {1 - width} to 0, not {s}.")
+    return call.weight[:, first] * _padded(layer, call)[:, first : first + call.u.shape[1]]
+
+
+def conv_output(layer: LayerPass, call: FullConv, written: set[str]) -> Tensor:
+    """The convolution [batch, pos, channel], before the activation; a sum of slices where one of them is written."""
+    weight, bias = call.weight, call.bias
+    if any(base(site) == "conv_slice" for site in written):
+        total = torch.stack([layer.get(f"conv_slice.{s}") for s in range(1 - weight.shape[-1], 1)]).sum(0)
+        return total if bias is None else total + bias
+    padded = _padded(layer, call).transpose(1, 2).to(weight.dtype)
+    return F.conv1d(padded, weight[:, None], bias, groups=weight.shape[0]).transpose(1, 2)
+
+
 class MambaLayer(LayerPass):
     """A pass through one block of a Mamba-1."""
 
     fed_by = _FED_BY
     call_outputs = ("ssm_input", "after_skip")
+    inside = ("in_proj", "conv", "x_proj", "scan")
 
-    def __init__(self, family: Family, model: Any, layer: int, *, alone: bool):
+    def __init__(self, family: Family, block: Block, model: Any, layer: int, *, alone: bool):
         # By name: code that travels as source loses what super() looks up.
-        LayerPass.__init__(self, family, model.backbone.layers[layer], layer, alone)
-        self._config = config_of(model)
+        LayerPass.__init__(self, family, block, model, layer, alone=alone)
+        self._letters = family.sizes(self._config).letters
         self._calls: Calls | None = None  # from in_proj on
 
     def conv_weight(self) -> Tensor:
@@ -68,53 +91,36 @@ class MambaLayer(LayerPass):
 
     # -- the stages ---------------------------------------------------------------------------------------------
 
-    def _enter(self, stage: str) -> None:
-        block, values = self._block, self._values
-        if self._calls is None and stage in self.family.inside:
-            self._calls = Calls(block, self._alone)
-        if stage == "block_input":
-            values["resid_pre"] = block.input
-        elif stage == "norm_input":
-            values["layer_input"] = block.norm.input
-        elif stage == "norm_output":
-            values["normalized_input"] = block.norm.output
-        elif stage == "in_proj":
-            values["in_proj"], values["skip"] = block.mixer.in_proj.output.chunk(2, dim=-1)
+    def _open(self, stage: str) -> None:
+        values = self._values
+        if self._calls is None:
+            self._calls = Calls(self._mixer, self._alone)
+        if stage == "in_proj":
+            values["in_proj"], values["skip"] = self._mixer.in_proj.output.chunk(2, dim=-1)
         elif stage == "conv":
-            assert self._calls is not None
             self._call = self._calls.conv()
         elif stage == "x_proj":
-            sizes = [self._config.time_step_rank, self._config.state_size, self._config.state_size]
-            parts = block.mixer.x_proj.output.split(sizes, dim=-1)
-            values.update(zip(("delta_1", "B", "C"), parts, strict=True))
-        elif stage == "scan":
-            assert self._calls is not None
-            self._call = self._calls.scan()
-        elif stage == "mixer_output":
-            values["out_proj"] = block.mixer.output
+            values.update(
+                zip(("delta_1", "B", "C"), self._mixer.x_proj.output.split(self._split(), dim=-1), strict=True)
+            )
         else:
-            values["resid_post"] = block.output
+            self._call = self._calls.scan()
 
-    def _leave(self, stage: str) -> None:
-        block, values = self._block, self._values
-        if stage == "block_input":
-            block.input = values["resid_pre"]
-        elif stage == "norm_input":
-            block.norm.input = values["layer_input"]
-        elif stage == "norm_output":
-            block.norm.output = values["normalized_input"]
-        elif stage == "in_proj":
-            block.mixer.in_proj.output = torch.cat((values["in_proj"], values["skip"]), dim=-1)
+    def _close(self, stage: str) -> None:
+        values = self._values
+        if stage == "in_proj":
+            self._mixer.in_proj.output = torch.cat((values["in_proj"], values["skip"]), dim=-1)
         elif stage == "conv":
             self._conv_call.give(self.get("ssm_input"))
         elif stage == "x_proj":
-            block.mixer.x_proj.output = torch.cat((values["delta_1"], values["B"], values["C"]), dim=-1)
-        elif stage == "scan":
-            self._scan.give(self.get("after_skip"), self._last_state)
-        elif stage == "mixer_output":
-            block.mixer.output = values["out_proj"]
+            self._mixer.x_proj.output = torch.cat((values["delta_1"], values["B"], values["C"]), dim=-1)
         else:
-            block.output = values["resid_post"]
+            self._scan.give(self.get("after_skip"), self._last_state)
+
+    def _split(self) -> list[int]:
+        """The widths of what x_proj gives: delta_1, B and C."""
+        R, N = self._letters["R"], self._letters["N"]
+        return [R, N, N]
 
     # -- the formulas -------------------------------------------------------------------------------------------
 
@@ -124,29 +130,14 @@ class MambaLayer(LayerPass):
 
     def _compute(self, site: str) -> Tensor:
         if base(site) == "conv_slice":
-            return self._conv_slice(int(site.split(".")[1]))
+            return conv_slice(self, self._conv_call, int(site.split(".")[1]))
         return getattr(self, f"_{site}")()
 
     def _conv_start(self) -> Tensor:
         return self._conv_call.start
 
-    def _padded(self) -> Tensor:
-        return torch.cat((self.get("conv_start"), self._conv_call.u), dim=1)
-
-    def _conv_slice(self, s: int) -> Tensor:
-        weight, u = self._conv_call.weight, self._conv_call.u
-        first = weight.shape[-1] - 1 + s
-        if not 0 <= first < weight.shape[-1]:
-            raise InputError(f"blocks.{self._layer}: conv slices are {1 - weight.shape[-1]} to 0, not {s}.")
-        return weight[:, first] * self._padded()[:, first : first + u.shape[1]]
-
     def _conv(self) -> Tensor:
-        weight, bias = self._conv_call.weight, self._conv_call.bias
-        if any(base(written) == "conv_slice" for written in self._written):
-            total = torch.stack([self.get(f"conv_slice.{s}") for s in range(1 - weight.shape[-1], 1)]).sum(0)
-            return total if bias is None else total + bias
-        padded = self._padded().transpose(1, 2).to(weight.dtype)
-        return F.conv1d(padded, weight[:, None], bias, groups=weight.shape[0]).transpose(1, 2)
+        return conv_output(self, self._conv_call, self._written)
 
     def _ssm_input(self) -> Tensor:
         if {base(written) for written in self._written} & {"conv", "conv_start", "conv_slice"}:
@@ -191,7 +182,7 @@ class MambaLayer(LayerPass):
 
     def _last_state(self) -> Tensor | None:
         """The state after the last position, for a cache; None where nothing that moves it was written."""
-        if not self._written & _MOVES_STATE:
+        if not self._written & MOVES_STATE:
             return None
         if self._written & {"A_bar", "B_bar", "h"} or "h" in self._values:
             return self.get("h")[:, -1]
@@ -204,3 +195,22 @@ class MambaLayer(LayerPass):
         if self._written:
             return self.get("ssm_output") * F.silu(self._scan.z)
         return self._scan.output()
+
+
+class NormedMambaLayer(MambaLayer):
+    """The same where delta_1, B and C go through norms of their own before the scan: B and C are what these give."""
+
+    inside = ("in_proj", "conv", "x_proj", "B_norm", "C_norm", "scan")
+
+    def _open(self, stage: str) -> None:
+        if stage == "x_proj":
+            self._values["delta_1"] = self._mixer.x_proj.output[..., : self._letters["R"]]
+        else:
+            MambaLayer._open(self, stage)
+
+    def _close(self, stage: str) -> None:
+        if stage == "x_proj":
+            given, delta_1 = self._mixer.x_proj.output, self._values["delta_1"]
+            self._mixer.x_proj.output = torch.cat((delta_1, given[..., delta_1.shape[-1] :]), dim=-1)
+        else:
+            MambaLayer._close(self, stage)

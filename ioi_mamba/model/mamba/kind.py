@@ -1,8 +1,4 @@
-"""What a Mamba-1 is made of.
-
-The labels of its operations are as nnsight's `.source` gives them to `MambaMixer.forward`, in every transformers that
-pyproject.toml allows; opening a model verifies them, so that a moved label is named and never silently dead.
-"""
+"""What a mixer of the first kind is made of (Mamba-1, Falcon-Mamba, Jamba): its sites, its parts, what a row of it costs."""
 
 from __future__ import annotations
 
@@ -11,34 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ioi_mamba.model.family import SCAN, Family, Part, Sizes, Tree
-from ioi_mamba.model.mamba.calls import CONV_OP, OPERATIONS, SCAN_OP
-from ioi_mamba.model.mamba.layer import MambaLayer
+from ioi_mamba.model.blocks import Mixer
+from ioi_mamba.model.family import SCAN, End, Part, Sizes
+from ioi_mamba.model.mamba.calls import CONV_OP, SCAN_OP
+from ioi_mamba.model.mamba.layer import MambaLayer, NormedMambaLayer
 from ioi_mamba.model.scan import selective_scan
 from ioi_mamba.model.sites import Site
 
-STAGES = (
-    "block_input",
-    "norm_input",
-    "norm_output",
-    "in_proj",
-    "conv",
-    "x_proj",
-    SCAN,
-    "mixer_output",
-    "block_output",
-)
-
-_SITES = (
-    Site("resid_pre", "block_input", "batch pos D", "layers[i].input", "residual stream entering the layer"),
-    Site(
-        "layer_input",
-        "norm_input",
-        "batch pos D",
-        "layers[i].norm.input",
-        "the layer's own copy of resid_pre; edits reach this layer only",
-    ),
-    Site("normalized_input", "norm_output", "batch pos D", "layers[i].norm.output", "after RMSNorm"),
+SITES = (
     Site("in_proj", "in_proj", "batch pos E", "mixer.in_proj.output, first half", "SSM branch, before the conv"),
     Site("skip", "in_proj", "batch pos E", "mixer.in_proj.output, second half", "gate branch, before SiLU"),
     Site(
@@ -78,25 +54,10 @@ _SITES = (
     Site("y", SCAN, "batch pos E", f"from {SCAN_OP}.inputs", "C h (equation 6), before D x"),
     Site("ssm_output", SCAN, "batch pos E", f"from {SCAN_OP}.inputs", "y + D x"),
     Site("after_skip", SCAN, "batch pos E", f"{SCAN_OP}.output", "ssm_output * SiLU(skip)"),
-    Site("out_proj", "mixer_output", "batch pos D", "layers[i].mixer.output", "what the layer adds to the stream"),
-    Site("resid_post", "block_output", "batch pos D", "layers[i].output", "resid_pre + out_proj"),
 )
 
 _READ_OUT_FROM = ("ssm_input", "delta", "B")
 """What a corrupted state is recomputed from, 16 times smaller than the state."""
-
-
-def sizes(config: Any) -> Sizes:
-    """The sizes of a `MambaConfig`."""
-    letters = {
-        "D": config.hidden_size,
-        "E": config.intermediate_size,
-        "N": config.state_size,
-        "R": config.time_step_rank,
-        "K": config.conv_kernel,
-        "vocab": config.vocab_size,
-    }
-    return Sizes(config.num_hidden_layers, letters, config.residual_in_fp32)
 
 
 def recurrence_terms(A_bar: Tensor, B_bar: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,9 +73,9 @@ def corrupted_read_out(corrupted: Mapping[str, Tensor], now: Mapping[str, Tensor
     return y
 
 
-def parts(conv_width: int) -> tuple[Part, ...]:
-    """The conv slices from the oldest tap to the token itself, the state that the read-out sees, and the gate."""
-    slices = tuple(
+def slices(conv_width: int) -> tuple[Part, ...]:
+    """The taps of the convolution, from the oldest to the token itself."""
+    return tuple(
         Part(
             name=f"conv{s}",
             meaning=f"the tap of the convolution that reads {'the token itself' if s == 0 else f'{-s} before'}",
@@ -127,6 +88,10 @@ def parts(conv_width: int) -> tuple[Part, ...]:
         )
         for s in range(1 - conv_width, 1)
     )
+
+
+def parts(conv_width: int) -> tuple[Part, ...]:
+    """The conv slices, the state that the read-out sees, and the gate."""
     state = Part(
         name="ssm",
         meaning="the state that the read-out sees: y_t = C_t h_t with h of the corrupted run, D x untouched",
@@ -137,7 +102,7 @@ def parts(conv_width: int) -> tuple[Part, ...]:
         made=corrupted_read_out,
     )
     gate = Part(name="skip", meaning="the gate branch", site="skip", own="skip", corrupted=("skip",))
-    return (*slices, state, gate)
+    return (*slices(conv_width), state, gate)
 
 
 def row_floats(size: Sizes, n_positions: int, kind: str) -> float:
@@ -161,26 +126,15 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     return f"uses the activation {activation!r}; only 'silu' is supported."
 
 
-MAMBA = Family(
-    name="mamba",
-    label="Mamba-1",
-    published=tuple(f"state-spaces/mamba-{size}-hf" for size in ("370m", "130m", "790m", "1.4b", "2.8b")),
-    tree=Tree(
-        blocks="backbone.layers",
-        embeddings="backbone.embeddings",
-        last_norm="backbone.norm_f",
-        head="lm_head",
-        mixer="mixer",
-    ),
-    operations=OPERATIONS,
-    stages=STAGES,
-    inside=("in_proj", "conv", "x_proj", SCAN),
-    sites={site.name: site for site in _SITES},
-    config_names=("num_hidden_layers", "hidden_size", "intermediate_size", "state_size", "conv_kernel", "vocab_size"),
-    sizes=sizes,
-    layer_pass=MambaLayer,
-    recurrence_terms=recurrence_terms,
-    parts=parts,
-    row_floats=row_floats,
-    refusal=refusal,
+MIXER = Mixer(SITES, {}, MambaLayer)
+NORMED_MIXER = Mixer(
+    [
+        site._replace(stage=f"{site.name}_norm", place=f"mixer.{site.name.lower()}_layernorm.output")
+        if site.name in ("B", "C")
+        else site
+        for site in SITES
+    ],
+    {"B": End("b_layernorm", "output"), "C": End("c_layernorm", "output")},
+    NormedMambaLayer,
 )
+"""Where delta_1, B and C go through norms before the scan."""
