@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 import pandas as pd
 
+from ioi_mamba.charts.circuit_axes import mixer_node, node_place
+
 FROM_EMBED, FROM_FIRST, FROM_EITHER = "from embed", "from layer 0", "from embed or layer 0"
 """Tables of what a layer receives (D.3.1, D.3.2, D.3.3); the other two are `into_bottleneck` and what leaves it."""
 
@@ -31,16 +33,20 @@ def missing_names(items: pd.DataFrame, layer: int) -> pd.DataFrame:
     """
     names = names_in(items.sort_values("position")["label"])
     kept = set(items.loc[items["kept"], ["source", "target", "label"]].itertuples(index=False, name=None))
-    layers = sorted({int(t) for t in items["target"] if t != "output"})
+    layers = sorted(set(items["target"]) - {"output"}, key=node_place)
+    bottleneck = mixer_node(layers, layer)
     is_kept = lambda *edge: edge in kept
     tables = {
         FROM_EMBED: (layers, lambda node, name: is_kept("embed", node, name)),
-        FROM_FIRST: (layers[1:], lambda node, name: is_kept("0", node, name)),
-        FROM_EITHER: (layers, lambda node, name: is_kept("embed", node, name) or is_kept("0", node, name)),
-        into_bottleneck(layer): (layers[:layer], lambda node, name: is_kept(node, str(layer), name)),
+        FROM_FIRST: (layers[1:], lambda node, name: is_kept(layers[0], node, name)),
+        FROM_EITHER: (layers, lambda node, name: is_kept("embed", node, name) or is_kept(layers[0], node, name)),
+        into_bottleneck(layer): (
+            layers[: layers.index(bottleneck)],
+            lambda node, name: is_kept(node, bottleneck, name),
+        ),
     }
     rows = [
-        (table, str(node), name, has(str(node), name))
+        (table, node, name, has(node, name))
         for table, (nodes, has) in tables.items()
         for name in names
         for node in nodes
@@ -64,7 +70,10 @@ def listed(table: pd.DataFrame) -> str:
 
 
 def layers_text(nodes: Iterable[str]) -> str:
-    """ "layer 3", or "layers 1, 5 to 8": runs of three or more are drawn together."""
+    """ "layer 3", or "layers 1, 5 to 8": runs of three or more are drawn together; sub-blocks one by one."""
+    nodes = list(nodes)
+    if not all(node.isdigit() for node in nodes):
+        return ", ".join(sorted(nodes, key=node_place))
     numbers, runs = sorted(map(int, nodes)), []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -93,11 +102,11 @@ def sentences(items: pd.DataFrame, layer: int) -> list[str]:
             out.append(f"{text}: {listed(here) or 'none is missing'}.")
     kept = items[items["kept"]]
     out += _terms(table, kept, layer)
-    names = set(names_in(items["label"]))
-    extra = kept[(kept["target"] == str(layer)) & ~kept["label"].isin(names) & ~kept["source"].isin(["embed"])]
+    names, node = set(names_in(items["label"])), mixer_node(items["target"], layer)
+    extra = kept[(kept["target"] == node) & ~kept["label"].isin(names) & ~kept["source"].isin(["embed"])]
     if len(extra):
         out.append(f"Layer {layer} also receives {_by_label(extra, 'source')}.")
-    leaving = kept[kept["source"] == str(layer)]
+    leaving = kept[kept["source"] == node]
     out.append(
         f"Layer {layer} sends {_by_label(leaving, 'target')}." if len(leaving) else f"Layer {layer} sends nothing."
     )
@@ -110,25 +119,25 @@ def _by_label(items: pd.DataFrame, node: str) -> str:
     clauses = []
     for label in dict.fromkeys(items.sort_values("position")["label"]):
         nodes = items.loc[items["label"] == label, node].tolist()
-        layers = [layers_text(n for n in nodes if n.isdigit())] if any(n.isdigit() for n in nodes) else []
-        clauses.append(f"{label} {word} {' and '.join(layers + [n for n in nodes if not n.isdigit()])}")
+        clauses.append(f"{label} {word} {_nodes(nodes)}")
     return "; ".join(clauses)
 
 
 def _terms(table: pd.DataFrame, kept: pd.DataFrame, layer: int) -> list[str]:
     """For layers that miss some names of embed and layer 0: who else sends them, and where they go (D.3.3)."""
-    either = table[table["table"] == FROM_EITHER]
+    either, bottleneck = table[table["table"] == FROM_EITHER], mixer_node(table["node"], layer)
     some = either.groupby("node")["has"].any()
     out = []
     for row in either[~either["has"] & either["node"].map(some)].itertuples():
         here = kept[kept["label"] == row.label]
         sources = here.loc[here["target"] == row.node, "source"].tolist()
         targets = here.loc[here["source"] == row.node, "target"].tolist()
-        if sources or [t for t in targets if t != str(layer)]:
+        if sources or [t for t in targets if t != bottleneck]:
             out.append(f"layer {row.node} gets {row.label} from {_nodes(sources)} and sends to {_nodes(targets)}")
     return [f"Of the missing names, {'; '.join(out)}."] if out else []
 
 
 def _nodes(nodes: list[str]) -> str:
-    layers = [n for n in nodes if n.isdigit()]
-    return " and ".join(([layers_text(layers)] if layers else []) + [n for n in nodes if not n.isdigit()]) or "no one"
+    layers = [node for node in nodes if node not in ("embed", "output")]
+    others = [node for node in nodes if node in ("embed", "output")]
+    return " and ".join(([layers_text(layers)] if layers else []) + others) or "no one"

@@ -20,6 +20,7 @@ import pandas as pd
 
 from ioi_mamba.analyses import _circuits
 from ioi_mamba.charts import circuit_charts
+from ioi_mamba.charts.circuit_axes import node_place
 from ioi_mamba.charts.drawing import matrix_heatmap
 from ioi_mamba.circuits.faithfulness import estimates, random_circuits
 from ioi_mamba.circuits.graph import Circuit, items_of, universe_of
@@ -153,7 +154,7 @@ def chart(table: pd.DataFrame):
     items = _circuits.item_rows(table)
     parts = items[items["part"].notna()].assign(drop=lambda t: t["drop"].fillna(0.0))
     order = list(dict.fromkeys(parts["part"]))
-    layers = sorted(set(parts["source"]), key=int)
+    layers = sorted(set(parts["source"]), key=node_place)
     heatmap = matrix_heatmap(
         parts,
         x="part",

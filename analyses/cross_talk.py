@@ -254,7 +254,7 @@ EXPERIMENT = Experiment(
         "probability of the answer among them, then the lower index).\n"
         "Stop: accuracy above the threshold. If it is never reached, the circuit is the layers up to the best accuracy."
     ),
-    needs=frozenset({Need.SITES, Need.ABLE, Need.ONE_TOKEN}),
+    needs=frozenset({Need.SITES, Need.ABLE, Need.ONE_TOKEN, Need.NO_ATTENTION}),
     options=Options,
     columns=COLUMNS,
     draws={ioi.TASK.name: default_pairs},

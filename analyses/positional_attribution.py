@@ -18,6 +18,7 @@ import pandas as pd
 
 from ioi_mamba.analyses import _circuits, _missing_names
 from ioi_mamba.charts import circuit_charts, position_charts
+from ioi_mamba.charts.circuit_axes import mixer_node, node_place
 from ioi_mamba.circuits.attribution import ranked
 from ioi_mamba.circuits.faithfulness import estimates
 from ioi_mamba.circuits.graph import Circuit, universe_of
@@ -103,14 +104,18 @@ def _one_layout(pairs: Pairs, held_out: Pairs | None) -> tuple[Pairs, Pairs | No
 
 def busiest_layer(items: pd.DataFrame) -> int:
     """The layer after 0 with the most |score| on edges into it before the last position."""
-    inner = items[~items["target"].isin(["0", "output"]) & (items["position"] < items["position"].max())]
-    return 0 if inner.empty else int(inner["score"].abs().groupby(inner["target"]).sum().idxmax())
+    of_mixers = items["target"].map(lambda node: node_place(node)[0] > 0 and node.partition(".")[2] in ("", "mamba"))
+    inner = items[of_mixers & (items["target"] != "output") & (items["position"] < items["position"].max())]
+    if inner.empty:
+        return 0
+    return int(node_place(inner["score"].abs().groupby(inner["target"]).sum().idxmax())[0])
 
 
 def without_early_output(circuit: Circuit, layer: int) -> Circuit:
     """The circuit without the edges that leave `layer` at any position but the last."""
     last = (circuit.universe.n_positions or 1) - 1
-    early = frozenset(i for i in circuit.items if i.source == str(layer) and i.position != last)
+    node = mixer_node(circuit.universe.nodes, layer)
+    early = frozenset(i for i in circuit.items if i.source == node and i.position != last)
     return circuit - Circuit(early, circuit.universe)
 
 
@@ -137,7 +142,7 @@ def findings(table: pd.DataFrame) -> list[str]:
         for _, r in items.sort_values("rank").head(5).iterrows()
     )
     layer = int(items["bottleneck"].iloc[0])
-    leaving = items[items["kept"] & (items["source"] == str(layer))]
+    leaving = items[items["kept"] & (items["source"] == mixer_node(items["target"], layer))]
     early = int((leaving["position"] < items["position"].max()).sum())
     out = [
         *_circuits.how_scored(items),

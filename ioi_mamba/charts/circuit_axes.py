@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import altair as alt
 import pandas as pd
 
 SCORE_TITLE = "score (blue: patching it hurts)"
 
 
+SUB_BLOCKS = ("", "mamba", "attn", "mlp")
+"""The sub-blocks of a block in their order; "" is a block that has only one."""
+
+
+def node_place(node: str) -> tuple[float, int]:
+    """Where a node stands: (block, place in it), embed before the first block and output after the last."""
+    if node in ("embed", "output"):
+        return (-1.0 if node == "embed" else float("inf"), 0)
+    layer, _, name = node.partition(".")
+    return float(layer), SUB_BLOCKS.index(name)
+
+
+def mixer_node(nodes: Iterable[str], layer: int) -> str:
+    """The node of a layer's state-space mixer: the layer, or where it has several sub-blocks that one."""
+    return f"{layer}.mamba" if f"{layer}.mamba" in set(nodes) else str(layer)
+
+
 def node_order(items: pd.DataFrame) -> list[str]:
     """embed, the layers, output: those of the table."""
-    nodes = {*items["source"], *items["target"]}
-    return sorted(nodes, key=lambda node: (node == "output", node != "embed", len(node), node))
+    return sorted({*items["source"], *items["target"]}, key=node_place)
 
 
 def score_color(scale: alt.Scale) -> alt.Color:

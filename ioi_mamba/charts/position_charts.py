@@ -12,7 +12,15 @@ from collections.abc import Sequence
 import altair as alt
 import pandas as pd
 
-from ioi_mamba.charts.circuit_axes import label_axis, node_axis, node_order, places, position_labels, score_color
+from ioi_mamba.charts.circuit_axes import (
+    label_axis,
+    node_axis,
+    node_order,
+    node_place,
+    places,
+    position_labels,
+    score_color,
+)
 from ioi_mamba.charts.drawing import MAX_ROWS, check_size, diverging_scale
 from ioi_mamba.charts.theme import BLUE, ORANGE, PLOT_WIDTH
 
@@ -148,7 +156,7 @@ def presence_strips(missing: pd.DataFrame) -> alt.VConcatChart:
 
     missing: columns table, node, label, has. The nodes of a table "to ..." are those that send.
     """
-    nodes = sorted(set(missing["node"]), key=int)
+    nodes = sorted(set(missing["node"]), key=node_place)
     names = list(dict.fromkeys(missing["label"]))
     cell = max(9, min(24, (PLOT_WIDTH - 60) // len(nodes)))
     strips = []

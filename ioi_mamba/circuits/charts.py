@@ -7,6 +7,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
+from ioi_mamba.charts.circuit_axes import node_place
 from ioi_mamba.charts.drawing import matrix_heatmap
 
 
@@ -22,7 +23,7 @@ def circuit_matrices(table: pd.DataFrame, value: str) -> Any:
     )
     cells = pd.DataFrame(whole[value].sum())
     edges, parts = (pd.DataFrame(cells[(cells["part"] == "") == is_edge]) for is_edge in (True, False))
-    nodes = sorted({*edges["source"], *edges["target"]}, key=_place)
+    nodes = sorted({*edges["source"], *edges["target"]}, key=node_place)
     charts = []
     for part, x, order, columns in (
         (edges, "target", [n for n in nodes if n in set(edges["target"])], "to"),
@@ -30,7 +31,7 @@ def circuit_matrices(table: pd.DataFrame, value: str) -> Any:
     ):
         if not len(part):
             continue
-        rows, numbers = sorted(set(part["source"]), key=_place), part[value].tolist()
+        rows, numbers = sorted(set(part["source"]), key=node_place), part[value].tolist()
         charts.append(
             matrix_heatmap(
                 part,
@@ -48,7 +49,3 @@ def circuit_matrices(table: pd.DataFrame, value: str) -> Any:
             )
         )
     return alt.vconcat(*charts, spacing=30).resolve_scale(color="independent")
-
-
-def _place(node: str) -> int:
-    return {"embed": -1}.get(node, 10**6 if node == "output" else int(node) if node.isdigit() else 0)

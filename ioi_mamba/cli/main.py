@@ -165,7 +165,7 @@ def _quiet() -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from ioi_mamba import analyses, tasks
     from ioi_mamba.experiments.experiment import Need
-    from ioi_mamba.study.plan import parse_options
+    from ioi_mamba.study.plan import parse_options, unavailable
 
     task = tasks.known(arguments.task)
     names = list(dict.fromkeys(arguments.analysis))
@@ -211,6 +211,11 @@ def _run(arguments: argparse.Namespace) -> int:
         host=arguments.host,
         any_architecture=not any(Need.SITES in experiment.needs for experiment in experiments),
     )
+    if names == ["all"]:
+        reasons = {experiment.name: unavailable(experiment, model) for experiment in experiments}
+        for why in filter(None, reasons.values()):
+            print(f"Left out: {why}", file=sys.stderr)
+        experiments = [experiment for experiment in experiments if reasons[experiment.name] is None]
     if arguments.backend == "ndif":
         model.jobs.limit(arguments.max_upload, arguments.max_download, arguments.retries)
         model.jobs.wait = not arguments.submit

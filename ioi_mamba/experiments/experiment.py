@@ -41,6 +41,8 @@ class Need(StrEnum):
     """Other pairs, on which what was chosen is judged."""
     GRADIENTS = "gradients"
     """A backward pass, unless its option `method` is "exact"."""
+    NO_ATTENTION = "no-attention"
+    """A model whose tokens see each other by convolution and state alone."""
     LAYER = "layer"
     """One layer, its option `layer`: where the user names none, the one that this run's layer-ablation finds."""
 

@@ -1,6 +1,9 @@
 """Train `mini`, measure it on prompts it has not seen, and write the checkpoint and its model card.
 
-    python -m ioi_mamba.mini.train --out DIR [--steps N] [--seed S] [--threads N] [--resume]
+    python -m ioi_mamba.mini.train --out DIR [--architecture A] [--steps N] [--seed S] [--threads N] [--resume]
+
+An architecture other than `mamba` makes one of its relatives, `mini-mamba2` or `mini-hybrid`, which learn the paper's
+templates alone.
 
 Everything random comes from the seed, so one machine with one number of threads makes the same checkpoint
 twice. The state of the run is kept in DIR; `--resume` goes on from it, to the very weights that an
@@ -17,16 +20,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Container
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from ioi_mamba.errors import InputError
 from ioi_mamba.files import written_whole
@@ -40,6 +51,7 @@ from ioi_mamba.mini.corpus import (
     vocabulary,
 )
 from ioi_mamba.mini.tokenizer import build_tokenizer
+from ioi_mamba.model.families import FAMILIES
 from ioi_mamba.model.scan import selective_scan
 from ioi_mamba.tasks.base import Pairs
 
@@ -51,11 +63,13 @@ PART = 16
 """Documents that go through the model at once."""
 
 
-def logits(model: MambaForCausalLM, tokens: Tensor) -> Tensor:
-    """What `model(tokens).logits` gives, [batch, pos, vocab], from the same parameters, with a fast gradient.
+def logits(model: Any, tokens: Tensor) -> Tensor:
+    """What `model(tokens).logits` gives, [batch, pos, vocab], from the same parameters; of a Mamba-1 with a fast gradient.
 
     tokens: [batch, pos].
     """
+    if not isinstance(model, MambaForCausalLM):
+        return model(tokens, use_cache=False).logits
     residual = model.backbone.embeddings(tokens)
     layers: Any = model.backbone.layers
     for layer in layers:
@@ -73,10 +87,14 @@ def logits(model: MambaForCausalLM, tokens: Tensor) -> Tensor:
     return model.lm_head(model.backbone.norm_f(residual))
 
 
+Architecture = Literal["mamba", "mamba2", "hybrid"]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What decides the weights, all of it: two runs with equal recipes on one machine end equal."""
 
+    architecture: Architecture = "mamba"
     steps: int = 1700
     seed: int = 0
     batch: int = 64
@@ -99,8 +117,64 @@ class Recipe:
         return self.learning_rate * (self.final_rate + (1 - self.final_rate) * cosine)
 
 
-def new_model(recipe: Recipe, vocab_size: int) -> MambaForCausalLM:
-    """An untrained model of the recipe's sizes and seed.
+NEVER = 10**9
+"""A ramp that is never climbed: the paper's templates alone."""
+
+RECIPES: dict[str, Recipe] = {
+    "mamba": Recipe(),
+    "mamba2": Recipe(architecture="mamba2", steps=2400, batch=32, layers=4, hidden=96, state=16, ramp=NEVER),
+    "hybrid": Recipe(architecture="hybrid", steps=2000, batch=32, layers=4, hidden=64, state=16, ramp=NEVER),
+}
+"""The recipe of each architecture: `mini`, and its relatives for tests and comparisons."""
+
+HEAD_WIDTH, CHUNK = 16, 32
+
+
+def new_model(recipe: Recipe, vocab_size: int) -> Any:
+    """An untrained model of the recipe's architecture, sizes and seed.
+
+    mamba2: one group of heads, of HEAD_WIDTH channels each. hybrid: a Bamba, whose third block has attention in place of
+    the mixer, and every block an MLP.
+    """
+    if recipe.architecture == "mamba":
+        return _new_mamba(recipe, vocab_size)
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": True}
+    heads = 2 * recipe.hidden // HEAD_WIDTH
+    torch.manual_seed(recipe.seed)
+    if recipe.architecture == "mamba2":
+        config = Mamba2Config(
+            vocab_size=vocab_size,
+            hidden_size=recipe.hidden,
+            state_size=recipe.state,
+            num_hidden_layers=recipe.layers,
+            num_heads=heads,
+            head_dim=HEAD_WIDTH,
+            n_groups=1,
+            chunk_size=CHUNK,
+            **special,
+        )
+        return Mamba2ForCausalLM(config)
+    config = BambaConfig(
+        vocab_size=vocab_size,
+        hidden_size=recipe.hidden,
+        intermediate_size=2 * recipe.hidden,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        attn_layer_indices=[2],
+        mamba_n_heads=heads,
+        mamba_d_head=HEAD_WIDTH,
+        mamba_d_state=recipe.state,
+        mamba_n_groups=1,
+        mamba_chunk_size=CHUNK,
+        max_position_embeddings=512,
+        **special,
+    )
+    return BambaForCausalLM(config)
+
+
+def _new_mamba(recipe: Recipe, vocab_size: int) -> MambaForCausalLM:
+    """As `new_model`.
 
     The output projections start smaller by the square root of the number of layers (the option of the
     configuration, which names the first weights alone and is put back). Without it the first layer learns
@@ -154,7 +228,7 @@ def train(
     state_file: Path | None = None,
     save_every: int = 200,
     resume: bool = False,
-) -> tuple[MambaForCausalLM, list[float], float]:
+) -> tuple[Any, list[float], float]:
     """The trained model, the loss of every step, and the seconds it took, before an interruption and after.
 
     state_file: where everything a later `resume` needs is kept, every `save_every` steps. Raises InputError
@@ -223,7 +297,7 @@ class Figure:
     of_all_tokens: float
 
 
-def measure(model: MambaForCausalLM, sets: dict[tuple[str, str], Pairs]) -> list[Figure]:
+def measure(model: Any, sets: dict[tuple[str, str], Pairs]) -> list[Figure]:
     """The figures of `model` on each of `sets`."""
     figures = []
     for (template, corruption), pairs in sets.items():
@@ -290,9 +364,33 @@ or four names of its pair (two or three in the last row). Of all tokens: the lar
 """
 
 
+RELATIVE_CARD = """---
+license: mit
+library_name: transformers
+tags: [{family}, interpretability, indirect-object-identification]
+---
+# mini-{architecture}
+
+A small trained relative of `mini`, of the family `{family}`, for tests and comparisons. It has read the templates of the
+mamba-370m IOI paper (arXiv 2407.14008) and nothing else, and does that task alone. It is not a language model, and no
+figure of it is one of a published model.
+
+{layers} layers, hidden size {hidden}, {vocab} vocabulary entries (those of `mini`), {parameters:,} parameters in float32.
+`python -m ioi_mamba.mini.train --architecture {architecture} --seed {seed} --steps {steps} --threads {threads}` made it in
+{minutes:.1f} minutes: {steps} steps of {batch} documents, AdamW, learning rate {rate:g}. Prompts of the published data
+sets of the seeds {train_seed} and {held_out_seed} occur in no training document.
+
+## Held-out accuracy
+Prompts of seed {held_out_seed}, both of each pair. Among names: the answer has the largest logit of the names of its
+pair. Of all tokens: the largest of all {vocab}.
+
+{table}
+"""
+
+
 def write_checkpoint(
     out: Path,
-    model: MambaForCausalLM,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     recipe: Recipe,
     seconds: float,
@@ -304,14 +402,18 @@ def write_checkpoint(
         beside = Path(folder)
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-        card = CARD.format(
+        own = recipe.architecture == "mamba"
+        sizes = FAMILIES[config.model_type].sizes(config).letters
+        card = (CARD if own else RELATIVE_CARD).format(
+            architecture=recipe.architecture,
+            family=config.model_type,
             words=len({word.strip() for word in vocabulary()}),
             layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            inner=config.intermediate_size,
-            state=config.state_size,
-            conv=config.conv_kernel,
-            vocab=config.vocab_size,
+            hidden=sizes["D"],
+            inner=sizes["E"],
+            state=sizes["N"],
+            conv=sizes["K"],
+            vocab=sizes["vocab"],
             parameters=model.num_parameters(),
             megabytes=sum(file.stat().st_size for file in beside.iterdir()) / 1e6,
             seed=recipe.seed,
@@ -355,17 +457,20 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line. 0: a model was written; 1: it was not good enough; 2: bad input."""
     parser = argparse.ArgumentParser(prog="python -m ioi_mamba.mini.train", description="Train the embedded model.")
     parser.add_argument("--out", type=Path, default=Path("mini-checkpoint"), help="directory (%(default)s)")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="training steps (%(default)s)")
+    parser.add_argument("--architecture", choices=RECIPES, default="mamba", help="of the model (%(default)s)")
+    parser.add_argument("--steps", type=int, default=None, help="training steps (those of the recipe)")
     parser.add_argument("--seed", type=int, default=Recipe.seed, help="of weights and documents (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="processor threads (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from the state that a run left in --out")
     options = parser.parse_args(arguments)
     try:
-        for name in ("steps", "threads"):
-            if getattr(options, name) < 1:
-                raise InputError(f"--{name} is {getattr(options, name)}; give at least 1.")
+        recipe = RECIPES[options.architecture]
+        recipe = replace(recipe, seed=options.seed, steps=recipe.steps if options.steps is None else options.steps)
+        for name, value in (("steps", recipe.steps), ("threads", options.threads)):
+            if value < 1:
+                raise InputError(f"--{name} is {value}; give at least 1.")
         torch.set_num_threads(options.threads)
-        return _run(options.out, Recipe(steps=options.steps, seed=options.seed), options.resume)
+        return _run(options.out, recipe, options.resume)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

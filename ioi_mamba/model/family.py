@@ -126,7 +126,7 @@ class Block:
     ends: Mapping[str, End]
     writers: tuple[tuple[Writer, ...], ...]
     mixer: str | None
-    layer_pass: Callable[..., Any]
+    layer_pass: type[Any]
     attends: bool = False
 
     def stages(self) -> list[str]:

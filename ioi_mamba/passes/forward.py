@@ -169,20 +169,22 @@ class _LayerPlan:
         open_pass.finish()
 
 
-def _factor(config, name: str | None) -> float | None:
-    """What an entry of the config multiplies with; of "/name", divides by."""
-    if name is None:
-        return None
-    return 1 / getattr(config, name[1:]) if name.startswith("/") else getattr(config, name)
+def _scaled(value: Tensor, config, entry: str | None, *, back: bool = False) -> Tensor:
+    """A value times an entry of the config, or of "/entry" divided by it; None: as it is. back: undone."""
+    if entry is None:
+        return value
+    factor = getattr(config, entry.removeprefix("/"))
+    return value / factor if entry.startswith("/") != back else value * factor
 
 
-def _edit_place(place, factor: float | None, name: str, edits, observe, reads, saved: dict[str, Tensor]) -> None:
+def _edit_place(place, config, entry: str | None, name: str, edits, observe, reads, saved: dict[str, Tensor]) -> None:
+    """Serve a value of the whole model: what a module gives, times an entry of the config."""
     if name not in edits and name not in observe and name not in reads:
         return
-    value = place.output if factor is None else place.output * factor
+    value = _scaled(place.output, config, entry)
     if name in edits:
         value = fitted(name, _apply(edits[name], value.clone, name), value)
-        place.output = value if factor is None else value / factor
+        place.output = _scaled(value, config, entry, back=True)
     if name in observe:
         observe[name](value)
     if name in reads:
@@ -242,19 +244,17 @@ def forward(
     with model.trace(tokens, use_cache=False):
         saved: dict[str, Tensor] = {}
         if start is None:
-            _edit_place(
-                at(model, tree.embeddings), _factor(config, tree.embedded), "hook_embed", edits, observe, reads, saved
-            )
+            _edit_place(at(model, tree.embeddings), config, tree.embedded, "hook_embed", edits, observe, reads, saved)
         for i in range(first):
             skip(model, i, stream_in)
         for i in sorted(plans):
             plans[i].walk(model, i, saved, own_scan)
-        _edit_place(at(model, tree.last_norm), None, "hook_norm", edits, observe, reads, saved)
+        _edit_place(at(model, tree.last_norm), config, None, "hook_norm", edits, observe, reads, saved)
         if logits_at is not None:
             stream = head.input
             rows = torch.arange(stream.shape[0], device=stream.device)[:, None]
             head.input = stream[rows, logits_at.to(stream.device)]
-        _edit_place(head, _factor(config, tree.scaled), "hook_logits", edits, observe, [*reads, "hook_logits"], saved)
+        _edit_place(head, config, tree.scaled, "hook_logits", edits, observe, [*reads, "hook_logits"], saved)
         if reduce is not None:
             saved = reduce(saved)
         saved = nnsight.save(saved)

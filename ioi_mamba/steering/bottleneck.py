@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.families import sizes_of
+from ioi_mamba.model.families import layers_with, sizes_of
 from ioi_mamba.passes.metrics import effect
 from ioi_mamba.passes.ranges import usable
 from ioi_mamba.passes.sweep import layer_count, swept_logit_diffs
@@ -30,7 +30,8 @@ def find_layer(model, pairs: Pairs | None = None) -> int:
     # A position is one word only in pairs of one layout.
     found = usable(model, max(given.layouts(), key=len)).pairs
     pairs = found[:40] if given is pairs else found
-    layers, positions = list(range(1, layer_count(model))), list(range(pairs.clean.shape[1] - 1))
+    layers = [layer for layer in layers_with(model, "layer_input") if layer > 0]
+    positions = list(range(pairs.clean.shape[1] - 1))
     effects = _by_corruption(
         pairs, effect(**swept_logit_diffs(model, pairs, "layer_input", layers=layers, positions=positions))
     )

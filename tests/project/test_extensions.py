@@ -13,7 +13,7 @@ import torch
 
 import ioi_mamba as im
 from ioi_mamba import analyses, tasks
-from ioi_mamba.circuits.methods import Method, kinds_of
+from ioi_mamba.circuits.methods import Method
 from ioi_mamba.cli.main import main
 from ioi_mamba.errors import InputError
 from ioi_mamba.passes.forward import run
@@ -268,7 +268,7 @@ def test_a_method_of_attribution_of_ones_own_is_one_record(mini):
         clean, corrupted = (im.read(model, side, names) for side in (pairs.clean, pairs.corrupted))
         change = {n: (corrupted[n] - clean[n]).norm(dim=-1).sum(1) for n in names}
         source = dict(zip(universe.nodes, names, strict=False))
-        return torch.stack([-change[source[s]] for s, _, _ in kinds_of(universe)])[:, None]
+        return torch.stack([-change[source[s]] for s, _, _ in universe.kinds()])[:, None]
 
     method = Method("size", "size of the change", "how far the source's output moves", False, False, by_size)
     pairs = im.ioi.generate(mini.tokenizer, 3, templates=im.ioi.ALIGNED_TEMPLATES)

@@ -1,0 +1,283 @@
+"""What holds in every family, each on a tiny model with random weights."""
+
+import pytest
+import torch
+from tiny import CONFIGS, LENGTH, model_of, pairs_of
+
+import ioi_mamba as im
+from ioi_mamba.circuits.graph import Circuit, masks_of, universe_of
+from ioi_mamba.circuits.patching import corrupted_run, nodes_of, patched_logits, source_hooks
+from ioi_mamba.circuits.scoring import Evaluator
+from ioi_mamba.model.families import FAMILIES, attends, block_of, family_of, layers_with, sizes_of
+from ioi_mamba.passes.forward import forward
+from ioi_mamba.passes.metrics import logit_diff
+from ioi_mamba.passes.sweep import resample_sweep
+
+pytestmark = pytest.mark.parametrize("family", CONFIGS)
+
+
+def test_every_family_that_opens_is_in_this_suite(family):
+    assert set(CONFIGS) == set(FAMILIES)
+    assert family_of(model_of(family)).name == family
+
+
+def kinds(model):
+    """One layer of each kind of block: the first."""
+    record, config = family_of(model), model.config
+    first = {}
+    for layer, kind in enumerate(record.blocks(config)):
+        first.setdefault(kind, layer)
+    return list(first.values())
+
+
+def hooks(model, layer):
+    """Every name of a layer, slices by index."""
+    sites = block_of(model, layer).sites.values()
+    return [f"blocks.{layer}.hook_{s.name}{'.-1' if s.indexed_by == 'slice' else ''}" for s in sites]
+
+
+def stock(model, tokens):
+    return model._module(tokens, use_cache=False).logits.detach()
+
+
+def close(got, want, tolerance=2e-5):
+    scale = float(want.abs().max())
+    assert float((got - want).abs().max()) <= tolerance * scale
+
+
+def test_our_own_scan_gives_the_logits_of_the_stock_model(family):
+    model, pairs = model_of(family), pairs_of()
+    want = stock(model, pairs.clean)
+    assert torch.equal(im.run(model, pairs.clean), want)
+    close(im.run(model, pairs.clean, own_scan=True), want)
+
+
+def test_every_value_has_the_shape_of_its_site_and_reading_it_moves_nothing(family):
+    model, pairs = model_of(family), pairs_of()
+    for layer in kinds(model):
+        names = hooks(model, layer)
+        got = im.read(model, pairs.clean, [*names, "hook_logits"])
+        assert torch.equal(got["hook_logits"], stock(model, pairs.clean))
+        for name in names:
+            site = block_of(model, layer).sites[name.split("hook_")[1].split(".")[0]]
+            assert got[name].shape == sizes_of(model).shape(site, *pairs.clean.shape), name
+
+
+def test_writing_back_what_was_read_moves_nothing(family):
+    model, pairs = model_of(family), pairs_of()
+    want = stock(model, pairs.clean)
+    for layer in kinds(model):
+        names = hooks(model, layer)
+        got = im.read(model, pairs.clean, names)
+        for name in names:
+            close(im.run(model, pairs.clean, {name: got[name]}), want)
+
+
+def test_noise_at_every_value_moves_the_logits_and_nothing_before_it(family):
+    model, pairs = model_of(family), pairs_of()
+    want, at = stock(model, pairs.clean), 6
+    generator = torch.Generator().manual_seed(1)
+    for name in ("hook_embed", *(name for layer in kinds(model) for name in hooks(model, layer))):
+        value = im.read(model, pairs.clean, [name])[name]
+        noise = torch.randn(value.shape, generator=generator) * (0.3 * value.std() + 0.1)
+        by_position = value.dim() > 2 and value.shape[1] == LENGTH
+        if by_position:
+            noise[:, :at] = 0
+        moved = (im.run(model, pairs.clean, {name: value + noise}) - want).abs()
+        assert float(moved.max()) > 1e-3, name
+        if by_position:
+            assert float(moved[:, :at].max()) < 1e-4, name
+
+
+def test_the_states_follow_the_recurrence_as_it_is_written_down(family):
+    model, pairs = model_of(family), pairs_of()
+    for layer in {layers_with(model, "h")[0], layers_with(model, "h")[-1]}:
+        sites = ("ssm_input", "C", "A_bar", "B_bar", "h", "y", "conv")
+        got = im.read(model, pairs.clean, [f"blocks.{layer}.hook_{site}" for site in sites])
+        x, C, A_bar, B_bar, h, y, conv = (got[f"blocks.{layer}.hook_{site}"] for site in sites)
+        state = torch.zeros_like(h[:, 0])
+        for t in range(LENGTH):
+            if h.dim() == 4:  # Mamba-1: [batch, E, N]
+                state = A_bar[:, t] * state + B_bar[:, t] * x[:, t, :, None]
+                read = torch.einsum("ben,bn->be", state, C[:, t])
+            else:  # Mamba-2: [batch, H, P, N]
+                H, G = A_bar.shape[2], C.shape[2]
+                by_head = x[:, t].unflatten(-1, (H, -1))
+                state = A_bar[:, t, :, None, None] * state + by_head[..., None] * B_bar[:, t, :, None, :]
+                of_head = C[:, t][:, [head // (H // G) for head in range(H)]]
+                read = torch.einsum("bhpn,bhn->bhp", state, of_head).flatten(1)
+            close(h[:, t], state)
+            close(y[:, t], read)
+        slices = [f"blocks.{layer}.hook_conv_slice.{s}" for s in range(1 - sizes_of(model).conv_width, 1)]
+        taps = im.read(model, pairs.clean, slices)
+        rest = conv - sum(taps.values())
+        close(rest, rest[:1, :1].expand_as(rest))  # what is left is a bias, or nothing
+
+
+def test_a_written_state_is_what_the_recurrence_goes_on_from(family):
+    model, pairs = model_of(family), pairs_of()
+    layer = layers_with(model, "h")[-1]
+    hook, names = f"blocks.{layer}.hook_h", [f"blocks.{layer}.hook_{site}" for site in ("A_bar", "B_bar", "ssm_input")]
+    got = im.read(model, pairs.clean, [hook, *names])
+    written = torch.randn(got[hook][:, 3].shape, generator=torch.Generator().manual_seed(2))
+    after = forward(model, pairs.clean, {f"{hook}.3": written}, reads=[hook])[hook]
+    decay, drive = family_of(model).recurrence_terms(*(got[name] for name in names))
+    close(after[:, 3], written)
+    close(after[:, 4], decay[:, 4] * written + drive[:, 4])
+    close(after[:, :3], got[hook][:, :3])
+
+
+def test_the_stream_is_the_sum_of_what_the_nodes_add(family):
+    model, pairs = model_of(family), pairs_of()
+    nodes = nodes_of(model)
+    end = f"blocks.{nodes[-1].layer}.hook_resid_post"
+    got = im.read(model, pairs.clean, [*source_hooks(nodes), end])
+    close(sum(got[name] for name in source_hooks(nodes)), got[end])
+
+
+def test_everything_patched_is_the_corrupted_run(family):
+    model, pairs = model_of(family), pairs_of()
+    universe = universe_of(model)
+    edges = [(item.source, item.target) for item in universe.items()]
+    close(im.patch_edges(model, pairs, edges), stock(model, pairs.corrupted))
+
+
+def test_an_edge_is_patched_as_by_writing_its_target_by_hand(family):
+    model, pairs = model_of(family), pairs_of()
+    nodes = nodes_of(model)
+    target = nodes[-1]
+    names = source_hooks(nodes)
+    there, here = (im.read(model, side, names[:2]) for side in (pairs.corrupted, pairs.clean))
+    reads = f"blocks.{target.layer}.hook_{target.writer.reads}"
+    universe = universe_of(model)
+    for source, name in zip(universe.nodes[:2], names[:2], strict=True):
+        change = there[name] - here[name]
+        want = im.run(model, pairs.clean, {reads: lambda x, change=change: x + change})
+        close(im.patch_edges(model, pairs, [(source, universe.nodes[-2])]), want, 5e-5)
+
+
+def test_parts_are_patched_as_by_writing_their_values_by_hand(family):
+    model, pairs = model_of(family), pairs_of()
+    node = universe_of(model).mixers[-1]
+    layer = int(node.partition(".")[0])
+    site = lambda name: f"blocks.{layer}.hook_{name}"
+    there = im.read(model, pairs.corrupted, [site("skip"), site("conv_slice.-1")])
+    for part, name in (("skip", "skip"), ("conv-1", "conv_slice.-1")):
+        want = im.run(model, pairs.clean, {site(name): there[site(name)]})
+        close(im.patch_edges(model, pairs, [(node, node, None, part)]), want, 5e-5)
+    states = im.read(model, pairs.corrupted, [site("h")])[site("h")]
+    close(
+        im.patch_edges(model, pairs, [(node, node, None, "ssm")]), im.run(model, pairs.clean, {site("h"): states}), 5e-5
+    )
+
+
+def test_a_search_that_goes_on_from_earlier_passes_is_the_plain_one(family):
+    model, pairs = model_of(family), pairs_of()
+    universe = universe_of(model, parts=True)
+    items = universe.items()
+    sets = [items[: k * len(items) // 4] for k in range(5)] + [items[::2], [items[-1]], items[3:7]]
+    both = [Evaluator(model, pairs, universe, resume=resume) for resume in (True, False)]
+    for each in sets:
+        resumed, plain = (evaluator.scores([each])["logit_diff"] for evaluator in both)
+        close(resumed, plain, 1e-4)
+
+
+def test_a_score_at_the_clean_point_is_how_the_metric_begins_to_change_when_the_item_is_patched(family):
+    model, pairs, little = model_of(family), pairs_of(2), 1e-3
+    universe = universe_of(model, parts=True)
+    items = universe.items()
+    masks = masks_of([[item] for item in items], universe, LENGTH)
+    corrupted = corrupted_run(model, pairs, parts=True)
+    ends = [patched_logits(model, pairs, corrupted, masks * step) for step in (little, -little)]
+    more, less = (logit_diff(each, pairs.answer, pairs.wrong) for each in ends)  # [item, pair]
+    clean = stock(model, pairs.clean)[:, -1]
+    whole = logit_diff(clean, pairs.answer, pairs.wrong) - logit_diff(corrupted.logits, pairs.answer, pairs.wrong)
+    want = ((more - less) / (2 * little) / whole.abs()).mean(1)
+    got = torch.tensor(im.attribute(model, pairs, method="eap", parts=True).table["score"].to_numpy())
+    assert len(got) == universe.size()
+    close(got, want.to(got), 0.03)  # of a difference of float32 logits over a small step
+
+
+def test_a_gradient_through_our_scan_is_the_stock_models(family):
+    model, pairs = model_of(family), pairs_of()
+
+    def gradient(own_scan):
+        leaf = []
+
+        def edit(x):
+            leaf.append(x.requires_grad_())
+            return leaf[0]
+
+        def differentiate(saved):
+            (found,) = torch.autograd.grad(saved["hook_logits"][:, -1].square().sum(), leaf)
+            return {"gradient": found}
+
+        with torch.enable_grad():
+            return forward(model, pairs.clean, {"hook_embed": edit}, own_scan=own_scan, reduce=differentiate)[
+                "gradient"
+            ]
+
+    close(gradient(True), gradient(False), 1e-4)
+
+
+@pytest.mark.parametrize("site", ["layer_input", "h", "conv_slice.-1", "out_proj", "h_and_conv"])
+def test_a_resumed_sweep_is_the_plain_one(family, site):
+    model, pairs = model_of(family), pairs_of()
+    resumed, plain = (resample_sweep(model, pairs, site, resume=resume) for resume in (True, False))
+    close(resumed, plain, 5e-5)
+    assert len(resumed) == len(layers_with(model, "h" if site == "h_and_conv" else site))
+
+
+def test_a_cell_of_a_sweep_is_the_run_with_that_value_written(family):
+    model, pairs = model_of(family), pairs_of()
+    layer = layers_with(model, "h")[-1]
+    hook = f"blocks.{layer}.hook_h.5"
+    there = im.read(model, pairs.corrupted, [hook])[hook]
+    want = im.run(model, pairs.clean, {hook: there})[:, -1]
+    got = resample_sweep(model, pairs, "h", layers=[layer], positions=[5])[0, 0]
+    answers = torch.stack([pairs.answer, pairs.wrong], 1)
+    close(got, want.gather(1, answers), 5e-5)
+
+
+def test_a_block_without_a_value_says_which_blocks_have_it(family):
+    model, pairs = model_of(family), pairs_of()
+    without = [layer for layer in range(sizes_of(model).n_layers) if layer not in layers_with(model, "h")]
+    for layer in without:
+        with pytest.raises(im.InputError, match=rf"block {layer} has no such value; blocks .* have"):
+            im.read(model, pairs.clean, f"blocks.{layer}.hook_h")
+    assert bool(without) <= attends(model)
+
+
+def test_the_mixer_of_a_layer_is_read_and_written_in_a_plain_trace(family):
+    model, pairs = model_of(family), pairs_of()
+    layer = layers_with(model, "h")[-1]
+    with model.trace(pairs.clean, use_cache=False):
+        with im.mixer(model, layer) as m:
+            m.B_bar[:, 4] = 0
+            m.h[:, 7] = 0
+            seen = m.y.save()
+        logits = model.output.logits.save()
+    name = f"blocks.{layer}.hook_"
+
+    def emptied(x):
+        x[:, 4] = 0
+        return x
+
+    edits = {f"{name}B_bar": emptied, f"{name}h.7": 0}
+    close(logits, im.run(model, pairs.clean, edits))
+    assert float(seen[:, 7].abs().max()) == 0
+
+
+def test_it_runs_in_bfloat16(family):
+    model, pairs = model_of(family, "bfloat16"), pairs_of()
+    want = stock(model, pairs.clean).float()
+    got = im.run(model, pairs.clean, own_scan=True).float()
+    assert float((got - want).abs().max()) <= 0.15 * float(want.abs().max())
+
+
+def test_a_circuit_is_saved_and_read_again(family, tmp_path):
+    circuit = Circuit.full(universe_of(model_of(family), parts=True))
+    circuit.save(tmp_path / "all")
+    again = Circuit.load(tmp_path / "all")
+    assert again == circuit
+    assert len(circuit) == circuit.universe.size()

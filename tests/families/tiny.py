@@ -1,0 +1,181 @@
+"""A tiny lively model of every family, with random weights, and pairs of token ids for it."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    FalconH1Config,
+    FalconMambaConfig,
+    GraniteMoeHybridConfig,
+    JambaConfig,
+    Mamba2Config,
+    MambaConfig,
+    NemotronHConfig,
+    PreTrainedConfig,
+    Zamba2Config,
+)
+
+import ioi_mamba as im
+
+VOCAB, LENGTH = 19, 11
+_SPECIAL = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": False}
+_HEADS = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 6,
+    "mamba_d_state": 5,
+    "mamba_n_groups": 2,
+    "mamba_d_conv": 3,
+    "mamba_chunk_size": 8,
+}
+
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "mamba": MambaConfig(hidden_size=12, num_hidden_layers=3, state_size=5, conv_kernel=3, **_SPECIAL),
+    "falcon_mamba": FalconMambaConfig(hidden_size=12, num_hidden_layers=3, state_size=5, conv_kernel=3, **_SPECIAL),
+    "jamba": JambaConfig(
+        hidden_size=16,  # multiples of 8, which the experts' products need in bfloat16
+        num_hidden_layers=4,
+        intermediate_size=24,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        mamba_d_state=5,
+        mamba_d_conv=3,
+        mamba_dt_rank=2,
+        attn_layer_period=4,
+        attn_layer_offset=2,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+        **_SPECIAL,
+    ),
+    "mamba2": Mamba2Config(
+        hidden_size=12,
+        num_hidden_layers=3,
+        num_heads=4,
+        head_dim=6,
+        state_size=5,
+        n_groups=2,
+        conv_kernel=3,
+        chunk_size=8,
+        time_step_limit=(0.01, 2.0),
+        **_SPECIAL,
+    ),
+    "bamba": BambaConfig(
+        hidden_size=12,
+        intermediate_size=20,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        attn_layer_indices=[1],
+        max_position_embeddings=64,
+        **_HEADS,
+        **_SPECIAL,
+    ),
+    "granitemoehybrid": GraniteMoeHybridConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=16,
+        embedding_multiplier=1.5,
+        residual_multiplier=0.7,
+        logits_scaling=0.8,
+        attention_multiplier=0.4,
+        max_position_embeddings=64,
+        **_HEADS | {"mamba_d_head": 8},
+        **_SPECIAL,
+    ),
+    "falcon_h1": FalconH1Config(
+        hidden_size=12,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        mamba_d_ssm=24,
+        mamba_rms_norm=True,
+        mamba_norm_before_gate=False,
+        ssm_in_multiplier=1.2,
+        ssm_out_multiplier=0.8,
+        attention_in_multiplier=0.9,
+        attention_out_multiplier=1.3,
+        embedding_multiplier=1.4,
+        lm_head_multiplier=0.7,
+        ssm_multipliers=[1.2, 0.9, 1.1, 0.8, 1.3],
+        max_position_embeddings=64,
+        **_HEADS,
+        **_SPECIAL,
+    ),
+    "nemotron_h": NemotronHConfig(
+        hidden_size=12,
+        intermediate_size=20,
+        layers_block_type=["linear_attention", "mlp", "full_attention", "linear_attention"],
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        head_dim=4,
+        mamba_num_heads=4,
+        mamba_head_dim=6,
+        ssm_state_size=5,
+        n_groups=2,
+        conv_kernel=3,
+        chunk_size=8,
+        time_step_min=0.02,
+        **_SPECIAL,
+    ),
+    "zamba2": Zamba2Config(
+        hidden_size=12,
+        intermediate_size=20,
+        num_hidden_layers=4,
+        layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        n_mamba_heads=4,
+        mamba_d_state=5,
+        mamba_d_conv=3,
+        mamba_ngroups=1,
+        chunk_size=8,
+        num_mem_blocks=1,
+        adapter_rank=4,
+        time_step_min=0.02,
+        max_position_embeddings=64,
+        **_SPECIAL,
+    ),
+}
+
+
+@cache
+def model_of(family: str, dtype: str = "float32") -> Any:
+    """The open model of a family; its weights are drawn wide, so that every value moves the logits."""
+    home = Path(mkdtemp(prefix=f"tiny-{family}-"))
+    torch.manual_seed(sum(map(ord, family)))
+    stock = AutoModelForCausalLM.from_config(CONFIGS[family])
+    with torch.no_grad():
+        for name, weight in stock.named_parameters():
+            if weight.ndim > 1 and "A_log" not in name:
+                weight.normal_(0, 1.2 / weight.shape[-1] ** 0.5)
+            elif "norm" not in name and "A_log" not in name:
+                weight.add_(0.3 * torch.randn_like(weight))
+    stock.save_pretrained(home)
+    return im.open_model(str(home), device="cpu", dtype=dtype)
+
+
+def pairs_of(n: int = 3, length: int = LENGTH) -> im.Pairs:
+    """Random pairs; the prompts of the first differ at one position, those of the others at three."""
+    generator = torch.Generator().manual_seed(5)
+    clean = torch.randint(1, VOCAB, (n, length), generator=generator)
+    clean[:, 0] = 0
+    corrupted = clean.clone()
+    for row in range(n):
+        for at in (4,) if row == 0 else (2, 5, 7):
+            corrupted[row, at] = (clean[row, at] + 3) % (VOCAB - 1) + 1
+    return im.Pairs.from_tokens(clean, corrupted, torch.arange(1, n + 1), torch.arange(n + 1, 2 * n + 1))
