@@ -15,7 +15,7 @@ from ioi_mamba.passes import metrics
 from ioi_mamba.passes.ablations import AblationName
 from ioi_mamba.passes.intervals import mean_interval
 from ioi_mamba.passes.ranges import Usable, left_out_sentence
-from ioi_mamba.passes.sweep import Progress, swept_logit_diffs
+from ioi_mamba.passes.sweep import Progress, layers_of, swept_logit_diffs
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 from ioi_mamba.tasks.draws import drawn_apart
@@ -59,7 +59,7 @@ def effect_table(
     cluster). Pairs of unequal layout are averaged by semantic position, see `shared_positions`.
     """
     pairs, _, left_out = usable
-    layouts = shared_positions(pairs)
+    layouts, layers = shared_positions(pairs), layers_of(model, site) if layers is None else layers
     corruptions, clusters = pairs.labels.get("corruption", ("all",) * len(pairs)), pairs.clusters
     cells: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
     for k, (part, rows, places) in enumerate(layouts):
@@ -69,7 +69,7 @@ def effect_table(
         )
         for value in dict.fromkeys(corruptions[row] for row in rows.tolist()):
             here = torch.tensor([corruptions[row] == value for row in rows.tolist()])
-            for k_layer, layer in enumerate(range(len(effects)) if layers is None else layers):
+            for k_layer, layer in enumerate(layers):
                 for p, (position, label) in places.items():
                     own = cells.setdefault((value, layer, position, label), [])
                     own.append((effects[k_layer, p, here], clusters[rows[here]]))

@@ -5,6 +5,7 @@ In a page, a line `<!-- from the code: NAME -->` becomes the text that the funct
 
 from __future__ import annotations
 
+import inspect
 import re
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +17,8 @@ from ioi_mamba.analyses import output_ablation as shortest
 from ioi_mamba.experiments.experiment import Experiment
 from ioi_mamba.experiments.options import options_of
 from ioi_mamba.model import glossary
-from ioi_mamba.model.families import FAMILIES
+from ioi_mamba.model.families import FAMILIES, nemotron_h
+from ioi_mamba.model.family import Family
 
 TUTORIAL = Path(__file__).parent / "tutorial.py"
 MARK = re.compile(r"^<!-- from the code: (\w+) -->$", re.MULTILINE)
@@ -53,13 +55,46 @@ def quantities() -> str:
 
 
 def sites() -> str:
-    """Every hook name with its shape, place and meaning, in the order of a forward pass, family by family."""
-    rows = [
-        (f"`{name}`", f"`{shape}`", place, meaning)
-        for family in FAMILIES.values()
-        for name, shape, place, meaning in family.listed()
-    ]
+    """Every hook name of a Mamba-1 with its shape, place and meaning, in the order of a forward pass."""
+    return _sites(FAMILIES["mamba"])
+
+
+def _sites(family: Family) -> str:
+    rows = [(f"`{name}`", f"`{shape}`", place, meaning) for name, shape, place, meaning in family.listed()]
     return _table(("hook name", "shape", "where it is", "meaning"), rows)
+
+
+def families() -> str:
+    """The families of models, in a line each."""
+    rows = []
+    for family in FAMILIES.values():
+        blocks = ["; ".join(_words(group) for group in kind.writers) for kind in family.kinds.values()]
+        attends = any(kind.attends for kind in family.kinds.values())
+        rows.append(
+            (
+                family.label,
+                f"`{family.name}`",
+                ", or ".join(dict.fromkeys(blocks)),
+                "a layer" if attends else "a layer and a position",
+                f"`{family.published[0]}`",
+            )
+        )
+    return _table(("family", "model_type", "a block has", "passes go on from", "such as"), rows)
+
+
+def _words(group: tuple) -> str:
+    return " beside ".join(writer.name for writer in group)
+
+
+def a_family() -> str:
+    """The record of a family, as it stands in the code."""
+    return f"```python\n{inspect.getsource(nemotron_h)}```"
+
+
+def sites_of_families() -> str:
+    """The sites of every family after the first."""
+    others = [family for family in FAMILIES.values() if family.name != "mamba"]
+    return "\n\n".join(f"### {family.label}\n\n{_sites(family)}" for family in others)
 
 
 def experiments() -> str:
@@ -88,7 +123,18 @@ def output_ablation() -> str:
 
 PARTS = {
     part.__name__: part
-    for part in (dimensions, quantities, sites, experiments, task_table, greater_than, output_ablation)
+    for part in (
+        dimensions,
+        quantities,
+        sites,
+        families,
+        sites_of_families,
+        a_family,
+        experiments,
+        task_table,
+        greater_than,
+        output_ablation,
+    )
 }
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ioi_mamba.model.opening import open_model
     from ioi_mamba.passes.effect import effect
     from ioi_mamba.passes.forward import mixer, read, run
+    from ioi_mamba.passes.unrolled import hidden_attention
     from ioi_mamba.results.stored import open_result, open_results
     from ioi_mamba.steering.steer import steer
     from ioi_mamba.tasks import greater_than, ioi
@@ -41,6 +42,7 @@ _HOMES = {
     "effect": "passes.effect",
     "evaluate": "circuits.faithfulness",
     "greater_than": "tasks",
+    "hidden_attention": "passes.unrolled",
     "ioi": "tasks",
     "mixer": "passes.forward",
     "open_model": "model.opening",
@@ -70,6 +72,7 @@ __all__ = [
     "effect",
     "evaluate",
     "greater_than",
+    "hidden_attention",
     "ioi",
     "mixer",
     "open_model",

@@ -15,6 +15,7 @@ from pyarrow import parquet
 from ioi_mamba.errors import InputError
 
 MINI = Path(__file__).parent / "mini"
+EMBEDDED = {"mini": MINI, "mini-mamba2": MINI / "mamba2", "mini-hybrid": MINI / "hybrid"}
 """Where config.json, model.safetensors and tokenizer.json of the embedded model are."""
 
 _PART = ".part"

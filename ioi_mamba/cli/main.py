@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(call=_compare)
     sites = commands.add_parser("sites", help="list the hook names: every value that can be read and written")
+    sites.add_argument("family", nargs="?", default="mamba", help="of models, as config.json has it (%(default)s)")
     sites.set_defaults(call=_sites)
     doctor = commands.add_parser("doctor", help="say what is installed and whether it works")
     doctor.add_argument("--model", default="mini", help="'mini', a hub id or a directory (default: mini)")
@@ -289,11 +290,13 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _sites(arguments: argparse.Namespace) -> int:
     from ioi_mamba.model.families import FAMILIES
+    from ioi_mamba.model.family import Family
     from ioi_mamba.model.glossary import DIMENSIONS
+    from ioi_mamba.registry import named
 
-    for family in FAMILIES.values():
-        print(f"{family.label}\n")
-        print(_columns([("hook name", "shape", "where it is", "meaning"), *family.listed()]))
+    family = named("family", arguments.family, FAMILIES, Family)
+    print(f"{family.label} ({family.name}; there are {', '.join(FAMILIES)})\n")
+    print(_columns([("hook name", "shape", "where it is", "meaning"), *family.listed()]))
     print("\nI is the layer, from 0.")
     print(_columns([(term.letter, term.meaning) for term in DIMENSIONS]))
     return 0

@@ -122,7 +122,7 @@ NEVER = 10**9
 
 RECIPES: dict[str, Recipe] = {
     "mamba": Recipe(),
-    "mamba2": Recipe(architecture="mamba2", steps=2400, batch=32, layers=4, hidden=96, state=16, ramp=NEVER),
+    "mamba2": Recipe(architecture="mamba2", steps=3200, batch=32, layers=4, hidden=96, state=16, ramp=NEVER),
     "hybrid": Recipe(architecture="hybrid", steps=2000, batch=32, layers=4, hidden=64, state=16, ramp=NEVER),
 }
 """The recipe of each architecture: `mini`, and its relatives for tests and comparisons."""

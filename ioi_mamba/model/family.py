@@ -188,6 +188,8 @@ class Family:
         config_names: The entries of its config that say how large it is.
         sizes: The sizes of (config).
         recurrence_terms: (decay, drive) of (A_bar, B_bar, x), each as wide as h: h_t = decay_t h_(t-1) + drive_t.
+        unrolled: M [batch, channel, target, source] with y = M x, of (delta, A, B, C, channels): channels of a Mamba-1, heads
+            of a Mamba-2, each with one decay at a position and column.
         parts: The parts of a mixer, in the order of tables, of (conv width).
         row_floats: How many numbers one more pair takes in a pass, of (sizes, positions, kind of pass); see `memory.py`.
         refusal: Why a config of this family cannot be read, in a sentence after the model's name; None where it can be.
@@ -204,6 +206,7 @@ class Family:
     config_names: tuple[str, ...]
     sizes: Callable[[Any], Sizes]
     recurrence_terms: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    unrolled: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     parts: Callable[[int], tuple[Part, ...]]
     row_floats: Callable[[Sizes, int, str], float]
     refusal: Callable[[Mapping[str, Any]], str | None]

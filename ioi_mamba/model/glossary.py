@@ -20,11 +20,14 @@ class Term(NamedTuple):
 DIMENSIONS = (
     Term("batch", "batch", "B", "rows of one forward pass"),
     Term("pos", "position", "L", "token positions; BOS is position 0"),
-    Term("D", "model dimension", "D", "width of the residual stream (hidden_size)"),
-    Term("E", "inner dimension", "E", "channels of the SSM branch (intermediate_size)"),
-    Term("N", "state size", "N", "columns of the hidden state of one channel (state_size)"),
-    Term("R", "delta rank", "", "rank of the delta projection (time_step_rank)"),
-    Term("K", "conv width", "", "taps of the causal convolution (conv_kernel); slices are -(K-1) .. 0"),
+    Term("D", "model dimension", "D", "width of the residual stream"),
+    Term("E", "inner dimension", "E", "channels of the SSM branch"),
+    Term("N", "state size", "N", "columns of the hidden state of one channel"),
+    Term("H", "heads", "", "heads of a Mamba-2 mixer; E = H P"),
+    Term("P", "head width", "", "channels of one head of a Mamba-2 mixer"),
+    Term("G", "groups", "", "groups of heads that share B and C in a Mamba-2 mixer"),
+    Term("R", "delta rank", "", "rank of the delta projection"),
+    Term("K", "conv width", "", "taps of the causal convolution; slices are -(K-1) .. 0"),
     Term("vocab", "vocabulary", "V", "entries of the vocabulary"),
 )
 

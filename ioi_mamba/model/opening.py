@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from ioi_mamba.errors import InputError
-from ioi_mamba.files import MINI
+from ioi_mamba.files import EMBEDDED
 from ioi_mamba.model.families import FAMILIES, check_labels
 from ioi_mamba.model.mamba import checkpoints
 
-KNOWN = ("mini", *(name for family in FAMILIES.values() for name in family.published))
-"""The embedded model and the published ones, to be named where an unknown name is near."""
+KNOWN = (*EMBEDDED, *(name for family in FAMILIES.values() for name in family.published))
+"""The embedded models and published ones, to be named where an unknown name is near."""
 BACKENDS = ("local", "ndif", "local-serialized")
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 _TOKENIZER_FILES = (
@@ -102,7 +102,7 @@ def open_model(
 ):
     """An nnsight `TransformersModel` ready for `read`, `run`, `mixer` and every experiment. Parameters are frozen.
 
-    name: "mini", a hub id such as "state-spaces/mamba-370m-hf", or a directory, in the layout of transformers or of
+    name: "mini", its relatives "mini-mamba2" and "mini-hybrid", a hub id such as "state-spaces/mamba-370m-hf", or a directory, in the layout of transformers or of
     mamba_ssm (`mamba/checkpoints.py`); without a tokenizer, prompts are token ids. device: "cpu", "cuda", ...; default a GPU
     if there is one. dtype: float32, float64, bfloat16 or float16, by name or as torch has it; the scan itself never runs below float32.
     any_architecture: accept causal language models that are no Mamba too (for `layer-removal`, which needs none).
@@ -122,7 +122,7 @@ def open_model(
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in _DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown: use one of {', '.join(_DTYPES)}.")
-    path = str(MINI) if name == "mini" else name
+    path = str(EMBEDDED.get(name, name))
     local = bool(path) and Path(path).is_dir()
     config = _read_config(path, local)
     original = checkpoints.translated(config, name)

@@ -34,13 +34,21 @@ def by_head(value: Tensor, n_heads: int) -> Tensor:
 
 def dual(delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """M [batch, H, target, source] with y = M x. delta: [batch, pos, H]; A: [H]; B, C: [batch, pos, G, N]."""
-    n, H = delta.shape[1], delta.shape[2]
-    exponent = (delta * A).transpose(1, 2)  # [batch, H, pos]
-    later = torch.ones(n, n, dtype=torch.bool, device=delta.device).tril(-1)
-    between = exponent[..., None].expand(-1, -1, -1, n).masked_fill(~later, 0.0).cumsum(-2)
-    decay = between.masked_fill(~(later | torch.eye(n, dtype=torch.bool, device=delta.device)), -torch.inf).exp()
+    H = delta.shape[2]
+    decay = survival((delta * A).transpose(1, 2))
     scores = torch.einsum("bthn,bshn->bhts", by_head(C, H), by_head(B, H))
     return scores * decay * delta.transpose(1, 2)[:, :, None, :]
+
+
+def survival(exponent: Tensor) -> Tensor:
+    """What is left at each target of what a source wrote, [..., target, source]; 0 before the source.
+
+    exponent: [..., pos], the logarithm of how much of the state a position keeps.
+    """
+    n = exponent.shape[-1]
+    after = torch.ones(n, n, dtype=torch.bool, device=exponent.device).tril(-1)
+    between = exponent[..., None].expand(*exponent.shape, n).masked_fill(~after, 0.0).cumsum(-2)
+    return between.masked_fill(~(after | torch.eye(n, dtype=torch.bool, device=exponent.device)), -torch.inf).exp()
 
 
 def ssd_scan(

@@ -17,7 +17,7 @@ from ioi_mamba.passes import metrics
 from ioi_mamba.passes.ablations import Ablation, AblationName, ablation_of
 from ioi_mamba.passes.intervals import mean_interval
 from ioi_mamba.passes.ranges import usable
-from ioi_mamba.passes.sweep import Progress, layer_count, swept_logit_diffs
+from ioi_mamba.passes.sweep import Progress, layer_count, layers_of, swept_logit_diffs
 from ioi_mamba.tasks.base import Pairs, check_pairs
 
 
@@ -103,8 +103,8 @@ def effect(
         raise InputError("These prompts have several layouts: give those of one, such as pairs.layouts()[0].")
     found = usable(model, pairs)
     n_layers, n_positions = layer_count(model), pairs.clean.shape[1]
-    chosen = [_index("layer", layer, n_layers) for layer in _several(layers, n_layers)]
-    places = [_position(found.pairs, place, n_positions) for place in _several(positions, n_positions)]
+    chosen = [_index("layer", layer, n_layers) for layer in _several(layers, layers_of(model, site))]
+    places = [_position(found.pairs, place, n_positions) for place in _several(positions, range(n_positions))]
     diffs = swept_logit_diffs(
         model, found.pairs, site, layers=chosen, positions=places, ablation=ablation, progress=progress
     )
@@ -120,9 +120,9 @@ def effect(
     return Effect(table.assign(n=len(found.pairs)), effects, site, ablation_of(ablation).name, found.left_out)
 
 
-def _several(values: Any, n: int) -> list[Any]:
+def _several(values: Any, all_of_them: Iterable[int]) -> list[Any]:
     if values is None:
-        return list(range(n))
+        return list(all_of_them)
     values = values.tolist() if hasattr(values, "tolist") else values
     listed = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
     if not listed:

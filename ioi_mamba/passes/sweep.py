@@ -158,7 +158,7 @@ def resample_sweep(
 def _checked(model, pairs: Pairs, site: str, layers, positions) -> tuple[list[int], list[int]]:
     """The layers and positions of a sweep. Raises InputError for what is not there."""
     n_pos = check_pairs(pairs).clean.shape[1]
-    layers = list(_layers_of(model, site) if layers is None else layers)
+    layers = list(layers_of(model, site) if layers is None else layers)
     positions = list(range(n_pos) if positions is None else positions)
     hooks = hooks_of(model, n_pos)
     for name in block_sites("h" if site == STATE_AND_CONV else site, layers):
@@ -172,7 +172,7 @@ def _checked(model, pairs: Pairs, site: str, layers, positions) -> tuple[list[in
     return layers, positions
 
 
-def _layers_of(model, site: str) -> list[int]:
+def layers_of(model, site: str) -> list[int]:
     """The layers that a sweep of a site is over: all that have it. Raises InputError, with the nearest name, for none."""
     layers = layers_with(model, "h" if site == STATE_AND_CONV else site)
     return layers or list(range(layer_count(model)))  # then the name is refused for each of them

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ioi_mamba import analyses, paper, tasks
 from ioi_mamba.errors import InputError, Submitted
 from ioi_mamba.experiments.experiment import Context, Experiment, Need, resolved
-from ioi_mamba.files import MINI, sha256_of, written_whole
+from ioi_mamba.files import EMBEDDED, sha256_of, written_whole
 from ioi_mamba.model.families import FAMILIES
 from ioi_mamba.model.jobs import config_of, runs_here
 from ioi_mamba.model.memory import check_fits
@@ -305,7 +305,7 @@ def describe_model(model, model_id: str | None = None) -> dict[str, Any]:
     config = config_of(model)
     if model_id is None:
         path = str(getattr(config, "_name_or_path", "") or "unnamed")
-        model_id = "mini" if path == str(MINI) else path
+        model_id = next((name for name, home in EMBEDDED.items() if path == str(home)), path)
     family = FAMILIES.get(config.model_type)
     sizes = ("num_hidden_layers", "hidden_size", "vocab_size") if family is None else family.config_names
     summary = {name: getattr(config, name) for name in sizes if getattr(config, name, None) is not None}

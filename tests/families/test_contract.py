@@ -1,5 +1,6 @@
 """What holds in every family, each on a tiny model with random weights."""
 
+import nnsight
 import pytest
 import torch
 from tiny import CONFIGS, LENGTH, model_of, pairs_of
@@ -112,6 +113,23 @@ def test_the_states_follow_the_recurrence_as_it_is_written_down(family):
         taps = im.read(model, pairs.clean, slices)
         rest = conv - sum(taps.values())
         close(rest, rest[:1, :1].expand_as(rest))  # what is left is a bias, or nothing
+
+
+def test_the_unrolled_recurrence_times_x_is_the_read_out(family):
+    model, pairs = model_of(family), pairs_of()
+    layer = layers_with(model, "h")[-1]
+    M = im.hidden_attention(model, pairs.clean, layer)
+    names = [f"blocks.{layer}.hook_{site}" for site in ("ssm_input", "y")]
+    x, y = (im.read(model, pairs.clean, names)[name].unflatten(-1, (M.shape[1], -1)) for name in names)
+    close(torch.einsum("bhts,bshp->bthp", M, x), y)
+    assert float(M.triu(1).abs().max()) == 0
+    some = im.hidden_attention(model, pairs.clean, layer - sizes_of(model).n_layers, [2, 0])
+    close(some, M[:, [2, 0]])
+    for wrong in ([M.shape[1]], [-1], [[0]]):
+        with pytest.raises(im.InputError, match="channels are"):
+            im.hidden_attention(model, pairs.clean, layer, wrong)
+    with pytest.raises(im.InputError, match="layer is 99: give one with a state-space mixer"):
+        im.hidden_attention(model, pairs.clean, 99)
 
 
 def test_a_written_state_is_what_the_recurrence_goes_on_from(family):
@@ -281,3 +299,41 @@ def test_a_circuit_is_saved_and_read_again(family, tmp_path):
     again = Circuit.load(tmp_path / "all")
     assert again == circuit
     assert len(circuit) == circuit.universe.size()
+
+
+NOT_KEPT = ("mamba2", "nemotron_h", "zamba2")
+"""Whose tiny configs have ends for delta: the stock steps with a cache leave delta as it is, so they differ unedited."""
+
+
+def generated(model, tokens, layer, edit_at, site, use_cache):
+    """Logits [step, row, vocab] of the last positions of a generation; the site's value at one step's end is written.
+
+    Without a cache every later step runs the whole text again, so the same edit is made in each of them.
+    """
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "use_cache": use_cache}
+    with model.generate(tokens, **options) as tracer:
+        logits = nnsight.save([])
+        for step in tracer.iter[0:3]:
+            with im.mixer(model, layer) as m:
+                if step == edit_at or (edit_at is not None and step > edit_at and not use_cache):
+                    at = -1 if use_cache else tokens.shape[1] - 1 + edit_at
+                    if site == "h":
+                        m.h[:, at] = 0.3
+                    else:
+                        value = getattr(m, site)
+                        value[:, at] = 0.25
+            logits.append(model.lm_head.output[:, -1])
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("edit_at", [0, 1])
+@pytest.mark.parametrize("site", ["h", "ssm_input", "delta", "C", "in_proj", "ssm_output", "out_proj"])
+def test_an_edit_in_a_step_of_a_cached_generation_goes_on_in_the_steps_after_it(family, site, edit_at):
+    model, tokens = model_of(family), pairs_of().clean[:2, :6]
+    layer = layers_with(model, "h")[-1]
+    got, want = (generated(model, tokens, layer, edit_at, site, use_cache) for use_cache in (True, False))
+    plain = generated(model, tokens, layer, None, site, True)
+    if family not in NOT_KEPT:
+        close(got, want, 1e-4)
+    close(got[:edit_at], plain[:edit_at], 1e-6) if edit_at else None
+    assert float((got[edit_at] - plain[edit_at]).abs().max()) > 1e-3

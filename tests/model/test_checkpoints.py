@@ -17,7 +17,7 @@ import pytest
 import reference
 import torch
 from conditioning import assert_same_effects, logit_rounding, widest
-from transformers import AutoModelForCausalLM, FalconMambaConfig, RwkvConfig
+from transformers import AutoModelForCausalLM, FalconMambaConfig, Mamba2Config, RwkvConfig
 
 import ioi_mamba as im
 from ioi_mamba.analyses import layer_ablation
@@ -284,7 +284,9 @@ def test_a_hub_id_without_weights_is_refused(hub):
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"ssm_cfg": {"layer": "Mamba2"}}, "is made of Mamba2 layers"),
+        ({"ssm_cfg": {"layer": "Mamba3"}}, "is made of Mamba3 layers"),
+        ({"ssm_cfg": {"layer": "Mamba2", "headdim": 7}}, "config.json that makes no Mamba .*num_heads"),
+        ({"ssm_cfg": {"layer": "Mamba2", "dt_rank": 7}}, "unknown mixer option 'dt_rank'"),
         ({"attn_layer_idx": [1]}, r"has attention layers \(attn_layer_idx is \[1\]\)"),
         ({"d_intermediate": 64}, r"has MLPs between its layers \(d_intermediate is 64\)"),
         ({"rms_norm": False}, "uses LayerNorm"),
@@ -334,7 +336,7 @@ def without(key):
         (lambda tensors: {}, f"it lacks {10 * LAYERS + 3} of the model's tensors"),
         (
             lambda tensors: tensors | {"backbone.layers.0.mlp.fc1.weight": torch.ones(2)},
-            "it has 1 tensors without a place in a Mamba-1, 'backbone.layers.0.mlp.fc1.weight' among",
+            "it has 1 tensors without a place in this model, 'backbone.layers.0.mlp.fc1.weight' among",
         ),
         (lambda tensors: tensors | {"backbone.norm_f.weight": torch.ones(D + 1)}, "cannot be loaded"),
         (lambda tensors: tensors | {"lm_head.weight": torch.ones(ROWS, D)}, "lm_head.weight is not the embedding"),
@@ -383,6 +385,25 @@ def test_a_relative_as_transformers_writes_it_opens(tmp_path):
     config = FalconMambaConfig(hidden_size=D, num_hidden_layers=2, vocab_size=40)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert opened(tmp_path).config.model_type == "falcon_mamba"
+
+
+def test_the_first_layout_of_a_mamba_2_is_the_same_model(tmp_path):
+    sizes = {"num_heads": 8, "head_dim": 8, "state_size": 6, "n_groups": 2, "conv_kernel": 3}
+    config = Mamba2Config(hidden_size=D, num_hidden_layers=2, vocab_size=48, chunk_size=8, **sizes)
+    torch.manual_seed(0)
+    stock = AutoModelForCausalLM.from_config(config)
+    stock.save_pretrained(tmp_path / "hf")
+    tensors = {key.replace("backbone.embeddings.", "backbone.embedding."): t for key, t in stock.state_dict().items()}
+    mixer = {"layer": "Mamba2", "headdim": 8, "d_state": 6, "ngroups": 2, "d_conv": 3, "chunk_size": 8}
+    described = {"d_model": D, "n_layer": 2, "vocab_size": 41, "ssm_cfg": mixer, "tie_embeddings": False}
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original" / "config.json").write_text(json.dumps(described))
+    torch.save(tensors, tmp_path / "original" / "pytorch_model.bin")
+    tokens = torch.tensor([[0, 3, 9, 40, 2]])
+    hooks = ["hook_logits", "blocks.1.hook_h", "blocks.0.hook_B"]
+    one, other = (im.read(opened(tmp_path / name), tokens, hooks) for name in ("hf", "original"))
+    for hook in hooks:
+        assert torch.equal(one[hook], other[hook])
 
 
 def test_a_family_that_is_not_known_is_refused_in_a_sentence(tmp_path):

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from ioi_mamba import analyses
 from ioi_mamba.cli import main
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.opening import MINI
+from ioi_mamba.files import MINI
 from ioi_mamba.results import lock
 from ioi_mamba.results.stored import read_manifest
 

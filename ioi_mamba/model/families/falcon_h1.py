@@ -83,6 +83,7 @@ FALCON_H1 = Family(
     config_names=CONFIG_NAMES,
     sizes=sizes,
     recurrence_terms=kind.recurrence_terms,
+    unrolled=kind.unrolled,
     parts=kind.parts,
     row_floats=kind.row_floats,
     refusal=refusal,

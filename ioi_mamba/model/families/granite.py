@@ -52,6 +52,7 @@ GRANITE = Family(
     config_names=CONFIG_NAMES,
     sizes=sizes,
     recurrence_terms=kind.recurrence_terms,
+    unrolled=kind.unrolled,
     parts=kind.parts,
     row_floats=kind.row_floats,
     refusal=refusal,

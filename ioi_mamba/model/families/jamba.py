@@ -50,6 +50,7 @@ JAMBA = Family(
     config_names=("num_hidden_layers", "hidden_size", "mamba_expand", "mamba_d_state", "mamba_d_conv", "vocab_size"),
     sizes=_sizes,
     recurrence_terms=kind.recurrence_terms,
+    unrolled=kind.unrolled,
     parts=kind.parts,
     row_floats=kind.row_floats,
     refusal=kind.refusal,

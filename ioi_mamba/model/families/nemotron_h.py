@@ -54,6 +54,7 @@ NEMOTRON_H = Family(
     ),
     sizes=_sizes,
     recurrence_terms=kind.recurrence_terms,
+    unrolled=kind.unrolled,
     parts=kind.parts,
     row_floats=kind.row_floats,
     refusal=refusal,

@@ -74,6 +74,7 @@ ZAMBA2 = Family(
     ),
     sizes=_sizes,
     recurrence_terms=kind.recurrence_terms,
+    unrolled=kind.unrolled,
     parts=kind.parts,
     row_floats=kind.row_floats,
     refusal=_refusal,

@@ -1,7 +1,7 @@
 """Weights from either layout of a checkpoint: that of transformers, or that of the mamba_ssm library.
 
 `state-spaces/mamba-370m-hf` is a transformers checkpoint and is loaded by transformers. `state-spaces/mamba-370m` is
-the same model as it was first published: other names in config.json, a `pytorch_model.bin` in which one tensor has
+the same model as it was first published (`state-spaces/mamba2-370m` exists in this form alone): other names in config.json, a `pytorch_model.bin` in which one tensor has
 another name, a vocabulary that is padded to a multiple of 8 only when the model is built, and no tokenizer, because
 GPT-NeoX's is meant. It is translated in memory, and the model that results is the transformers one, tensor for tensor.
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from ioi_mamba.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import MambaConfig
+    from transformers import Mamba2Config, MambaConfig
 
 NEOX = "EleutherAI/gpt-neox-20b"
 NEOX_ROWS = 50280  # GPT-NeoX's 50,277 tokens, padded to a multiple of 8
@@ -39,17 +39,32 @@ _MIXER_OPTIONS = {
     "dt_scale": "time_step_scale",
     "dt_init_floor": "time_step_floor",
 }
+_MIXER_OPTIONS_2 = {
+    "d_state": "state_size",
+    "d_conv": "conv_kernel",
+    "expand": "expand",
+    "headdim": "head_dim",
+    "ngroups": "n_groups",
+    "chunk_size": "chunk_size",
+    "conv_bias": "use_conv_bias",
+    "bias": "use_bias",
+    "dt_min": "time_step_min",
+    "dt_max": "time_step_max",
+    "dt_init_floor": "time_step_floor",
+    "dt_limit": "time_step_limit",
+}
+_DEFAULTS_2 = {"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "ngroups": 1}
 _EMBEDDING, _HEAD = "backbone.embedding.weight", "lm_head.weight"
 
 
-def translated(config: dict[str, Any], name: str) -> MambaConfig | None:
+def translated(config: dict[str, Any], name: str) -> MambaConfig | Mamba2Config | None:
     """The transformers config of a mamba_ssm config.json; None if `config` is not in that layout.
 
-    The vocabulary counts its padding, as the weights do. Raises InputError, naming the model, for what is no Mamba-1
-    stack with RMSNorm (Mamba-2, attention layers, MLPs, LayerNorm), for unknown mixer options and for bad sizes.
+    The vocabulary counts its padding, as the weights do. Raises InputError, naming the model, for what is no stack of
+    Mamba-1 or Mamba-2 with RMSNorm (attention layers, MLPs, LayerNorm), for unknown mixer options and for bad sizes.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import MambaConfig
+    from transformers import Mamba2Config, MambaConfig
 
     if "model_type" in config or not {"d_model", "n_layer", "vocab_size"} <= config.keys():
         return None
@@ -58,55 +73,59 @@ def translated(config: dict[str, Any], name: str) -> MambaConfig | None:
     mixer = dict(mixer)
     kind = mixer.pop("layer", "Mamba1")
     mixer.pop("use_fast_path", None)  # which kernel to run, not what to compute
-    if kind != "Mamba1":
-        raise InputError(f"{name!r} is made of {kind} layers, which are not supported: use a Mamba-1 checkpoint.")
+    if kind not in ("Mamba1", "Mamba2"):
+        raise InputError(f"{name!r} is made of {kind} layers, which are not supported: use one of Mamba1 or Mamba2.")
+    known = _MIXER_OPTIONS if kind == "Mamba1" else _MIXER_OPTIONS_2
+    if kind == "Mamba2":
+        mixer = _DEFAULTS_2 | mixer
     for key, what in (("attn_layer_idx", "attention layers"), ("d_intermediate", "MLPs between its layers")):
         if config.get(key):
-            raise InputError(f"{name!r} has {what} ({key} is {config[key]}): use a checkpoint of Mamba-1 layers alone.")
+            raise InputError(f"{name!r} has {what} ({key} is {config[key]}): use a checkpoint of Mamba layers alone.")
     if not config.get("rms_norm", True):
         raise InputError(f"{name!r} uses LayerNorm (rms_norm is false): use a checkpoint with RMSNorm.")
-    if unknown := sorted(mixer.keys() - _MIXER_OPTIONS.keys()):
-        raise InputError(f"{name!r} has the unknown mixer option {unknown[0]!r} in ssm_cfg: use a Mamba-1 checkpoint.")
+    if unknown := sorted(mixer.keys() - known.keys()):
+        raise InputError(f"{name!r} has the unknown mixer option {unknown[0]!r} in ssm_cfg: use another checkpoint.")
     multiple = config.get("pad_vocab_size_multiple", 8)
     sizes = {key: config[key] for key in ("d_model", "n_layer", "vocab_size")} | {"pad_vocab_size_multiple": multiple}
-    sizes |= {key: mixer[key] for key in ("d_state", "d_conv", "expand") if key in mixer}
+    sizes |= {key: mixer[key] for key in ("d_state", "d_conv", "expand", "headdim", "ngroups") if key in mixer}
     for key, size in sizes.items():
         if type(size) is not int or size < 1:
             raise InputError(f"{name!r} has {key} {size!r} in config.json: it must be a whole number above 0.")
+    common = {
+        "hidden_size": config["d_model"],
+        "num_hidden_layers": config["n_layer"],
+        "vocab_size": -(-config["vocab_size"] // multiple) * multiple,
+        "residual_in_fp32": config.get("residual_in_fp32", True),
+        "tie_word_embeddings": config.get("tie_embeddings", True),
+    } | {known[key]: value for key, value in mixer.items()}
     try:
-        return MambaConfig(
-            hidden_size=config["d_model"],
-            num_hidden_layers=config["n_layer"],
-            vocab_size=-(-config["vocab_size"] // multiple) * multiple,
-            residual_in_fp32=config.get("residual_in_fp32", True),
-            tie_word_embeddings=config.get("tie_embeddings", True),
-            **{_MIXER_OPTIONS[key]: value for key, value in mixer.items()},
-        )
+        if kind == "Mamba1":
+            return MambaConfig(**common)
+        return Mamba2Config(num_heads=mixer["expand"] * config["d_model"] // mixer["headdim"], **common)
     except StrictDataclassError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{name!r} has a config.json that makes no Mamba ({reason}): restore the file.") from None
 
 
-def load_weights(path: str, original: MambaConfig | None, dtype: torch.dtype):
+def load_weights(path: str, original: MambaConfig | Mamba2Config | None, dtype: torch.dtype):
     """The transformers model at `path` (a directory or a hub id), every parameter taken from the checkpoint.
 
     original: what `translated` made of its config. Raises ValueError or OSError with the reason if a file cannot be
     read, or if its tensors are not those of the config: transformers alone would fill a gap with random numbers.
     """
-    from transformers import AutoModelForCausalLM, MambaForCausalLM
+    from transformers import AutoModelForCausalLM, Mamba2ForCausalLM, MambaForCausalLM
 
     if original is None:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
         model, found = loaded
     else:
         tensors = _original_tensors(path, tied=original.tie_word_embeddings)
-        loaded = MambaForCausalLM.from_pretrained(
-            None, config=original, state_dict=tensors, dtype=dtype, output_loading_info=True
-        )
+        kind = MambaForCausalLM if original.model_type == "mamba" else Mamba2ForCausalLM
+        loaded = kind.from_pretrained(None, config=original, state_dict=tensors, dtype=dtype, output_loading_info=True)
         model, found = loaded
         model.config._name_or_path = str(path)
         if surplus := sorted(found["unexpected_keys"]):
-            raise ValueError(f"it has {len(surplus)} tensors without a place in a Mamba-1, {surplus[0]!r} among them.")
+            raise ValueError(f"it has {len(surplus)} tensors without a place in this model, {surplus[0]!r} among them.")
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"it lacks {len(missing)} of the model's tensors, {missing[0]!r} among them.")
     return model
@@ -131,7 +150,7 @@ def _original_tensors(path: str, tied: bool) -> dict[str, Tensor]:
     return {"backbone.embeddings.weight" if key == _EMBEDDING else key: tensor for key, tensor in tensors.items()}
 
 
-def tokenizer_home(path: str, original: MambaConfig) -> str | None:
+def tokenizer_home(path: str, original: MambaConfig | Mamba2Config) -> str | None:
     """Where the tokenizer of a mamba_ssm checkpoint lies: at `path`, or GPT-NeoX's hub id; None if neither is meant.
 
     GPT-NeoX's is meant where there is no tokenizer.json and the vocabulary has the size of GPT-NeoX's. Raises

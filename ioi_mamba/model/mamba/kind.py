@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ioi_mamba.model.blocks import Mixer
@@ -13,6 +14,7 @@ from ioi_mamba.model.mamba.calls import CONV_OP, SCAN_OP
 from ioi_mamba.model.mamba.layer import MambaLayer, NormedMambaLayer
 from ioi_mamba.model.scan import selective_scan
 from ioi_mamba.model.sites import Site
+from ioi_mamba.model.ssd import survival
 
 SITES = (
     Site("in_proj", "in_proj", "batch pos E", "mixer.in_proj.output, first half", "SSM branch, before the conv"),
@@ -71,6 +73,16 @@ def corrupted_read_out(corrupted: Mapping[str, Tensor], now: Mapping[str, Tensor
     wide, C = delta.dtype, now["C"].contiguous()  # in one layout, wherever it comes from: sums are then rounded alike
     y, _ = selective_scan(x[of_pair].to(wide), delta[of_pair], now["A"], B[of_pair].to(wide), C.to(wide))
     return y
+
+
+def unrolled(delta: Tensor, A: Tensor, B: Tensor, C: Tensor, channels: Tensor) -> Tensor:
+    """M [batch, channel, target, source] with y = M x in each of these channels ("hidden attention", arXiv 2403.01590).
+
+    M[t, s] = sum over n of C_t[n] exp(sum over s < r <= t of delta_r A[n]) B_s[n] delta_s.
+    """
+    of_channel = delta[..., channels].movedim(-1, 1)  # [batch, channel, pos]
+    decay = survival(of_channel[:, :, None, :] * A[channels][None, :, :, None])
+    return torch.einsum("btn,bcnts,bsn->bcts", C, decay, B) * of_channel[:, :, None, :]
 
 
 def slices(conv_width: int) -> tuple[Part, ...]:

@@ -70,6 +70,14 @@ def recurrence_terms(A_bar: Tensor, B_bar: Tensor, x: Tensor) -> tuple[Tensor, T
     return A_bar[..., None, None], by_head[..., None] * B_bar[..., None, :]
 
 
+def unrolled(delta: Tensor, A: Tensor, B: Tensor, C: Tensor, channels: Tensor) -> Tensor:
+    """M [batch, head, target, source] with y = M x in each of these heads: the dual form (`ssd.dual`)."""
+    H = delta.shape[-1]
+    return ssd.dual(
+        delta[..., channels], A[channels], ssd.by_head(B, H)[:, :, channels], ssd.by_head(C, H)[:, :, channels]
+    )
+
+
 def corrupted_read_out(corrupted: Mapping[str, Tensor], now: Mapping[str, Tensor], of_pair: Tensor) -> Tensor:
     """C_t h_t [row, pos, E] with the corrupted run's states and this pass' A and C."""
     x, delta, B = (corrupted[site] for site in _READ_OUT_FROM)

@@ -1,0 +1,62 @@
+"""The small trained relatives of `mini`: they do the task, and every experiment that can be done on them is."""
+
+import pytest
+import torch
+
+import ioi_mamba as im
+from ioi_mamba import analyses
+from ioi_mamba.files import EMBEDDED
+from ioi_mamba.model.families import attends
+from ioi_mamba.passes.metrics import accuracy
+from ioi_mamba.study.plan import unavailable
+from ioi_mamba.study.runs import run_study
+from ioi_mamba.tasks import ioi
+
+RELATIVES = [name for name in EMBEDDED if name != "mini"]
+
+
+@pytest.fixture(scope="module", params=RELATIVES)
+def relative(request):
+    return request.param, im.open_model(request.param, device="cpu")
+
+
+def test_it_answers_prompts_that_it_has_not_read(relative):
+    _, model = relative
+    pairs = ioi.generate(model.tokenizer, 40, 28, symmetric=True)
+    logits = im.run(model, pairs.clean, own_scan=True)[torch.arange(len(pairs)), pairs.last]
+    assert accuracy(logits, pairs.answer, pairs.candidates).float().mean() >= 0.99
+
+
+def test_its_card_says_what_it_is(relative):
+    name, model = relative
+    card = (EMBEDDED[name] / "README.md").read_text()
+    assert model.config.model_type in card
+    assert "no\nfigure of it is one of a published model" in card
+    assert EMBEDDED[name].joinpath("model.safetensors").stat().st_size <= 3_000_000
+
+
+def test_all_of_the_paper_runs_on_it_but_what_says_that_it_cannot(relative, tmp_path):
+    name, model = relative
+    experiments = [analyses.load(each) for each in analyses.ORDER]
+    left = [experiment for experiment in experiments if unavailable(experiment, model) is None]
+    assert len(experiments) - len(left) == (1 if attends(model) else 0)
+    for experiment in experiments:
+        if experiment not in left:
+            with pytest.raises(im.InputError, match="has attention too"):
+                run_study(model, [experiment], tmp_path, n_pairs=2, progress=False)
+    options = {"compare_prompts": 2, "part_prompts": 4, "exact_prompts": 2}
+    page = run_study(model, left, tmp_path, n_pairs=4, options=options, model_id=name, progress=False)
+    text = page.read_text()
+    for experiment in left:
+        assert f'id="{experiment.name}"' in text
+    assert name in text
+
+
+def test_what_is_serialised_gives_the_same_tables(relative):
+    name, model = relative
+    sent = im.open_model(name, device="cpu", backend="local-serialized")
+    pairs = ioi.generate(model.tokenizer, 2, 3)
+    for experiment in ("layer-ablation", "state-ablation", "output-ablation"):
+        run = analyses.load(experiment)
+        here, there = (run(each, pairs) for each in (model, sent))
+        assert here.equals(there)
