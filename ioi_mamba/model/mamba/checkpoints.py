@@ -91,7 +91,7 @@ def translated(config: dict[str, Any], name: str) -> MambaConfig | Mamba2Config 
     for key, size in sizes.items():
         if type(size) is not int or size < 1:
             raise InputError(f"{name!r} has {key} {size!r} in config.json: it must be a whole number above 0.")
-    common = {
+    common: dict[str, Any] = {
         "hidden_size": config["d_model"],
         "num_hidden_layers": config["n_layer"],
         "vocab_size": -(-config["vocab_size"] // multiple) * multiple,
