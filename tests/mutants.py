@@ -33,6 +33,7 @@ METRICS, INTERVALS, RANGES = (f"tests/passes/test_{name}.py" for name in ("metri
 GRAPH, PATCHING, ACDC, PARTS = (f"tests/circuits/test_{name}.py" for name in ("graph", "patching", "acdc", "parts"))
 ATTRIBUTION, FAITHFULNESS = "tests/circuits/test_attribution.py", "tests/circuits/test_faithfulness.py"
 PAIRS, IOI, EFFECTS = "tests/tasks/test_pairs.py", "tests/tasks/test_ioi.py", "tests/analyses/test_effects.py"
+FAMILIES = "tests/families"
 EXTENSIONS, SURFACE = "tests/project/test_extensions.py", "tests/project/test_surface.py"
 
 FAULTS = (
@@ -284,6 +285,68 @@ FAULTS = (
         "mentioned.get(ids.get(key, -1), [key])",
         "mentioned.get(ids.get(key, -1), [key])[:1]",
         SURFACE + " -k steered_by_name",
+    ),
+    # families
+    Fault(
+        "ioi_mamba/model/ssd.py",
+        "h = h * from_start[:, -1].exp()[..., None, None] +",
+        "h = h +",
+        "tests/model/test_ssd.py",
+    ),
+    Fault("ioi_mamba/model/ssd.py", ".flip(1).cumsum(1).flip(1) - exponent", ".flip(1).cumsum(1).flip(1)", FAMILIES),
+    Fault(
+        "ioi_mamba/model/mamba2/layer.py",
+        ".clamp(self._scan.low, self._scan.high)",
+        ".clamp(min=0)",
+        FAMILIES + " -k mamba2",
+    ),
+    Fault(
+        "ioi_mamba/model/families/falcon_h1.py",
+        "normalized * self._config.attention_in_multiplier",
+        "normalized",
+        FAMILIES + " -k falcon_h1",
+    ),
+    Fault(
+        "ioi_mamba/model/families/falcon_h1.py",
+        "[E, E, GN, GN, H]",
+        "[E, E, GN, GN, H][::-1]",
+        FAMILIES + " -k falcon_h1",
+    ),
+    Fault(
+        "ioi_mamba/model/families/zamba2.py",
+        'read.input + (self._values["layer_input"] - copied)',
+        "read.input",
+        FAMILIES + " -k zamba2",
+    ),
+    Fault(
+        "ioi_mamba/model/layer_pass.py",
+        "            value = value / getattr(self._config, end.times)\n",
+        "            pass\n",
+        FAMILIES + " -k granite",
+    ),
+    Fault(
+        "ioi_mamba/model/layer_pass.py",
+        "            value = value - other\n",
+        "            pass\n",
+        FAMILIES + " -k granite",
+    ),
+    Fault(
+        "ioi_mamba/model/layer_pass.py",
+        'self._values["resid_mid"] - sum(rest[1:], rest[0])',
+        'self._values["resid_mid"] - rest[0]',
+        FAMILIES + " -k falcon_h1",
+    ),
+    Fault(
+        "ioi_mamba/passes/sweep.py",
+        "begin = p if resumes and by_position else 0",
+        "begin = p if resumes else 0",
+        FAMILIES + " -k bamba",
+    ),
+    Fault(
+        "ioi_mamba/circuits/graph.py",
+        "for i in range(j) if places[i] != places[j]",
+        "for i in range(j)",
+        FAMILIES + " -k falcon_h1",
     ),
     Fault("ioi_mamba/errors.py", "not in _INSIDE", "in _INSIDE", SURFACE + " -k error_in_a_trace"),
 )

@@ -93,9 +93,9 @@ def test_noise_at_every_value_moves_the_logits_and_nothing_before_it(family):
 def test_the_states_follow_the_recurrence_as_it_is_written_down(family):
     model, pairs = model_of(family), pairs_of()
     for layer in {layers_with(model, "h")[0], layers_with(model, "h")[-1]}:
-        sites = ("ssm_input", "C", "A_bar", "B_bar", "h", "y", "conv")
+        sites = ("ssm_input", "C", "A_bar", "B_bar", "h", "y", "conv", "in_proj")
         got = im.read(model, pairs.clean, [f"blocks.{layer}.hook_{site}" for site in sites])
-        x, C, A_bar, B_bar, h, y, conv = (got[f"blocks.{layer}.hook_{site}"] for site in sites)
+        x, C, A_bar, B_bar, h, y, conv, u = (got[f"blocks.{layer}.hook_{site}"] for site in sites)
         state = torch.zeros_like(h[:, 0])
         for t in range(LENGTH):
             if h.dim() == 4:  # Mamba-1: [batch, E, N]
@@ -111,6 +111,8 @@ def test_the_states_follow_the_recurrence_as_it_is_written_down(family):
             close(y[:, t], read)
         slices = [f"blocks.{layer}.hook_conv_slice.{s}" for s in range(1 - sizes_of(model).conv_width, 1)]
         taps = im.read(model, pairs.clean, slices)
+        newest = taps[slices[-1]]
+        close(newest, newest[:1, :1] / u[:1, :1] * u, 1e-4)  # one weight a channel, times what enters
         rest = conv - sum(taps.values())
         close(rest, rest[:1, :1].expand_as(rest))  # what is left is a bias, or nothing
 
@@ -130,6 +132,24 @@ def test_the_unrolled_recurrence_times_x_is_the_read_out(family):
             im.hidden_attention(model, pairs.clean, layer, wrong)
     with pytest.raises(im.InputError, match="layer is 99: give one with a state-space mixer"):
         im.hidden_attention(model, pairs.clean, 99)
+
+
+def test_a_nodes_own_copy_of_the_stream_is_all_that_it_reads(family):
+    """Written there, or in the whole stream which is put right again behind the node: the same."""
+    model, pairs = model_of(family), pairs_of()
+    for layer in kinds(model):
+        block = block_of(model, layer)
+        (first, *beside), *later = block.writers
+        if beside:
+            continue
+        site = lambda name, layer=layer: f"blocks.{layer}.hook_{name}"
+        stream = im.read(model, pairs.clean, [site("resid_pre")])[site("resid_pre")]
+        change = torch.randn(stream.shape, generator=torch.Generator().manual_seed(3))
+        behind = site("resid_mid" if later else "resid_post")
+        want = im.run(
+            model, pairs.clean, {site("resid_pre"): stream + change, behind: lambda x, change=change: x - change}
+        )
+        close(im.run(model, pairs.clean, {site(first.reads): stream + change}), want, 5e-5)
 
 
 def test_a_written_state_is_what_the_recurrence_goes_on_from(family):
