@@ -210,7 +210,7 @@ def test_training_repeats_itself_lowers_the_loss_and_can_be_interrupted(tokenize
 
 
 def test_a_model_below_the_thresholds_is_not_written(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "Recipe", Tiny)
+    monkeypatch.setitem(train.RECIPES, "mamba", TINY)
     monkeypatch.setattr(train, "held_out_texts", lambda tokenizer: set())
     monkeypatch.setattr(
         train, "evaluation_sets", lambda tokenizer, seed: {("", ""): ioi.generate(tokenizer, 2, seed, symmetric=True)}
