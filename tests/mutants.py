@@ -74,27 +74,27 @@ FAULTS = (
         SCAN,
     ),
     Fault(
-        "ioi_mamba/model/mamba/layer.py",
+        "ioi_mamba/model/scanned_layer.py",
         "first = width - 1 + s",
         "first = -s",
         f"{MIXER} tests/model/test_sites.py",
     ),
     Fault(
-        "ioi_mamba/model/mamba/layer.py",
+        "ioi_mamba/model/scanned_layer.py",
         "torch.where(mask, 0.0, decay), torch.where(mask, value, drive)",
         "torch.where(mask, 1.0, decay), torch.where(mask, value, drive)",
         MIXER,
     ),
     Fault(
         "ioi_mamba/model/mamba/layer.py",
-        'return self.get("y") + self._scan.x * self._scan.D',
-        'return self.get("y") - self._scan.x * self._scan.D',
+        'return self.get("y") + self._call.x * self._call.D',
+        'return self.get("y") - self._call.x * self._call.D',
         f"{MIXER} tests/model/test_sites.py",
     ),
     Fault(
         "ioi_mamba/model/mamba/layer.py",
-        'self.get("ssm_output") * F.silu(self._scan.z)',
-        'self.get("ssm_output") * torch.sigmoid(self._scan.z)',
+        'self.get("ssm_output") * F.silu(self._call.z)',
+        'self.get("ssm_output") * torch.sigmoid(self._call.z)',
         MIXER,
     ),
     Fault(
@@ -296,7 +296,7 @@ FAULTS = (
     Fault("ioi_mamba/model/ssd.py", ".flip(1).cumsum(1).flip(1) - exponent", ".flip(1).cumsum(1).flip(1)", FAMILIES),
     Fault(
         "ioi_mamba/model/mamba2/layer.py",
-        ".clamp(self._scan.low, self._scan.high)",
+        ".clamp(self._call.low, self._call.high)",
         ".clamp(min=0)",
         FAMILIES + " -k mamba2",
     ),
