@@ -217,7 +217,7 @@ FAULTS = (
     Fault(
         "ioi_mamba/circuits/gradients.py", "made.to(wide) - now[part.own]", "now[part.own] - made.to(wide)", ATTRIBUTION
     ),
-    Fault("ioi_mamba/circuits/search.py", "if part.name not in led_to]", "]", ACDC),
+    Fault("ioi_mamba/circuits/search.py", "if part.name not in led_to]", "]", PARTS),
     Fault(
         "ioi_mamba/circuits/gradients.py",
         "change = [c.to(wide) - o for c, o",

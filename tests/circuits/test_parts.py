@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ioi_mamba as im
-from ioi_mamba.circuits.graph import Circuit, Item, universe_of
+from ioi_mamba.circuits.graph import Circuit, Item, Universe, universe_of
 from ioi_mamba.model.families import FAMILIES
 from ioi_mamba.model.families.mamba import MAMBA
 from ioi_mamba.model.family import Part
@@ -77,6 +77,19 @@ def test_it_is_in_the_graph_scored_and_searched(with_more_parts):
     kept = Circuit(frozenset({Item("1", "1", None, "input map")}), universe_of(model, parts=True))
     assert "input map" in repr(kept)
     assert kept.chart().to_dict()
+
+
+def test_a_layer_whose_state_nothing_reaches_is_no_way_through_in_the_published_search():
+    from ioi_mamba.circuits.search import _State, _without_effect
+
+    universe = Universe(2, 4, parts=True)
+    closed = [Item("0", "0", None, part) for part in ("conv-3", "conv-2", "conv-1", "conv0", "skip")]
+    for paper in (True, False):
+        dead = _without_effect(_State(removed=dict.fromkeys(closed)), universe, paper)
+        edges = {(item.source, item.target) for item in dead if item.part is None}
+        assert edges == ({("embed", "0"), ("0", "1"), ("0", "output")} if paper else set())
+    one_tap = _State(removed=dict.fromkeys(closed[1:]))
+    assert not [item for item in _without_effect(one_tap, universe, True) if item.part is None]
 
 
 def test_a_part_that_leads_to_another_is_decided_after_it_and_falls_with_it_as_published(with_more_parts):

@@ -10,6 +10,7 @@ from ioi_mamba.circuits.graph import Circuit, masks_of, universe_of
 from ioi_mamba.circuits.patching import corrupted_run, nodes_of, patched_logits, source_hooks
 from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.model.families import FAMILIES, attends, block_of, family_of, layers_with, sizes_of
+from ioi_mamba.model.family import at
 from ioi_mamba.passes.forward import forward
 from ioi_mamba.passes.metrics import logit_diff
 from ioi_mamba.passes.sweep import resample_sweep
@@ -111,8 +112,8 @@ def test_the_states_follow_the_recurrence_as_it_is_written_down(family):
             close(y[:, t], read)
         slices = [f"blocks.{layer}.hook_conv_slice.{s}" for s in range(1 - sizes_of(model).conv_width, 1)]
         taps = im.read(model, pairs.clean, slices)
-        newest = taps[slices[-1]]
-        close(newest, newest[:1, :1] / u[:1, :1] * u, 1e-4)  # one weight a channel, times what enters
+        mixer = at(model._module, f"{family_of(model).tree.blocks}.{layer}.{block_of(model, layer).mixer}")
+        close(taps[slices[-1]], mixer.conv1d.weight[:, 0, -1] * u)
         rest = conv - sum(taps.values())
         close(rest, rest[:1, :1].expand_as(rest))  # what is left is a bias, or nothing
 
@@ -178,6 +179,19 @@ def test_everything_patched_is_the_corrupted_run(family):
     universe = universe_of(model)
     edges = [(item.source, item.target) for item in universe.items()]
     close(im.patch_edges(model, pairs, edges), stock(model, pairs.corrupted))
+
+
+def test_nodes_side_by_side_have_no_edge_between_them(family):
+    model, pairs = model_of(family), pairs_of()
+    universe = universe_of(model)
+    edges = {(item.source, item.target) for item in universe.items()}
+    nodes = universe.nodes
+    without = [(a, b) for i, a in enumerate(nodes) for b in nodes[i + 1 :] if (a, b) not in edges]
+    layers = range(sizes_of(model).n_layers)
+    assert without == ([(f"{i}.mamba", f"{i}.attn") for i in layers] if family == "falcon_h1" else [])
+    for edge in without:
+        with pytest.raises(im.InputError, match="no edge forward"):
+            im.patch_edges(model, pairs, [edge])
 
 
 def test_an_edge_is_patched_as_by_writing_its_target_by_hand(family):

@@ -201,6 +201,7 @@ def test_a_name_is_steered_by_name(mini):
     for names, says in (
         ({"Zed": "Mary"}, "has no name 'Zed'"),
         ({"Leah": "Mary", "n3": "Ivan"}, "n3 is changed twice"),
+        ({"Kelly": "Mary", "n4": "Ivan"}, "n4 is changed twice"),
         ({"Leah": 3}, "is no change of a name"),
     ):
         with pytest.raises(im.InputError, match=says):
