@@ -50,13 +50,3 @@ def test_all_of_the_paper_runs_on_it_but_what_says_that_it_cannot(relative, tmp_
     for experiment in left:
         assert f'id="{experiment.name}"' in text
     assert name in text
-
-
-def test_what_is_serialised_gives_the_same_tables(relative):
-    name, model = relative
-    sent = im.open_model(name, device="cpu", backend="local-serialized")
-    pairs = ioi.generate(model.tokenizer, 2, 3)
-    for experiment in ("layer-ablation", "state-ablation", "output-ablation"):
-        run = analyses.load(experiment)
-        here, there = (run(each, pairs) for each in (model, sent))
-        assert here.equals(there)
