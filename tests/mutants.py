@@ -210,7 +210,7 @@ FAULTS = (
     Fault("ioi_mamba/model/mamba/kind.py", "on_path=True,", "on_path=False,", ATTRIBUTION),
     Fault(
         "ioi_mamba/model/mamba/kind.py",
-        'now=("A", "C"),\n        made=corrupted_read_out,',
+        'now=("A", "C"),\n        made=read_out,',
         'now=("A", "C"),',
         PATCHING,
     ),

@@ -193,7 +193,6 @@ class Family:
         parts: The parts of a mixer, in the order of tables, of (conv width).
         row_floats: How many numbers one more pair takes in a pass, of (sizes, positions, kind of pass); see `memory.py`.
         refusal: Why a config of this family cannot be read, in a sentence after the model's name; None where it can be.
-        cached: Whether the steps of a generation with a cache can be read and written.
     """
 
     name: str
@@ -210,7 +209,6 @@ class Family:
     parts: Callable[[int], tuple[Part, ...]]
     row_floats: Callable[[Sizes, int, str], float]
     refusal: Callable[[Mapping[str, Any]], str | None]
-    cached: bool = True
 
     def block(self, config: Any, layer: int) -> Block:
         """The kind of one block of a model of this config."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -58,8 +58,9 @@ SITES = (
     Site("after_skip", SCAN, "batch pos E", f"{SCAN_OP}.output", "ssm_output * SiLU(skip)"),
 )
 
-_READ_OUT_FROM = ("ssm_input", "delta", "B")
+READ_OUT_FROM = ("ssm_input", "delta", "B")
 """What a corrupted state is recomputed from, 16 times smaller than the state."""
+ReadOut = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor], Tensor]
 
 
 def recurrence_terms(A_bar: Tensor, B_bar: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +70,7 @@ def recurrence_terms(A_bar: Tensor, B_bar: Tensor, x: Tensor) -> tuple[Tensor, T
 
 def corrupted_read_out(corrupted: Mapping[str, Tensor], now: Mapping[str, Tensor], of_pair: Tensor) -> Tensor:
     """C_t h_t [row, pos, E] with the corrupted run's states and this pass' A and C (appendix D.2)."""
-    x, delta, B = (corrupted[site] for site in _READ_OUT_FROM)
+    x, delta, B = (corrupted[site] for site in READ_OUT_FROM)
     wide, C = delta.dtype, now["C"].contiguous()  # in one layout, wherever it comes from: sums are then rounded alike
     y, _ = selective_scan(x[of_pair].to(wide), delta[of_pair], now["A"], B[of_pair].to(wide), C.to(wide))
     return y
@@ -102,19 +103,27 @@ def slices(conv_width: int) -> tuple[Part, ...]:
     )
 
 
-def parts(conv_width: int) -> tuple[Part, ...]:
-    """The conv slices, the state that the read-out sees, and the gate."""
+def parts_of_mixer(conv_width: int, read_out: ReadOut) -> tuple[Part, ...]:
+    """The conv slices, the state that the read-out sees, and the gate: those of a mixer of either kind.
+
+    read_out: y of the corrupted run's states, as a `Part` is made.
+    """
     state = Part(
         name="ssm",
         meaning="the state that the read-out sees: y_t = C_t h_t with h of the corrupted run, D x untouched",
         site="y",
         own="y",
-        corrupted=_READ_OUT_FROM,
+        corrupted=READ_OUT_FROM,
         now=("A", "C"),
-        made=corrupted_read_out,
+        made=read_out,
     )
     gate = Part(name="skip", meaning="the gate branch", site="skip", own="skip", corrupted=("skip",))
     return (*slices(conv_width), state, gate)
+
+
+def parts(conv_width: int) -> tuple[Part, ...]:
+    """The parts of a Mamba-1 mixer."""
+    return parts_of_mixer(conv_width, corrupted_read_out)
 
 
 def row_floats(size: Sizes, n_positions: int, kind: str) -> float:

@@ -11,7 +11,7 @@ from ioi_mamba.model import ssd
 from ioi_mamba.model.blocks import Mixer
 from ioi_mamba.model.family import SCAN, End, Part, Sizes
 from ioi_mamba.model.mamba.calls import CONV_OP
-from ioi_mamba.model.mamba.kind import slices
+from ioi_mamba.model.mamba.kind import READ_OUT_FROM, parts_of_mixer
 from ioi_mamba.model.mamba2.calls import SCAN_OP
 from ioi_mamba.model.mamba2.layer import Mamba2Layer
 from ioi_mamba.model.sites import Site
@@ -53,8 +53,6 @@ SITES = (
 )
 
 MIXER = Mixer(SITES, {"after_skip": End("out_proj", "input")}, Mamba2Layer)
-_READ_OUT_FROM = ("ssm_input", "delta", "B")
-"""What a corrupted state is recomputed from."""
 
 
 def letters(*, D: int, heads: int, head_width: int, state: int, groups: int, conv: int, vocab: int) -> dict[str, int]:
@@ -80,7 +78,7 @@ def unrolled(delta: Tensor, A: Tensor, B: Tensor, C: Tensor, channels: Tensor) -
 
 def corrupted_read_out(corrupted: Mapping[str, Tensor], now: Mapping[str, Tensor], of_pair: Tensor) -> Tensor:
     """C_t h_t [row, pos, E] with the corrupted run's states and this pass' A and C."""
-    x, delta, B = (corrupted[site] for site in _READ_OUT_FROM)
+    x, delta, B = (corrupted[site] for site in READ_OUT_FROM)
     wide, H = torch.promote_types(x.dtype, delta.dtype), delta.shape[-1]
     by_head = x[of_pair].to(wide).unflatten(-1, (H, -1))
     y, _ = ssd.ssd_scan(by_head, delta[of_pair], now["A"], B[of_pair].to(wide), now["C"].to(wide))
@@ -88,18 +86,8 @@ def corrupted_read_out(corrupted: Mapping[str, Tensor], now: Mapping[str, Tensor
 
 
 def parts(conv_width: int) -> tuple[Part, ...]:
-    """The conv slices from the oldest tap to the token itself, the state that the read-out sees, and the gate."""
-    state = Part(
-        name="ssm",
-        meaning="the state that the read-out sees: y_t = C_t h_t with h of the corrupted run, D x untouched",
-        site="y",
-        own="y",
-        corrupted=_READ_OUT_FROM,
-        now=("A", "C"),
-        made=corrupted_read_out,
-    )
-    gate = Part(name="skip", meaning="the gate branch", site="skip", own="skip", corrupted=("skip",))
-    return (*slices(conv_width), state, gate)
+    """The parts of a Mamba-2 mixer."""
+    return parts_of_mixer(conv_width, corrupted_read_out)
 
 
 def row_floats(size: Sizes, n_positions: int, kind: str) -> float:
