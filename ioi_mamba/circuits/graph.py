@@ -88,7 +88,7 @@ class Universe(NamedTuple):
     @property
     def of_layer(self) -> tuple[Part, ...]:
         """The parts that a layer of this family has, in the order of the tables, also where the graph leaves them out."""
-        return FAMILIES[self.family].parts(self.conv_width)
+        return FAMILIES[self.family].mixer.parts(self.conv_width)
 
     @property
     def inside(self) -> tuple[str, ...]:

@@ -128,7 +128,7 @@ def sink_hooks(nodes: Sequence[Node]) -> list[str]:
 
 def parts_of(model) -> tuple[Part, ...]:
     """The parts that a layer of the model has, in the order of the tables."""
-    return family_of(model).parts(sizes_of(model).conv_width)
+    return family_of(model).mixer.parts(sizes_of(model).conv_width)
 
 
 def corrupted_sites(parts: Iterable[Part]) -> list[str]:

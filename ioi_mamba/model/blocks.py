@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ioi_mamba.model.family import ATTENTION_WRITER, MAMBA_WRITER, MLP_WRITER, Block, End, Writer
+from ioi_mamba.model.family import ATTENTION_WRITER, MAMBA_WRITER, MLP_WRITER, Block, End, Mixer, Writer
 from ioi_mamba.model.layer_pass import LayerPass
 from ioi_mamba.model.sites import Site
 
 STREAM = "batch pos D"
-PLAIN = LayerPass
-"""The pass through a block that has no state-space mixer."""
 
 
 class SubBlock(NamedTuple):
-    """What a sub-block has: its sites in order, where those of modules are, and how it reads and writes the stream."""
+    """What a sub-block has: its sites in order, where those of modules are, and how it reads and writes the stream.
+
+    mixer: the path of its state-space mixer; None where it has none. layer_pass: see `Block`.
+    """
 
     sites: Sequence[Site]
     ends: dict[str, End]
     writer: Writer
-
-
-class Mixer(NamedTuple):
-    """The inside of a state-space mixer: its sites in order, where those of modules are, and the pass that opens it."""
-
-    sites: Sequence[Site]
-    ends: Mapping[str, End]
-    layer_pass: Any
+    mixer: str | None = None
+    layer_pass: type[Any] = LayerPass
 
 
 def _place(end: End) -> str:
@@ -55,7 +50,7 @@ def mamba(mixer: Mixer, *, norm: str, path: str, times: str | None = None) -> Su
         *mixer.sites,
         Site("out_proj", "mixer_output", STREAM, _place(ends["out_proj"]), "what the layer adds to the stream"),
     ]
-    return SubBlock(sites, ends, MAMBA_WRITER)
+    return SubBlock(sites, ends, MAMBA_WRITER, path, mixer.layer_pass)
 
 
 def _plain(name: str, writer: Writer, norm: str, path: str, times: str | None) -> SubBlock:
@@ -77,9 +72,7 @@ def mlp(*, norm: str, path: str, times: str | None = None) -> SubBlock:
     return _plain("MLP", MLP_WRITER, norm, path, times)
 
 
-def block(
-    *subs: SubBlock | Sequence[SubBlock], layer_pass: Any, mixer: str | None = None, attends: bool = False
-) -> Block:
+def block(*subs: SubBlock | Sequence[SubBlock], attends: bool = False) -> Block:
     """A block of sub-blocks, one after the other; those of an inner list read the same stream, side by side.
 
     attends: whether there is attention in it that is no sub-block of its own.
@@ -103,4 +96,6 @@ def block(
     )
     writers = tuple(tuple(sub.writer for sub in group) for group in groups)
     attends = attends or any(sub.writer == ATTENTION_WRITER for group in groups for sub in group)
+    mixed = [sub for group in groups for sub in group if sub.mixer is not None]
+    mixer, layer_pass = (mixed[0].mixer, mixed[0].layer_pass) if mixed else (None, LayerPass)
     return Block({site.name: site for site in sites}, ends, writers, mixer, layer_pass, attends)

@@ -173,6 +173,32 @@ class Part:
 
 
 @portable
+class Mixer(NamedTuple):
+    """A kind of state-space mixer: what is inside it, whatever block it stands in.
+
+    Attributes:
+        sites: The sites inside it, in order.
+        ends: Of those that a module takes or gives, where; paths from the mixer.
+        layer_pass: The class of a pass through a block that has it, see `Block`.
+        operations: The labels by which nnsight finds the calls inside it, see `families.check_labels`.
+        recurrence_terms: (decay, drive) of (A_bar, B_bar, x), each as wide as h: h_t = decay_t h_(t-1) + drive_t.
+        unrolled: M [batch, channel, target, source] with y = M x, of (delta, A, B, C, channels): channels of a Mamba-1, heads
+            of a Mamba-2, each with one decay at a position and column.
+        parts: Its parts, in the order of tables, of (conv width).
+        row_floats: How many numbers one more pair takes in a pass, of (sizes, positions, kind of pass); see `memory.py`.
+    """
+
+    sites: Sequence[Site]
+    ends: Mapping[str, End]
+    layer_pass: type[Any]
+    operations: tuple[str, ...]
+    recurrence_terms: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    unrolled: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    parts: Callable[[int], tuple[Part, ...]]
+    row_floats: Callable[[Sizes, int, str], float]
+
+
+@portable
 @dataclass(frozen=True, eq=False)
 class Family:
     """A family of models.
@@ -182,16 +208,11 @@ class Family:
         label: In sentences.
         published: Ids of checkpoints, to be named where an unknown name is near; the one that is meant most, first.
         tree: Where its parts are in the module tree.
-        operations: The labels by which nnsight finds the calls inside a mixer, see `families.check_labels`.
+        mixer: The kind of its state-space mixers.
         kinds: The kinds of block that its models can have, by the name that `blocks` gives.
         blocks: The kind of each block, of (config).
         config_names: The entries of its config that say how large it is.
         sizes: The sizes of (config).
-        recurrence_terms: (decay, drive) of (A_bar, B_bar, x), each as wide as h: h_t = decay_t h_(t-1) + drive_t.
-        unrolled: M [batch, channel, target, source] with y = M x, of (delta, A, B, C, channels): channels of a Mamba-1, heads
-            of a Mamba-2, each with one decay at a position and column.
-        parts: The parts of a mixer, in the order of tables, of (conv width).
-        row_floats: How many numbers one more pair takes in a pass, of (sizes, positions, kind of pass); see `memory.py`.
         refusal: Why a config of this family cannot be read, in a sentence after the model's name; None where it can be.
     """
 
@@ -199,15 +220,11 @@ class Family:
     label: str
     published: tuple[str, ...]
     tree: Tree
-    operations: tuple[str, ...]
+    mixer: Mixer
     kinds: Mapping[str, Block]
     blocks: Callable[[Any], Sequence[str]]
     config_names: tuple[str, ...]
     sizes: Callable[[Any], Sizes]
-    recurrence_terms: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    unrolled: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-    parts: Callable[[int], tuple[Part, ...]]
-    row_floats: Callable[[Sizes, int, str], float]
     refusal: Callable[[Mapping[str, Any]], str | None]
 
     def block(self, config: Any, layer: int) -> Block:

@@ -20,7 +20,7 @@ PASSES = ("sweep", "edges", "parts", "gradients", "part gradients")
 
 def row_mib(model, n_positions: int, kind: str) -> float:
     """MiB that one more pair of prompts takes in a pass of that kind (of PASSES), all layers together."""
-    return 4 * family_of(model).row_floats(sizes_of(model), n_positions, kind) / MIB
+    return 4 * family_of(model).mixer.row_floats(sizes_of(model), n_positions, kind) / MIB
 
 
 def rows_per_pass(model, n_positions: int, kind: str = "sweep", budget_mib: float | None = None) -> int:
@@ -33,7 +33,7 @@ def rows_per_pass(model, n_positions: int, kind: str = "sweep", budget_mib: floa
 def needed_mib(model, n_pairs: int, n_positions: int, kind: str) -> float:
     """MiB that an experiment with passes of that kind takes beside the weights: its largest pass, and its scores."""
     rows = min(n_pairs, rows_per_pass(model, n_positions, kind))
-    n_layers, parts = sizes_of(model).n_layers, family_of(model).parts(sizes_of(model).conv_width)
+    n_layers, parts = sizes_of(model).n_layers, family_of(model).mixer.parts(sizes_of(model).conv_width)
     per_position = n_layers * 2 if kind == "sweep" else (n_layers + 1) ** 2 + n_layers * len(parts)
     # Scores of every pair, in chunks and put together.
     return rows * row_mib(model, n_positions, kind) + 2 * 4 * n_pairs * n_positions * per_position / MIB

@@ -101,7 +101,7 @@ class ScannedLayer(LayerPass):
         return self._call.start
 
     def _h(self) -> Tensor:
-        decay, drive = self.family.recurrence_terms(self.get("A_bar"), self.get("B_bar"), self._scan_input())
+        decay, drive = self.family.mixer.recurrence_terms(self.get("A_bar"), self.get("B_bar"), self._scan_input())
         # A written state forgets what came before it (decay 0) and is driven by the written value alone.
         for mask, value in self._state_writes:
             decay, drive = torch.where(mask, 0.0, decay), torch.where(mask, value, drive)

@@ -48,4 +48,4 @@ def hidden_attention(model, tokens: Any, layer: int, channels: Sequence[int] | N
         raise InputError(
             f"{len(chosen)} channels of {n_rows} prompts need more than {LARGEST_MIB} MiB: give {fits} or fewer."
         )
-    return family_of(model).unrolled(delta, A, B, C, chosen.to(delta.device))
+    return family_of(model).mixer.unrolled(delta, A, B, C, chosen.to(delta.device))

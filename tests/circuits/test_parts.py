@@ -39,7 +39,9 @@ READ_OUT_MAP = Part(
 
 @pytest.fixture
 def with_more_parts(monkeypatch):
-    more = dataclasses.replace(MAMBA, parts=lambda width: (*MAMBA.parts(width), INPUT_MAP, READ_OUT_MAP))
+    more = dataclasses.replace(
+        MAMBA, mixer=MAMBA.mixer._replace(parts=lambda width: (*MAMBA.mixer.parts(width), INPUT_MAP, READ_OUT_MAP))
+    )
     monkeypatch.setitem(FAMILIES, "mamba", more)
     return golden.model(), golden.random_pairs("golden")
 

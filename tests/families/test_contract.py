@@ -160,7 +160,7 @@ def test_a_written_state_is_what_the_recurrence_goes_on_from(family):
     got = im.read(model, pairs.clean, [hook, *names])
     written = torch.randn(got[hook][:, 3].shape, generator=torch.Generator().manual_seed(2))
     after = forward(model, pairs.clean, {f"{hook}.3": written}, reads=[hook])[hook]
-    decay, drive = family_of(model).recurrence_terms(*(got[name] for name in names))
+    decay, drive = family_of(model).mixer.recurrence_terms(*(got[name] for name in names))
     close(after[:, 3], written)
     close(after[:, 4], decay[:, 4] * written + drive[:, 4])
     close(after[:, :3], got[hook][:, :3])

@@ -147,7 +147,7 @@ def test_a_name_that_is_not_there_is_refused_by_naming_it_and_the_fix(verb, hook
 
 
 def test_a_moved_operation_label_is_named_when_a_model_is_opened(monkeypatch):
-    moved = dataclasses.replace(MAMBA, operations=("mamba_selective_scan_9",))
+    moved = dataclasses.replace(MAMBA, mixer=MAMBA.mixer._replace(operations=("mamba_selective_scan_9",)))
     monkeypatch.setitem(families.FAMILIES, "mamba", moved)
     with pytest.raises(RuntimeError, match="'mamba_selective_scan_9' is not in layer 0"):
         families.check_labels(golden.model())

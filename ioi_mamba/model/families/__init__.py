@@ -99,7 +99,7 @@ def check_labels(model) -> None:
         if path is None:
             continue
         source = at(block, path).source
-        for label in family.operations:
+        for label in family.mixer.operations:
             try:
                 getattr(source, label)
             except AttributeError:

@@ -8,7 +8,6 @@ from ioi_mamba.model import blocks
 from ioi_mamba.model.family import Family, Sizes, Tree
 from ioi_mamba.model.mamba.kind import refusal
 from ioi_mamba.model.mamba2 import kind
-from ioi_mamba.model.mamba2.calls import OPERATIONS
 
 _MLP = blocks.mlp(norm="pre_ff_layernorm", path="feed_forward")
 CONFIG_NAMES = (
@@ -47,24 +46,13 @@ BAMBA = Family(
     label="Bamba",
     published=("ibm-ai-platform/Bamba-9B-v2",),
     tree=Tree("model.layers", "model.embed_tokens", "model.final_layernorm", "lm_head", returns=2),
-    operations=OPERATIONS,
     kinds={
-        "linear_attention": blocks.block(
-            blocks.mamba(kind.MIXER, norm="input_layernorm", path="mamba"),
-            _MLP,
-            mixer="mamba",
-            layer_pass=kind.MIXER.layer_pass,
-        ),
-        "full_attention": blocks.block(
-            blocks.attention(norm="input_layernorm", path="self_attn"), _MLP, layer_pass=blocks.PLAIN
-        ),
+        "linear_attention": blocks.block(blocks.mamba(kind.MIXER, norm="input_layernorm", path="mamba"), _MLP),
+        "full_attention": blocks.block(blocks.attention(norm="input_layernorm", path="self_attn"), _MLP),
     },
     blocks=listed,
     config_names=CONFIG_NAMES,
     sizes=sizes,
-    recurrence_terms=kind.recurrence_terms,
-    unrolled=kind.unrolled,
-    parts=kind.parts,
-    row_floats=kind.row_floats,
+    mixer=kind.MIXER,
     refusal=refusal,
 )

@@ -12,7 +12,6 @@ from ioi_mamba.model.families.bamba import CONFIG_NAMES, sizes
 from ioi_mamba.model.family import End, Family, Tree
 from ioi_mamba.model.mamba.kind import refusal
 from ioi_mamba.model.mamba2 import kind
-from ioi_mamba.model.mamba2.calls import OPERATIONS
 from ioi_mamba.model.mamba2.layer import Mamba2Layer
 
 
@@ -47,7 +46,8 @@ class FalconH1Layer(Mamba2Layer):
         return projected / by_column if divide else projected * by_column
 
 
-_MAMBA = blocks.mamba(kind.MIXER, norm="input_layernorm", path="mamba", times="ssm_out_multiplier")
+_MIXER = kind.MIXER._replace(layer_pass=FalconH1Layer)
+_MAMBA = blocks.mamba(_MIXER, norm="input_layernorm", path="mamba", times="ssm_out_multiplier")
 _MAMBA.ends["normalized_input"] = End("mamba", "input")
 _ATTENTION = blocks.attention(norm="input_layernorm", path="self_attn", times="attention_out_multiplier")
 del _ATTENTION.ends["attn_in"]
@@ -70,21 +70,15 @@ FALCON_H1 = Family(
         scaled="lm_head_multiplier",
         returns=1,
     ),
-    operations=OPERATIONS,
     kinds={
         "hybrid": blocks.block(
             (_MAMBA, _ATTENTION),
             blocks.mlp(norm="pre_ff_layernorm", path="feed_forward"),
-            mixer="mamba",
-            layer_pass=FalconH1Layer,
         )
     },
     blocks=_alike,
     config_names=CONFIG_NAMES,
     sizes=sizes,
-    recurrence_terms=kind.recurrence_terms,
-    unrolled=kind.unrolled,
-    parts=kind.parts,
-    row_floats=kind.row_floats,
+    mixer=_MIXER,
     refusal=refusal,
 )

@@ -6,7 +6,6 @@ from ioi_mamba.model import blocks
 from ioi_mamba.model.families.mamba import CONFIG_NAMES, TREE, alike, sizes
 from ioi_mamba.model.family import Family
 from ioi_mamba.model.mamba import kind
-from ioi_mamba.model.mamba.calls import OPERATIONS
 
 _MIXER = kind.NORMED_MIXER
 
@@ -15,18 +14,10 @@ FALCON_MAMBA = Family(
     label="Falcon-Mamba",
     published=("tiiuae/falcon-mamba-7b",),
     tree=TREE,
-    operations=OPERATIONS,
-    kinds={
-        "mamba": blocks.block(
-            blocks.mamba(_MIXER, norm="norm", path="mixer"), mixer="mixer", layer_pass=_MIXER.layer_pass
-        )
-    },
+    kinds={"mamba": blocks.block(blocks.mamba(_MIXER, norm="norm", path="mixer"))},
     blocks=alike,
     config_names=CONFIG_NAMES,
     sizes=sizes,
-    recurrence_terms=kind.recurrence_terms,
-    unrolled=kind.unrolled,
-    parts=kind.parts,
-    row_floats=kind.row_floats,
+    mixer=_MIXER,
     refusal=kind.refusal,
 )

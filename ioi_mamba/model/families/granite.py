@@ -9,7 +9,6 @@ from ioi_mamba.model.families.bamba import CONFIG_NAMES, sizes
 from ioi_mamba.model.family import Block, Family, Tree
 from ioi_mamba.model.mamba.kind import refusal
 from ioi_mamba.model.mamba2 import kind
-from ioi_mamba.model.mamba2.calls import OPERATIONS
 
 _TIMES = "residual_multiplier"
 
@@ -20,9 +19,9 @@ def _kind_of_block(*, attention: bool, experts: bool) -> Block:
         mlp.ends["mlp_out"] = mlp.ends["mlp_out"]._replace(added=("block_sparse_moe",))
     if attention:
         first = blocks.attention(norm="input_layernorm", path="self_attn", times=_TIMES)
-        return blocks.block(first, mlp, layer_pass=blocks.PLAIN)
+        return blocks.block(first, mlp)
     first = blocks.mamba(kind.MIXER, norm="input_layernorm", path="mamba", times=_TIMES)
-    return blocks.block(first, mlp, mixer="mamba", layer_pass=kind.MIXER.layer_pass)
+    return blocks.block(first, mlp)
 
 
 def _listed(config: Any) -> list[str]:
@@ -42,7 +41,6 @@ GRANITE = Family(
         embedded="embedding_multiplier",
         scaled="/logits_scaling",
     ),
-    operations=OPERATIONS,
     kinds={
         f"{name}{' with experts' if experts else ''}": _kind_of_block(attention=attention, experts=experts)
         for name, attention in (("linear_attention", False), ("full_attention", True))
@@ -51,9 +49,6 @@ GRANITE = Family(
     blocks=_listed,
     config_names=CONFIG_NAMES,
     sizes=sizes,
-    recurrence_terms=kind.recurrence_terms,
-    unrolled=kind.unrolled,
-    parts=kind.parts,
-    row_floats=kind.row_floats,
+    mixer=kind.MIXER,
     refusal=refusal,
 )

@@ -7,7 +7,6 @@ from typing import Any
 from ioi_mamba.model import blocks
 from ioi_mamba.model.family import Family, Sizes, Tree
 from ioi_mamba.model.mamba import kind
-from ioi_mamba.model.mamba.calls import OPERATIONS
 
 _MLP = blocks.mlp(norm="pre_ff_layernorm", path="feed_forward")
 _MIXER = kind.NORMED_MIXER
@@ -34,24 +33,13 @@ JAMBA = Family(
     label="Jamba",
     published=("ai21labs/Jamba-v0.1",),
     tree=Tree("model.layers", "model.embed_tokens", "model.final_layernorm", "lm_head"),
-    operations=OPERATIONS,
     kinds={
-        "mamba": blocks.block(
-            blocks.mamba(_MIXER, norm="input_layernorm", path="mamba"),
-            _MLP,
-            mixer="mamba",
-            layer_pass=_MIXER.layer_pass,
-        ),
-        "attention": blocks.block(
-            blocks.attention(norm="input_layernorm", path="self_attn"), _MLP, layer_pass=blocks.PLAIN
-        ),
+        "mamba": blocks.block(blocks.mamba(_MIXER, norm="input_layernorm", path="mamba"), _MLP),
+        "attention": blocks.block(blocks.attention(norm="input_layernorm", path="self_attn"), _MLP),
     },
     blocks=_kinds_of_blocks,
     config_names=("num_hidden_layers", "hidden_size", "mamba_expand", "mamba_d_state", "mamba_d_conv", "vocab_size"),
     sizes=_sizes,
-    recurrence_terms=kind.recurrence_terms,
-    unrolled=kind.unrolled,
-    parts=kind.parts,
-    row_floats=kind.row_floats,
+    mixer=_MIXER,
     refusal=kind.refusal,
 )

@@ -7,7 +7,6 @@ from typing import Any
 from ioi_mamba.model import blocks
 from ioi_mamba.model.family import Family, Sizes, Tree
 from ioi_mamba.model.mamba import kind
-from ioi_mamba.model.mamba.calls import OPERATIONS
 
 
 def sizes(config: Any) -> Sizes:
@@ -36,18 +35,10 @@ MAMBA = Family(
     label="Mamba-1",
     published=tuple(f"state-spaces/mamba-{size}-hf" for size in ("370m", "130m", "790m", "1.4b", "2.8b")),
     tree=TREE,
-    operations=OPERATIONS,
-    kinds={
-        "mamba": blocks.block(
-            blocks.mamba(kind.MIXER, norm="norm", path="mixer"), mixer="mixer", layer_pass=kind.MIXER.layer_pass
-        )
-    },
+    kinds={"mamba": blocks.block(blocks.mamba(kind.MIXER, norm="norm", path="mixer"))},
     blocks=alike,
     config_names=CONFIG_NAMES,
     sizes=sizes,
-    recurrence_terms=kind.recurrence_terms,
-    unrolled=kind.unrolled,
-    parts=kind.parts,
-    row_floats=kind.row_floats,
+    mixer=kind.MIXER,
     refusal=kind.refusal,
 )

@@ -9,7 +9,6 @@ from ioi_mamba.model.families.mamba import TREE, alike
 from ioi_mamba.model.family import Family, Sizes
 from ioi_mamba.model.mamba.kind import refusal
 from ioi_mamba.model.mamba2 import kind
-from ioi_mamba.model.mamba2.calls import OPERATIONS
 
 
 def _sizes(config: Any) -> Sizes:
@@ -30,12 +29,7 @@ MAMBA2 = Family(
     label="Mamba-2",
     published=("mistralai/Mamba-Codestral-7B-v0.1",),
     tree=TREE,
-    operations=OPERATIONS,
-    kinds={
-        "mamba": blocks.block(
-            blocks.mamba(kind.MIXER, norm="norm", path="mixer"), mixer="mixer", layer_pass=kind.MIXER.layer_pass
-        )
-    },
+    kinds={"mamba": blocks.block(blocks.mamba(kind.MIXER, norm="norm", path="mixer"))},
     blocks=alike,
     config_names=(
         "num_hidden_layers",
@@ -48,9 +42,6 @@ MAMBA2 = Family(
         "vocab_size",
     ),
     sizes=_sizes,
-    recurrence_terms=kind.recurrence_terms,
-    unrolled=kind.unrolled,
-    parts=kind.parts,
-    row_floats=kind.row_floats,
+    mixer=kind.MIXER,
     refusal=refusal,
 )

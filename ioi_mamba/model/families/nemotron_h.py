@@ -9,7 +9,6 @@ from ioi_mamba.model.families.bamba import listed
 from ioi_mamba.model.family import Family, Sizes, Tree
 from ioi_mamba.model.mamba.kind import refusal
 from ioi_mamba.model.mamba2 import kind
-from ioi_mamba.model.mamba2.calls import OPERATIONS
 
 
 def _sizes(config: Any) -> Sizes:
@@ -25,19 +24,16 @@ def _sizes(config: Any) -> Sizes:
     return Sizes(len(config.layers_block_type), letters, False)
 
 
-_MLP = blocks.block(blocks.mlp(norm="norm", path="mixer"), layer_pass=blocks.PLAIN)
+_MLP = blocks.block(blocks.mlp(norm="norm", path="mixer"))
 
 NEMOTRON_H = Family(
     name="nemotron_h",
     label="Nemotron-H",
     published=("nvidia/Nemotron-H-8B-Base-8K",),
     tree=Tree("model.layers", "model.embeddings", "model.norm_f", "lm_head"),
-    operations=OPERATIONS,
     kinds={
-        "linear_attention": blocks.block(
-            blocks.mamba(kind.MIXER, norm="norm", path="mixer"), mixer="mixer", layer_pass=kind.MIXER.layer_pass
-        ),
-        "full_attention": blocks.block(blocks.attention(norm="norm", path="mixer"), layer_pass=blocks.PLAIN),
+        "linear_attention": blocks.block(blocks.mamba(kind.MIXER, norm="norm", path="mixer")),
+        "full_attention": blocks.block(blocks.attention(norm="norm", path="mixer")),
         "mlp": _MLP,
         "moe": _MLP,
     },
@@ -53,9 +49,6 @@ NEMOTRON_H = Family(
         "vocab_size",
     ),
     sizes=_sizes,
-    recurrence_terms=kind.recurrence_terms,
-    unrolled=kind.unrolled,
-    parts=kind.parts,
-    row_floats=kind.row_floats,
+    mixer=kind.MIXER,
     refusal=refusal,
 )

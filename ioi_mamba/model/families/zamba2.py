@@ -8,7 +8,6 @@ from ioi_mamba.model import blocks
 from ioi_mamba.model.families.bamba import listed
 from ioi_mamba.model.family import End, Family, Sizes, Tree
 from ioi_mamba.model.mamba2 import kind
-from ioi_mamba.model.mamba2.calls import OPERATIONS
 from ioi_mamba.model.mamba2.layer import Mamba2Layer
 
 
@@ -44,7 +43,9 @@ def _refusal(config: Any) -> None:
     """Its mixers have SiLU whatever activation the config names for attention's MLP."""
 
 
-_HYBRID = blocks.mamba(kind.MIXER, norm="mamba_decoder.input_layernorm", path="mamba_decoder.mamba")
+_HYBRID = blocks.mamba(
+    kind.MIXER._replace(layer_pass=Zamba2Hybrid), norm="mamba_decoder.input_layernorm", path="mamba_decoder.mamba"
+)
 _HYBRID.ends["layer_input"] = End("shared_transformer", "input")
 
 ZAMBA2 = Family(
@@ -52,14 +53,9 @@ ZAMBA2 = Family(
     label="Zamba2",
     published=("Zyphra/Zamba2-1.2B",),
     tree=Tree("model.layers", "model.embed_tokens", "model.final_layernorm", "lm_head"),
-    operations=OPERATIONS,
     kinds={
-        "linear_attention": blocks.block(
-            blocks.mamba(kind.MIXER, norm="input_layernorm", path="mamba"),
-            mixer="mamba",
-            layer_pass=kind.MIXER.layer_pass,
-        ),
-        "hybrid": blocks.block(_HYBRID, mixer="mamba_decoder.mamba", layer_pass=Zamba2Hybrid, attends=True),
+        "linear_attention": blocks.block(blocks.mamba(kind.MIXER, norm="input_layernorm", path="mamba")),
+        "hybrid": blocks.block(_HYBRID, attends=True),
     },
     blocks=listed,
     config_names=(
@@ -73,9 +69,6 @@ ZAMBA2 = Family(
         "vocab_size",
     ),
     sizes=_sizes,
-    recurrence_terms=kind.recurrence_terms,
-    unrolled=kind.unrolled,
-    parts=kind.parts,
-    row_floats=kind.row_floats,
+    mixer=kind.MIXER,
     refusal=_refusal,
 )

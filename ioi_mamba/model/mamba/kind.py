@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ioi_mamba.model.blocks import Mixer
-from ioi_mamba.model.family import SCAN, End, Part, Sizes
-from ioi_mamba.model.mamba.calls import CONV_OP, SCAN_OP
+from ioi_mamba.model.family import SCAN, End, Mixer, Part, Sizes
+from ioi_mamba.model.mamba.calls import CONV_OP, OPERATIONS, SCAN_OP
 from ioi_mamba.model.mamba.layer import MambaLayer, NormedMambaLayer
 from ioi_mamba.model.scan import selective_scan
 from ioi_mamba.model.sites import Site
@@ -147,15 +146,15 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     return f"uses the activation {activation!r}; only 'silu' is supported."
 
 
-MIXER = Mixer(SITES, {}, MambaLayer)
-NORMED_MIXER = Mixer(
-    [
+MIXER = Mixer(SITES, {}, MambaLayer, OPERATIONS, recurrence_terms, unrolled, parts, row_floats)
+NORMED_MIXER = MIXER._replace(
+    sites=[
         site._replace(stage=f"{site.name}_norm", place=f"mixer.{site.name.lower()}_layernorm.output")
         if site.name in ("B", "C")
         else site
         for site in SITES
     ],
-    {"B": End("b_layernorm", "output"), "C": End("c_layernorm", "output")},
-    NormedMambaLayer,
+    ends={"B": End("b_layernorm", "output"), "C": End("c_layernorm", "output")},
+    layer_pass=NormedMambaLayer,
 )
 """Where delta_1, B and C go through norms before the scan."""

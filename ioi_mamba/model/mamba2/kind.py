@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.model import ssd
-from ioi_mamba.model.blocks import Mixer
-from ioi_mamba.model.family import SCAN, End, Part, Sizes
+from ioi_mamba.model.family import SCAN, End, Mixer, Part, Sizes
 from ioi_mamba.model.mamba.calls import CONV_OP
 from ioi_mamba.model.mamba.kind import READ_OUT_FROM, parts_of_mixer
-from ioi_mamba.model.mamba2.calls import SCAN_OP
+from ioi_mamba.model.mamba2.calls import OPERATIONS, SCAN_OP
 from ioi_mamba.model.mamba2.layer import Mamba2Layer
 from ioi_mamba.model.sites import Site
 
@@ -51,8 +50,6 @@ SITES = (
     Site("ssm_output", SCAN, "batch pos E", f"{SCAN_OP}.output", "y + D x"),
     Site("after_skip", "out_proj_input", "batch pos E", "mixer.out_proj.input", "after the gate and the gated norm"),
 )
-
-MIXER = Mixer(SITES, {"after_skip": End("out_proj", "input")}, Mamba2Layer)
 
 
 def letters(*, D: int, heads: int, head_width: int, state: int, groups: int, conv: int, vocab: int) -> dict[str, int]:
@@ -102,3 +99,15 @@ def row_floats(size: Sizes, n_positions: int, kind: str) -> float:
     }[kind]
     matrix = 4 * H * n_positions * min(n_positions, ssd.CHUNK)
     return size.n_layers * per_layer + 16 * n_positions * wide + 2 * E * N + matrix + 4 * vocab
+
+
+MIXER = Mixer(
+    SITES,
+    {"after_skip": End("out_proj", "input")},
+    Mamba2Layer,
+    OPERATIONS,
+    recurrence_terms,
+    unrolled,
+    parts,
+    row_floats,
+)
