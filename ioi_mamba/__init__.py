@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ioi_mamba.analyses import register
     from ioi_mamba.circuits.attribution import attribute
     from ioi_mamba.circuits.faithfulness import evaluate
+    from ioi_mamba.circuits.flow import patch_flow, token_flow
     from ioi_mamba.circuits.graph import Circuit
     from ioi_mamba.circuits.patching import patch_edges
     from ioi_mamba.circuits.search import acdc
@@ -50,10 +51,12 @@ _HOMES = {
     "open_results": "results.stored",
     "option": "experiments.options",
     "patch_edges": "circuits.patching",
+    "patch_flow": "circuits.flow",
     "read": "passes.forward",
     "register": "analyses",
     "run": "passes.forward",
     "steer": "steering.steer",
+    "token_flow": "circuits.flow",
 }
 """Where each public name is; the block above says the same to type checkers."""
 
@@ -80,10 +83,12 @@ __all__ = [
     "open_results",
     "option",
     "patch_edges",
+    "patch_flow",
     "read",
     "register",
     "run",
     "steer",
+    "token_flow",
 ]
 
 

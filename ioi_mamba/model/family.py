@@ -47,7 +47,8 @@ class Sizes(NamedTuple):
 
     def shape(self, site: Site, batch: int, n_positions: int) -> tuple[int, ...]:
         """The shape of a site's value."""
-        sizes = {**self.letters, "batch": batch, "pos": n_positions, "K-1": self.conv_width - 1}
+        positions = dict.fromkeys(("pos", "target", "source"), n_positions)
+        sizes = {**self.letters, **positions, "batch": batch, "K-1": self.conv_width - 1}
         return tuple(sizes[letter] for letter in site.shape.split())
 
 
@@ -184,6 +185,9 @@ class Mixer(NamedTuple):
         recurrence_terms: (decay, drive) of (A_bar, B_bar, x), each as wide as h: h_t = decay_t h_(t-1) + drive_t.
         unrolled: M [batch, channel, target, source] with y = M x, of (delta, A, B, C, channels): channels of a Mamba-1, heads
             of a Mamba-2, each with one decay at a position and column.
+        flow_read_out: y in which what comes from each source to each target counts so often, of (weight, x, delta, A, B, C)
+            with weight [batch, H, target, source], or one for all channels, [batch, 1, target, source].
+        flow_products: The derivative of <gradient, y> by these weights, of (gradient, x, delta, A, B, C).
         parts: Its parts, in the order of tables, of (conv width).
         row_floats: How many numbers one more pair takes in a pass, of (sizes, positions, kind of pass); see `memory.py`.
     """
@@ -194,6 +198,8 @@ class Mixer(NamedTuple):
     operations: tuple[str, ...]
     recurrence_terms: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     unrolled: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    flow_read_out: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    flow_products: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     parts: Callable[[int], tuple[Part, ...]]
     row_floats: Callable[[Sizes, int, str], float]
 

@@ -20,6 +20,8 @@ class Term(NamedTuple):
 DIMENSIONS = (
     Term("batch", "batch", "B", "rows of one forward pass"),
     Term("pos", "position", "L", "token positions; BOS is position 0"),
+    Term("target", "target position", "t", "the position whose read-out takes something"),
+    Term("source", "source position", "s", "the position that it is taken from"),
     Term("D", "model dimension", "D", "width of the residual stream"),
     Term("E", "inner dimension", "E", "channels of the SSM branch"),
     Term("N", "state size", "N", "columns of the hidden state of one channel"),

@@ -14,8 +14,8 @@ from ioi_mamba.model.families import family_of, sizes_of
 from ioi_mamba.model.jobs import device_of
 
 MIB = 2**20
-PASSES = ("sweep", "edges", "parts", "gradients", "part gradients")
-"""Kinds of pass: resumed with rolled states; edges patched, or edges and parts; the same with gradients kept."""
+PASSES = ("sweep", "edges", "parts", "gradients", "part gradients", "flows")
+"""Kinds of pass: resumed with rolled states; edges patched, or edges and parts; the same with gradients kept; flows."""
 
 
 def row_mib(model, n_positions: int, kind: str) -> float:

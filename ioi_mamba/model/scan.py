@@ -18,6 +18,8 @@ it can be shipped to a server by value.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -90,6 +92,18 @@ def recurrence(A_bar: Tensor, Bx: Tensor, h_start: Tensor, *, overwrite: bool = 
 def read_out(h: Tensor, C: Tensor) -> Tensor:
     """y [batch, pos, E] = sum over N of C_t h_t (equation 6). h: [batch, pos, E, N]; C: [batch, pos, N]."""
     return (h @ C[..., None])[..., 0]
+
+
+def states_by_source(x: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> Iterator[Tensor]:
+    """At each position t what its state holds of every position up to it, [batch, source, E, N]; over sources they sum to h_t.
+
+    x, delta: [batch, pos, E]; A: [E, N]; B: [batch, pos, N].
+    """
+    held = x.new_zeros(x.shape[0], 0, *A.shape)
+    for t in range(x.shape[1]):
+        A_bar, B_bar = discretize(delta[:, t, None], A, B[:, t, None])
+        held = torch.cat((held * A_bar, B_bar * x[:, t, None, :, None]), 1)
+        yield held
 
 
 # How many numbers of the state a block of rows may hold. The recurrence is bound by memory traffic: blocks of a few

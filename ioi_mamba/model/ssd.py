@@ -40,6 +40,20 @@ def dual(delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     return scores * decay * delta.transpose(1, 2)[:, :, None, :]
 
 
+def dual_of_terms(A_bar: Tensor, B_bar: Tensor, C: Tensor) -> Tensor:
+    """M as `dual` has it, of decays and inputs that were written. A_bar: [batch, pos, H]; B_bar: [batch, pos, H, N].
+
+    A decay that was written may be 0 or negative, so products are taken one by one.
+    """
+    H, left, rows = A_bar.shape[2], torch.zeros_like(A_bar), []  # left: [batch, source, H]
+    for t in range(A_bar.shape[1]):
+        here = torch.arange(A_bar.shape[1], device=A_bar.device) == t
+        left = torch.where(here[:, None], 1.0, left * A_bar[:, t, None])
+        rows.append(left)
+    scores = torch.einsum("bthn,bshn->bhts", by_head(C, H), B_bar)
+    return scores * torch.stack(rows, 1).permute(0, 3, 1, 2)
+
+
 def survival(exponent: Tensor) -> Tensor:
     """What is left at each target of what a source wrote, [..., target, source]; 0 before the source.
 

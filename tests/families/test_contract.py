@@ -126,6 +126,13 @@ def test_the_unrolled_recurrence_times_x_is_the_read_out(family):
     x, y = (im.read(model, pairs.clean, names)[name].unflatten(-1, (M.shape[1], -1)) for name in names)
     close(torch.einsum("bhts,bshp->bthp", M, x), y)
     assert float(M.triu(1).abs().max()) == 0
+    if "dual" in block_of(model, layer).sites:
+        hook, silent = f"blocks.{layer}.hook_dual", {f"blocks.{layer}.hook_A_bar": 0}
+        close(im.read(model, pairs.clean, [hook])[hook], M)
+        alone = forward(model, pairs.clean, silent, reads=[hook])[hook]  # without decay nothing is left of the past
+        close(alone, M * torch.eye(LENGTH))
+        with pytest.raises(im.InputError, match="were both written"):
+            im.run(model, pairs.clean, {hook: M, f"blocks.{layer}.hook_h.3": 0})
     some = im.hidden_attention(model, pairs.clean, layer - sizes_of(model).n_layers, [2, 0])
     close(some, M[:, [2, 0]])
     for wrong in ([M.shape[1]], [-1], [[0]]):
@@ -221,6 +228,78 @@ def test_parts_are_patched_as_by_writing_their_values_by_hand(family):
     close(
         im.patch_edges(model, pairs, [(node, node, None, "ssm")]), im.run(model, pairs.clean, {site("h"): states}), 5e-5
     )
+
+
+def test_all_flows_of_a_layer_are_the_part_that_the_state_is(family):
+    model, pairs = model_of(family), pairs_of()
+    layer = layers_with(model, "h")[-1]
+    (node,) = [each for each in universe_of(model).mixers if each.partition(".")[0] == str(layer)]
+    flows = [(layer, s, t) for t in range(LENGTH) for s in range(t + 1)]
+    close(im.patch_flow(model, pairs, flows), im.patch_edges(model, pairs, [(node, node, None, "ssm")]), 5e-5)
+    whole = im.attribute(model, pairs, method="eap", parts=True).table
+    want = float(whole[(whole["source"] == node) & (whole["part"] == "ssm")]["score"].iloc[0])
+    table = im.token_flow(model, pairs, layers=[layer])
+    assert float(table["score"].sum()) == pytest.approx(want, rel=1e-3, abs=1e-5)
+    assert len(table) == len(flows)
+
+
+def test_a_flow_is_patched_as_by_a_state_that_holds_one_source_alone(family):
+    model, pairs, s, t = model_of(family), pairs_of(), 4, 8
+    layer = layers_with(model, "h")[-1]
+    names = [f"blocks.{layer}.hook_{site}" for site in ("A_bar", "B_bar", "ssm_input", "C")]
+    here, there = ([im.read(model, side, names)[n] for n in names] for side in (pairs.clean, pairs.corrupted))
+
+    def share(A_bar, B_bar, x, C):
+        decay, drive = family_of(model).mixer.recurrence_terms(A_bar, B_bar, x)
+        state = drive[:, s]
+        for p in range(s + 1, t + 1):
+            state = decay[:, p] * state
+        if state.dim() == 3:
+            return torch.einsum("ben,bn->be", state, C[:, t])
+        of_head = C[:, t].repeat_interleave(state.shape[1] // C.shape[2], 1)
+        return torch.einsum("bhpn,bhn->bhp", state, of_head).flatten(1)
+
+    change = share(*there[:3], here[3]) - share(*here)
+    heads = sizes_of(model).letters.get("H")
+    for head in (None, *([heads - 1] if heads else [])):
+        channels = torch.ones(change.shape[1])
+        if head is not None:
+            channels = (torch.arange(change.shape[1]) // (change.shape[1] // heads) == head).float()
+
+        def edit(y, channels=channels):
+            y[:, t] += change * channels
+            return y
+
+        want = im.run(model, pairs.clean, {f"blocks.{layer}.hook_y": edit})
+        flow = (layer, s, t) if head is None else (layer, s, t, head)
+        close(im.patch_flow(model, pairs, [flow]), want, 5e-5)
+
+
+def test_a_flows_exact_score_is_what_patching_it_does(family):
+    model, pairs = model_of(family), pairs_of(2)
+    layer = layers_with(model, "h")[0]
+    heads = "H" in sizes_of(model).letters
+    table = im.token_flow(model, pairs, layers=[layer], heads=heads, method="exact")
+    ends = [logit_diff(stock(model, side)[:, -1], pairs.answer, pairs.wrong) for side in (pairs.clean, pairs.corrupted)]
+    for row in table.sample(4, random_state=1).itertuples():
+        flow = (layer, row.source, row.target, *([int(row.head)] if heads else []))
+        moved = logit_diff(im.patch_flow(model, pairs, [flow])[:, -1], pairs.answer, pairs.wrong)
+        want = float(((moved - ends[0]) / (ends[0] - ends[1]).abs()).mean())
+        assert row.score == pytest.approx(want, rel=1e-3, abs=1e-4)
+
+
+def test_a_flow_that_is_none_is_refused(family):
+    model, pairs = model_of(family), pairs_of()
+    layer, heads = layers_with(model, "h")[-1], sizes_of(model).letters.get("H", 0)
+    wrong = {(layer, 5, 4): "later one", (99, 1, 2): "give one with a state-space", (layer, 1, 2, heads): "heads"}
+    for flow, says in (wrong | {(layer, 1): r"give \(layer"}).items():
+        with pytest.raises(im.InputError, match=says):
+            im.patch_flow(model, pairs, [flow])
+    with pytest.raises(im.InputError, match="methods are eap, exact"):
+        im.token_flow(model, pairs, method="relp")
+    if not heads:
+        with pytest.raises(im.InputError, match="have no heads"):
+            im.token_flow(model, pairs, heads=True)
 
 
 def test_a_search_that_goes_on_from_earlier_passes_is_the_plain_one(family):
@@ -353,6 +432,9 @@ def generated(model, tokens, layer, edit_at, site, use_cache):
                     at = -1 if use_cache else tokens.shape[1] - 1 + edit_at
                     if site == "h":
                         m.h[:, at] = 0.3
+                    elif site == "dual":
+                        # A step has one source, itself; what came before is in the state it starts from.
+                        m.dual[:, :, at, slice(at, None) if edit_at and not use_cache else slice(None)] *= 0.3
                     else:
                         value = getattr(m, site)
                         value[:, at] = 0.25
@@ -361,10 +443,12 @@ def generated(model, tokens, layer, edit_at, site, use_cache):
 
 
 @pytest.mark.parametrize("edit_at", [0, 1])
-@pytest.mark.parametrize("site", ["h", "ssm_input", "delta", "C", "in_proj", "ssm_output", "out_proj"])
+@pytest.mark.parametrize("site", ["h", "ssm_input", "delta", "C", "in_proj", "ssm_output", "out_proj", "dual"])
 def test_an_edit_in_a_step_of_a_cached_generation_goes_on_in_the_steps_after_it(family, site, edit_at):
     model, tokens = model_of(family), pairs_of().clean[:2, :6]
     layer = layers_with(model, "h")[-1]
+    if site not in block_of(model, layer).sites:
+        pytest.skip("a Mamba-1 has no such value")
     got, want = (generated(model, tokens, layer, edit_at, site, use_cache) for use_cache in (True, False))
     plain = generated(model, tokens, layer, None, site, True)
     if family not in NOT_KEPT:

@@ -113,6 +113,16 @@ def test_an_experiment_equals_its_local_table_in_few_requests(remote, local, nam
     assert sum(request["bytes_down"] for request in requests) <= 2**20 or name in (*GRADIENTS, "name-steering")
 
 
+@pytest.mark.parametrize("name", ["layer-ablation", "state-ablation", "cross-talk", "edge-attribution"])
+@pytest.mark.parametrize("family", ["mamba2", "hybrid"])
+def test_an_experiment_on_another_family_equals_its_local_table(ndif_server, family, name):
+    here = im.open_model(f"mini-{family}", device="cpu")
+    there = im.open_model(f"mini-{family}", backend="ndif", host=ndif_server.url)
+    got, want = result(there, name, here), result(here, name, here)
+    close = {"rtol": 1e-5, "atol": 1e-6} if name in GRADIENTS else {"check_exact": True}
+    pd.testing.assert_frame_equal(got, want, **close)
+
+
 @pytest.mark.parametrize("name", ["layer-ablation", "layer-removal", "cross-talk", "state-ablation", "name-steering"])
 def test_a_sandbox_gives_the_same_tables(sandboxed, local, name):
     options = {"layer": 6, "offset": 0, "per_cell": 4} if name == "name-steering" else {}

@@ -11,7 +11,7 @@ from torch import Tensor
 from ioi_mamba.model.family import SCAN, End, Mixer, Part, Sizes
 from ioi_mamba.model.mamba.calls import CONV_OP, OPERATIONS, SCAN_OP
 from ioi_mamba.model.mamba.layer import MambaLayer, NormedMambaLayer
-from ioi_mamba.model.scan import selective_scan
+from ioi_mamba.model.scan import selective_scan, states_by_source
 from ioi_mamba.model.sites import Site
 from ioi_mamba.model.ssd import survival
 
@@ -85,6 +85,26 @@ def unrolled(delta: Tensor, A: Tensor, B: Tensor, C: Tensor, channels: Tensor) -
     return torch.einsum("btn,bcnts,bsn->bcts", C, decay, B) * of_channel[:, :, None, :]
 
 
+def flow_read_out(weight: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """y [batch, pos, E] in which what comes from a source to a target counts so often. weight: [batch, 1, target, source]."""
+    rows = []
+    for t, held in enumerate(states_by_source(x, delta, A, B)):
+        state = torch.einsum("bs,bsen->ben", weight[:, 0, t, : t + 1], held)
+        rows.append((state @ C[:, t, :, None])[..., 0])
+    return torch.stack(rows, 1)
+
+
+def flow_products(gradient: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """Of each source and target the gradient at y times what y takes there, [batch, 1, target, source]."""
+    n_positions = x.shape[1]
+    rows = []
+    for t, held in enumerate(states_by_source(x, delta, A, B)):
+        reads = gradient[:, t, :, None] * C[:, t, None, :]
+        product = (held.flatten(2) @ reads.flatten(1)[..., None])[..., 0]
+        rows.append(torch.nn.functional.pad(product, (0, n_positions - 1 - t)))
+    return torch.stack(rows, 1)[:, None]
+
+
 def slices(conv_width: int) -> tuple[Part, ...]:
     """The taps of the convolution, from the oldest to the token itself."""
     return tuple(
@@ -134,8 +154,11 @@ def row_floats(size: Sizes, n_positions: int, kind: str) -> float:
         "parts": 13 * n_positions * E,
         "gradients": 13 * n_positions * E,
         "part gradients": 29 * n_positions * E,
+        "flows": 13 * n_positions * E,
     }[kind]
-    return size.n_layers * per_layer + 16 * n_positions * E + 2 * E * N + 4 * vocab
+    # What the state holds of every source, of one layer at a time.
+    by_source = 3 * n_positions * E * N if kind == "flows" else 0
+    return by_source + size.n_layers * per_layer + 16 * n_positions * E + 2 * E * N + 4 * vocab
 
 
 def refusal(config: Mapping[str, Any]) -> str | None:
@@ -146,7 +169,9 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     return f"uses the activation {activation!r}; only 'silu' is supported."
 
 
-MIXER = Mixer(SITES, {}, MambaLayer, OPERATIONS, recurrence_terms, unrolled, parts, row_floats)
+MIXER = Mixer(
+    SITES, {}, MambaLayer, OPERATIONS, recurrence_terms, unrolled, flow_read_out, flow_products, parts, row_floats
+)
 NORMED_MIXER = MIXER._replace(
     sites=[
         site._replace(stage=f"{site.name}_norm", place=f"mixer.{site.name.lower()}_layernorm.output")

@@ -37,6 +37,13 @@ SITES = (
     Site("A", SCAN, "H", f"{SCAN_OP}.inputs", "-exp(A_log), one number a head"),
     Site("A_bar", SCAN, "batch pos H", f"from {SCAN_OP}.inputs", "exp(delta A)"),
     Site("B_bar", SCAN, "batch pos H N", f"from {SCAN_OP}.inputs", "delta B of the head's group"),
+    Site(
+        "dual",
+        SCAN,
+        "batch H target source",
+        f"from {SCAN_OP}.inputs",
+        "M with y = M x, one matrix a head; written, it makes y, and the states stay as they are",
+    ),
     Site("h_start", SCAN, "batch H P N", "not in the module: zeros", "the state before the first position"),
     Site(
         "h",
@@ -73,6 +80,18 @@ def unrolled(delta: Tensor, A: Tensor, B: Tensor, C: Tensor, channels: Tensor) -
     )
 
 
+def flow_read_out(weight: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """y [batch, pos, E] in which what comes from a source to a target counts so often. weight: [batch, H, target, source]."""
+    by_head = x.unflatten(-1, (A.shape[0], -1))
+    return torch.einsum("bhts,bshp->bthp", weight * ssd.dual(delta, A, B, C), by_head).flatten(2)
+
+
+def flow_products(gradient: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """Of each source, target and head the gradient at y times what y takes there, [batch, H, target, source]."""
+    at_y, by_head = (value.unflatten(-1, (A.shape[0], -1)) for value in (gradient, x))
+    return torch.einsum("bthp,bshp->bhts", at_y, by_head) * ssd.dual(delta, A, B, C)
+
+
 def corrupted_read_out(corrupted: Mapping[str, Tensor], now: Mapping[str, Tensor], of_pair: Tensor) -> Tensor:
     """C_t h_t [row, pos, E] with the corrupted run's states and this pass' A and C."""
     x, delta, B = (corrupted[site] for site in READ_OUT_FROM)
@@ -96,6 +115,7 @@ def row_floats(size: Sizes, n_positions: int, kind: str) -> float:
         "parts": 13 * n_positions * wide,
         "gradients": 13 * n_positions * wide,
         "part gradients": 29 * n_positions * wide,
+        "flows": 13 * n_positions * wide,
     }[kind]
     matrix = 4 * H * n_positions * min(n_positions, ssd.CHUNK)
     return size.n_layers * per_layer + 16 * n_positions * wide + 2 * E * N + matrix + 4 * vocab
@@ -108,6 +128,8 @@ MIXER = Mixer(
     OPERATIONS,
     recurrence_terms,
     unrolled,
+    flow_read_out,
+    flow_products,
     parts,
     row_floats,
 )

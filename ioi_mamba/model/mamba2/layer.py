@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ioi_mamba.errors import InputError
 from ioi_mamba.model import ssd
 from ioi_mamba.model.mamba2.calls import Mamba2Calls
 from ioi_mamba.model.scanned_layer import ScannedLayer
@@ -19,8 +20,9 @@ _FED_BY = {
     "delta": ("delta_2",),
     "A_bar": ("delta", "A"),
     "B_bar": ("delta",),
+    "dual": ("A_bar", "B_bar", "delta", "A"),
     "h": ("A_bar", "B_bar", "h_start"),
-    "y": ("h", "A_bar", "B_bar", "h_start", "delta", "A"),
+    "y": ("dual", "h", "A_bar", "B_bar", "h_start", "delta", "A"),
     "ssm_output": ("y",),
 }
 
@@ -91,6 +93,22 @@ class Mamba2Layer(ScannedLayer):
 
     def _B_bar(self) -> Tensor:
         return self.get("delta")[..., None] * ssd.by_head(self._call.B, self._letters["H"])
+
+    def _dual(self) -> Tensor:
+        if self._written & {"A_bar", "B_bar"}:
+            return ssd.dual_of_terms(self.get("A_bar"), self.get("B_bar"), self._call.C)
+        return ssd.dual(self.get("delta"), self.get("A"), self._call.B, self._call.C)
+
+    def _y(self) -> Tensor:
+        if "dual" not in self._written:
+            return ScannedLayer._y(self)
+        if "h" in self._written:
+            raise InputError(
+                f"{self.name('dual')} and {self.name('h')} were both written, and either makes y: write one of them."
+            )
+        from_start = ssd.read_out(self.get("h_start")[:, None], self._call.C)  # [batch, pos, H, P]
+        left = self.get("A_bar").cumprod(1)[..., None]
+        return (torch.einsum("bhts,bshp->bthp", self.get("dual"), self._call.x) + left * from_start).flatten(2)
 
     def _scan_input(self) -> Tensor:
         return self._call.x.flatten(2)
