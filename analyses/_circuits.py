@@ -24,7 +24,8 @@ from ioi_mamba.circuits.graph import Circuit, items_of, universe_of
 from ioi_mamba.circuits.methods import METHODS, VARIANTS, Options
 from ioi_mamba.circuits.ranking import ORDERS, Ranking
 from ioi_mamba.circuits.scoring import Evaluator, chosen_sizes
-from ioi_mamba.experiments.experiment import Column, Context, Need
+from ioi_mamba.experiments.experiment import Column, Context
+from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import option
 from ioi_mamba.passes.intervals import Estimate, Resampled, mean_interval
 from ioi_mamba.passes.ranges import left_out_sentence, usable_of

@@ -15,7 +15,8 @@ import pandas as pd
 
 from ioi_mamba.analyses import _effects
 from ioi_mamba.charts.drawing import position_heatmap
-from ioi_mamba.experiments.experiment import Column, Context, Experiment, Need
+from ioi_mamba.experiments.experiment import Column, Context, Experiment
+from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import option
 from ioi_mamba.model.families import sizes_of
 from ioi_mamba.passes.ranges import left_out_sentence, usable

@@ -19,7 +19,8 @@ import pandas as pd
 from torch import Tensor
 
 from ioi_mamba.charts import drawing, theme
-from ioi_mamba.experiments.experiment import Column, Context, Experiment, Need
+from ioi_mamba.experiments.experiment import Column, Context, Experiment
+from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import option
 from ioi_mamba.model.jobs import call
 from ioi_mamba.passes.cross_talk import NO_LAYER, searches

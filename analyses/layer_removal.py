@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ioi_mamba.charts import drawing
 from ioi_mamba.errors import InputError
-from ioi_mamba.experiments.experiment import Column, Context, Experiment, Need
+from ioi_mamba.experiments.experiment import Column, Context, Experiment
+from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import option
 from ioi_mamba.model.families import FAMILIES
 from ioi_mamba.model.jobs import call, device_of

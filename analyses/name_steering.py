@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.charts import drawing
-from ioi_mamba.experiments.experiment import Column, Context, Experiment, Need
+from ioi_mamba.experiments.experiment import Column, Context, Experiment
+from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import option
 from ioi_mamba.model.jobs import call, device_of
 from ioi_mamba.model.memory import rows_per_pass

@@ -26,7 +26,8 @@ from ioi_mamba.circuits.methods import Options as Scoring
 from ioi_mamba.circuits.ranking import Ranking
 from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.errors import InputError
-from ioi_mamba.experiments.experiment import Context, Experiment, Need
+from ioi_mamba.experiments.experiment import Context, Experiment
+from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import option
 from ioi_mamba.model.families import sizes_of
 from ioi_mamba.passes.intervals import difference

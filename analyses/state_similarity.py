@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ioi_mamba.charts import drawing
 from ioi_mamba.errors import InputError
-from ioi_mamba.experiments.experiment import Column, Context, Experiment, Need
+from ioi_mamba.experiments.experiment import Column, Context, Experiment
+from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import option
 from ioi_mamba.model.families import family_of
 from ioi_mamba.model.jobs import call
@@ -230,7 +231,8 @@ def _similarities(
         for tokens in prompts:
             read = forward(model, tokens[None], reads=sites)
             x, decay, B_bar, h = (read[site][0].float() for site in sites)
-            decay, added = (term.expand_as(h).flatten(1) for term in family_of(model).recurrence_terms(decay, B_bar, x))
+            terms = family_of(model).mixer.recurrence_terms(decay, B_bar, x)
+            decay, added = (term.expand_as(h).flatten(1) for term in terms)
             h = h.flatten(1)
             faded = cosines(added, h)
             remaining = added.clone()

@@ -15,6 +15,7 @@ import jupytext
 from ioi_mamba import analyses, tasks
 from ioi_mamba.analyses import output_ablation as shortest
 from ioi_mamba.experiments.experiment import Experiment
+from ioi_mamba.experiments.needs import limits_of
 from ioi_mamba.experiments.options import options_of
 from ioi_mamba.model import glossary
 from ioi_mamba.model.families import FAMILIES, nemotron_h
@@ -82,6 +83,16 @@ def families() -> str:
     return _table(("family", "model_type", "a block has", "passes go on from", "such as"), rows)
 
 
+def limits() -> str:
+    """What cannot be done, why, and with which families."""
+    of: dict[tuple[str, str], list[str]] = {}
+    for family in FAMILIES.values():
+        for limit in limits_of(family):
+            of.setdefault(limit, []).append(family.label)
+    rows = [(what, why, ", ".join(labels)) for (what, why), labels in of.items()]
+    return _table(("what", "why", "with"), rows)
+
+
 def _words(group: tuple) -> str:
     return " beside ".join(writer.name for writer in group)
 
@@ -128,6 +139,7 @@ PARTS = {
         quantities,
         sites,
         families,
+        limits,
         sites_of_families,
         a_family,
         experiments,

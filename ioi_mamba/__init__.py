@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from ioi_mamba.circuits.patching import patch_edges
     from ioi_mamba.circuits.search import acdc
     from ioi_mamba.errors import InputError
-    from ioi_mamba.experiments.experiment import Column, Context, Experiment, Need
+    from ioi_mamba.experiments.experiment import Column, Context, Experiment
+    from ioi_mamba.experiments.needs import Need
     from ioi_mamba.experiments.options import option
     from ioi_mamba.model.opening import open_model
     from ioi_mamba.passes.effect import effect
@@ -34,7 +35,7 @@ _HOMES = {
     "Context": "experiments.experiment",
     "Experiment": "experiments.experiment",
     "InputError": "errors",
-    "Need": "experiments.experiment",
+    "Need": "experiments.needs",
     "Pairs": "tasks.base",
     "Task": "tasks.task",
     "__version__": "versions",

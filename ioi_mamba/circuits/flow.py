@@ -142,7 +142,7 @@ def patch_flow(model: Any, pairs: Pairs, flows: Iterable[Flow | Sequence[int]]) 
     for each in flows:
         if not 3 <= len(each) <= 4:
             raise InputError(f"{tuple(each)} is no flow: give (layer, source, target[, head]).")
-        flow = Flow(*each)
+        flow = Flow(each[0], each[1], each[2], *each[3:])
         (layer,) = _layers(model, [flow.layer])
         if not 0 <= flow.source <= flow.target < n_positions:
             raise InputError(

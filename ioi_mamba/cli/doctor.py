@@ -77,22 +77,22 @@ def _check_mini() -> Check:
     return Check(True, "mini", f'opens, and continues "... Isaac and Lucas gave a necklace to" with {said.strip()!r}')
 
 
-def _check_model(name: str) -> Check:
-    """Open a model that is here, and say what it is."""
+def _check_model(name: str) -> Iterator[Check]:
+    """Open a model that is here, and say what it is and what cannot be done with it."""
     from ioi_mamba.errors import InputError
-    from ioi_mamba.model.families import sizes_of
+    from ioi_mamba.experiments.needs import limits_of_model
+    from ioi_mamba.model.families import family_of, sizes_of
     from ioi_mamba.model.opening import open_model
 
     try:
         model = open_model(name, device="cpu")
     except InputError as error:
-        return Check(False, "model", str(error))
+        yield Check(False, "model", str(error))
+        return
     sizes = sizes_of(model)
-    return Check(
-        True,
-        "model",
-        f"{name} opens: {sizes.n_layers} layers, width {sizes.letters['D']}, vocabulary {sizes.letters['vocab']}",
-    )
+    says = f"{sizes.n_layers} layers, width {sizes.letters['D']}, vocabulary {sizes.letters['vocab']}"
+    yield Check(True, "model", f"{name} opens: a {family_of(model).label}, {says}")
+    yield from (Check(True, "limit", f"{what}: {why}") for what, why in limits_of_model(model))
 
 
 def _check_server(name: str, backend: str, host: str | None) -> Iterator[Check]:
@@ -159,6 +159,6 @@ def examine(name: str = "mini", backend: str = "local", host: str | None = None)
     if backend == "local":
         yield _check_mini()
         if name != "mini":
-            yield _check_model(name)
+            yield from _check_model(name)
     else:
         yield from _check_server(name, backend, host)

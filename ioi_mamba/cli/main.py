@@ -165,8 +165,8 @@ def _quiet() -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from ioi_mamba import analyses, tasks
-    from ioi_mamba.experiments.experiment import Need
-    from ioi_mamba.study.plan import parse_options, unavailable
+    from ioi_mamba.experiments.needs import Need
+    from ioi_mamba.study.plan import parse_options
 
     task = tasks.known(arguments.task)
     names = list(dict.fromkeys(arguments.analysis))
@@ -213,7 +213,7 @@ def _run(arguments: argparse.Namespace) -> int:
         any_architecture=not any(Need.SITES in experiment.needs for experiment in experiments),
     )
     if names == ["all"]:
-        reasons = {experiment.name: unavailable(experiment, model) for experiment in experiments}
+        reasons = {experiment.name: experiment.unavailable(model) for experiment in experiments}
         for why in filter(None, reasons.values()):
             print(f"Left out: {why}", file=sys.stderr)
         experiments = [experiment for experiment in experiments if reasons[experiment.name] is None]

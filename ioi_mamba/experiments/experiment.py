@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from enum import StrEnum
 from typing import Any
 
 import pandas as pd
 from pandas.api import types as dtypes
 
 from ioi_mamba.errors import InputError
+from ioi_mamba.experiments.needs import Need, unavailable
 from ioi_mamba.experiments.options import NoOptions, made
 from ioi_mamba.passes.sweep import Progress
 from ioi_mamba.tasks.base import Pairs, check_pairs
@@ -24,27 +24,6 @@ from ioi_mamba.tasks.task import Task
 
 Draw = Callable[[Any, int | None, int], Pairs]
 """(tokenizer, how many or None for its own number, seed) gives pairs."""
-
-
-class Need(StrEnum):
-    """What an experiment cannot do without."""
-
-    SITES = "sites"
-    """A model whose layers have sites inside, one of a supported family; without it any causal language model serves."""
-    NAMES = "names"
-    """Prompts with names (roles n1, n2, ...)."""
-    ABLE = "able"
-    """A model that can do the task: of one that guesses, the figures mean nothing."""
-    ONE_TOKEN = "one-token"
-    """Answers of one token, read at the last position."""
-    HELD_OUT = "held-out"
-    """Other pairs, on which what was chosen is judged."""
-    GRADIENTS = "gradients"
-    """A backward pass, unless its option `method` is "exact"."""
-    NO_ATTENTION = "no-attention"
-    """A model whose tokens see each other by convolution and state alone."""
-    LAYER = "layer"
-    """One layer, its option `layer`: where the user names none, the one that this run's layer-ablation finds."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +149,13 @@ class Experiment:
         return self.table(context)
 
     def table(self, context: Context) -> pd.DataFrame:
-        """The table of a context. Raises InputError where it is not one that `columns` describes."""
+        """The table of a context.
+
+        Raises InputError for a model or pairs that it cannot be done on, and where the table is not one that `columns`
+        describes.
+        """
+        if (why := self.unavailable(context.model)) is not None:
+            raise InputError(why)
         self.check_pairs(context.pairs)
         table = self.run(context)
         if not isinstance(table, pd.DataFrame):
@@ -180,6 +165,10 @@ class Experiment:
             if wrong:
                 raise InputError(f"{self.name} made a table whose column {column.name!r} {wrong}: mend its run.")
         return table
+
+    def unavailable(self, model: Any) -> str | None:
+        """Why it cannot be done on a model, in a sentence; None where it can be."""
+        return unavailable(self.name, self.needs, model)
 
     def check_pairs(self, pairs: Pairs) -> None:
         """Raise InputError, naming the experiment, for pairs that are not of the kind that it needs."""

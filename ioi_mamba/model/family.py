@@ -105,6 +105,12 @@ class Writer(NamedTuple):
 
 
 MAMBA_WRITER = Writer("mamba", "layer_input", "out_proj")
+EXPERTS_LIMIT = ("gradients through experts in float64", "the product of experts in torch takes float32 and below")
+CACHE_LIMIT = (
+    "text with a cache equal to text without one, where the ends of delta matter",
+    "transformers leaves these ends out in the steps of a generation with a cache; both are served as they are",
+)
+
 ATTENTION_WRITER = Writer("attn", "attn_in", "attn_out")
 MLP_WRITER = Writer("mlp", "mlp_in", "mlp_out")
 
@@ -220,6 +226,7 @@ class Family:
         config_names: The entries of its config that say how large it is.
         sizes: The sizes of (config).
         refusal: Why a config of this family cannot be read, in a sentence after the model's name; None where it can be.
+        limits: (what, why) of what cannot be done with its models and is not told by its blocks; see `experiments.needs`.
     """
 
     name: str
@@ -232,6 +239,7 @@ class Family:
     config_names: tuple[str, ...]
     sizes: Callable[[Any], Sizes]
     refusal: Callable[[Mapping[str, Any]], str | None]
+    limits: tuple[tuple[str, str], ...] = ()
 
     def block(self, config: Any, layer: int) -> Block:
         """The kind of one block of a model of this config."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ioi_mamba.experiments.needs import limits_of
+from ioi_mamba.model.families import FAMILIES
+
 
 def lines(manifests: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """(what, value) for the head of the page; values that differ between experiments stand side by side."""
@@ -31,9 +34,16 @@ def lines(manifests: list[dict[str, Any]]) -> list[tuple[str, str]]:
         *_clean_scores(manifests),
         ("Time", f"{wall:.1f} s for {len(manifests)} analys{'is' if len(manifests) == 1 else 'es'}"),
         *([("Peak memory", f"{max(peaks):,.0f} MiB")] if peaks else []),
+        *_limits(model["architecture"]),
         ("Made", max(m["created"] for m in manifests).replace("T", " ").replace("+00:00", " UTC")),
         ("Versions", ", ".join(f"{package} {number}" for package, number in versions.items())),
     ]
+
+
+def _limits(architecture: str) -> list[tuple[str, str]]:
+    """What cannot be done with models of this kind, and why; nothing for a kind that is none of ours."""
+    limits = limits_of(FAMILIES[architecture]) if architecture in FAMILIES else []
+    return [("Not possible", "; ".join(f"{what} ({why})" for what, why in limits))] if limits else []
 
 
 def _server_lines(manifests: list[dict[str, Any]]) -> list[tuple[str, str]]:

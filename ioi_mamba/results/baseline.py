@@ -13,7 +13,8 @@ import nnsight
 import torch
 from torch import Tensor
 
-from ioi_mamba.experiments.experiment import Experiment, Need
+from ioi_mamba.experiments.experiment import Experiment
+from ioi_mamba.experiments.needs import Need
 from ioi_mamba.model.jobs import call, device_of
 from ioi_mamba.passes.metrics import accuracy
 from ioi_mamba.passes.sweep import plain_scores

@@ -12,9 +12,9 @@ import pandas as pd
 from ioi_mamba import analyses
 from ioi_mamba.analyses.layer_ablation import bottleneck
 from ioi_mamba.errors import InputError
-from ioi_mamba.experiments.experiment import Experiment, Need
+from ioi_mamba.experiments.experiment import Experiment
+from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import made, options_of, read_option
-from ioi_mamba.model.families import attends, family_of
 from ioi_mamba.model.jobs import config_of
 from ioi_mamba.tasks.base import Pairs
 from ioi_mamba.tasks.task import Task
@@ -44,16 +44,6 @@ class Plan:
         return Need.LAYER in self.experiment.needs and "layer" not in self.given
 
 
-def unavailable(experiment: Experiment, model: Any) -> str | None:
-    """Why an experiment cannot be done on a model, in a sentence; None where it can be."""
-    if Need.NO_ATTENTION in experiment.needs and attends(model):
-        return (
-            f"{experiment.name} is about tokens that see each other by convolution and state alone, and this "
-            f"{family_of(model).label} has attention too."
-        )
-    return None
-
-
 def in_order(experiments: Iterable[Experiment]) -> list[Experiment]:
     """The experiments, each once: those of the paper in its order, then the others as they are given."""
     known = {name: k for k, name in enumerate(analyses.ORDER)}
@@ -78,7 +68,7 @@ def plans_of(
             given.check_vocab(config_of(model).vocab_size)
     plans = []
     for experiment in in_order(experiments):
-        if (why := unavailable(experiment, model)) is not None:
+        if (why := experiment.unavailable(model)) is not None:
             raise InputError(f"{why} Leave it out.")
         own = {key: value for key, value in options.items() if key in options_of(experiment.options)}
         made(experiment.options, own, experiment.name)

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from ioi_mamba import analyses, paper, tasks
 from ioi_mamba.errors import InputError, Submitted
-from ioi_mamba.experiments.experiment import Context, Experiment, Need, resolved
+from ioi_mamba.experiments.experiment import Context, Experiment, resolved
+from ioi_mamba.experiments.needs import Need
 from ioi_mamba.files import EMBEDDED, sha256_of, written_whole
 from ioi_mamba.model.families import FAMILIES
 from ioi_mamba.model.jobs import config_of, runs_here

@@ -21,7 +21,7 @@ from ioi_mamba.analyses import layer_removal
 from ioi_mamba.cli import doctor
 from ioi_mamba.cli.main import _columns, _default_out, main
 from ioi_mamba.experiments import options
-from ioi_mamba.experiments.experiment import Need
+from ioi_mamba.experiments.needs import Need
 from ioi_mamba.model import sites
 from ioi_mamba.model.families.mamba import MAMBA
 from ioi_mamba.tasks.base import Pairs
@@ -326,7 +326,7 @@ def test_a_table_fits_the_terminal_and_is_whole_in_a_file(monkeypatch):
 
 def test_the_doctor_opens_the_model_it_is_asked_about(tiny_mamba_dir, tmp_path, capsys):
     main(["doctor", "--model", str(tiny_mamba_dir)])
-    assert f"{tiny_mamba_dir} opens: 4 layers, width 24" in capsys.readouterr().out
+    assert f"{tiny_mamba_dir} opens: a Mamba-1, 4 layers, width 24" in capsys.readouterr().out
     assert main(["doctor", "--model", str(tmp_path)]) == 1
     assert re.search(r"^-- +model .* has no config.json", capsys.readouterr().out, re.MULTILINE)
 

@@ -1,14 +1,17 @@
 """The small trained relatives of `mini`: they do the task, and every experiment that can be done on them is."""
 
+import html
+
 import pytest
 import torch
 
 import ioi_mamba as im
 from ioi_mamba import analyses
+from ioi_mamba.cli.main import main
+from ioi_mamba.experiments.needs import limits_of_model
 from ioi_mamba.files import EMBEDDED
 from ioi_mamba.model.families import attends
 from ioi_mamba.passes.metrics import accuracy
-from ioi_mamba.study.plan import unavailable
 from ioi_mamba.study.runs import run_study
 from ioi_mamba.tasks import ioi
 
@@ -38,11 +41,11 @@ def test_its_card_says_what_it_is(relative):
 def test_all_of_the_paper_runs_on_it_but_what_says_that_it_cannot(relative, tmp_path):
     name, model = relative
     experiments = [analyses.load(each) for each in analyses.ORDER]
-    left = [experiment for experiment in experiments if unavailable(experiment, model) is None]
+    left = [experiment for experiment in experiments if experiment.unavailable(model) is None]
     assert len(experiments) - len(left) == (1 if attends(model) else 0)
     for experiment in experiments:
         if experiment not in left:
-            with pytest.raises(im.InputError, match="has attention too"):
+            with pytest.raises(im.InputError, match="cannot be done on this Bamba"):
                 run_study(model, [experiment], tmp_path, n_pairs=2, progress=False)
     options = {"compare_prompts": 2, "part_prompts": 4, "exact_prompts": 2}
     page = run_study(model, left, tmp_path, n_pairs=4, options=options, model_id=name, progress=False)
@@ -50,3 +53,15 @@ def test_all_of_the_paper_runs_on_it_but_what_says_that_it_cannot(relative, tmp_
     for experiment in left:
         assert f'id="{experiment.name}"' in text
     assert name in text
+    limits = limits_of_model(model)
+    assert all(what in text and html.escape(why) in text for what, why in limits)
+    assert bool(limits)
+    assert (("cross-talk" in dict(limits)) == attends(model))
+
+
+def test_an_experiment_that_it_cannot_do_says_so_outside_of_a_run_and_the_doctor_before_one(capsys):
+    model = im.open_model("mini-hybrid", device="cpu")
+    with pytest.raises(im.InputError, match="cross-talk cannot be done on this Bamba: it gives layers back"):
+        analyses.load("cross-talk")(model, ioi.generate(model.tokenizer, 2, 3))
+    assert main(["doctor", "--model", "mini-hybrid"]) == 0
+    assert "limit              cross-talk: it gives layers back" in capsys.readouterr().out

@@ -25,7 +25,7 @@ from ioi_mamba.circuits.attribution import attribute
 from ioi_mamba.circuits.faithfulness import rank_correlation
 from ioi_mamba.cli import main
 from ioi_mamba.errors import InputError, ServerError
-from ioi_mamba.experiments.experiment import Need
+from ioi_mamba.experiments.needs import Need
 from ioi_mamba.passes.probe import probe
 from ioi_mamba.study import runs
 from ioi_mamba.tasks import ioi

@@ -16,7 +16,7 @@ from ioi_mamba.analyses import conv_shift
 from ioi_mamba.claims import compare
 from ioi_mamba.cli.main import main
 from ioi_mamba.errors import InputError
-from ioi_mamba.experiments.experiment import Need
+from ioi_mamba.experiments.needs import Need
 from ioi_mamba.report import pages
 from ioi_mamba.results import baseline
 from ioi_mamba.results.baseline import clean_means

@@ -6,7 +6,7 @@ from typing import Any
 
 from ioi_mamba.model import blocks
 from ioi_mamba.model.families.bamba import CONFIG_NAMES, sizes
-from ioi_mamba.model.family import Block, Family, Tree
+from ioi_mamba.model.family import EXPERTS_LIMIT, Block, Family, Tree
 from ioi_mamba.model.mamba.kind import refusal
 from ioi_mamba.model.mamba2 import kind
 
@@ -51,4 +51,5 @@ GRANITE = Family(
     sizes=sizes,
     mixer=kind.MIXER,
     refusal=refusal,
+    limits=(EXPERTS_LIMIT,),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ioi_mamba.model import blocks
-from ioi_mamba.model.family import Family, Sizes, Tree
+from ioi_mamba.model.family import EXPERTS_LIMIT, Family, Sizes, Tree
 from ioi_mamba.model.mamba import kind
 
 _MLP = blocks.mlp(norm="pre_ff_layernorm", path="feed_forward")
@@ -42,4 +42,5 @@ JAMBA = Family(
     sizes=_sizes,
     mixer=_MIXER,
     refusal=kind.refusal,
+    limits=(EXPERTS_LIMIT,),
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 from ioi_mamba.model import blocks
 from ioi_mamba.model.families.mamba import TREE, alike
-from ioi_mamba.model.family import Family, Sizes
+from ioi_mamba.model.family import CACHE_LIMIT, Family, Sizes
 from ioi_mamba.model.mamba.kind import refusal
 from ioi_mamba.model.mamba2 import kind
 
@@ -44,4 +44,5 @@ MAMBA2 = Family(
     sizes=_sizes,
     mixer=kind.MIXER,
     refusal=refusal,
+    limits=(CACHE_LIMIT,),
 )

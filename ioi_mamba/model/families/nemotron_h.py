@@ -6,7 +6,7 @@ from typing import Any
 
 from ioi_mamba.model import blocks
 from ioi_mamba.model.families.bamba import listed
-from ioi_mamba.model.family import Family, Sizes, Tree
+from ioi_mamba.model.family import CACHE_LIMIT, EXPERTS_LIMIT, Family, Sizes, Tree
 from ioi_mamba.model.mamba.kind import refusal
 from ioi_mamba.model.mamba2 import kind
 
@@ -51,4 +51,5 @@ NEMOTRON_H = Family(
     sizes=_sizes,
     mixer=kind.MIXER,
     refusal=refusal,
+    limits=(EXPERTS_LIMIT, CACHE_LIMIT),
 )

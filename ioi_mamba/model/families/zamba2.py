@@ -6,7 +6,7 @@ from typing import Any
 
 from ioi_mamba.model import blocks
 from ioi_mamba.model.families.bamba import listed
-from ioi_mamba.model.family import End, Family, Sizes, Tree
+from ioi_mamba.model.family import CACHE_LIMIT, End, Family, Sizes, Tree
 from ioi_mamba.model.mamba2 import kind
 from ioi_mamba.model.mamba2.layer import Mamba2Layer
 
@@ -71,4 +71,11 @@ ZAMBA2 = Family(
     sizes=_sizes,
     mixer=kind.MIXER,
     refusal=_refusal,
+    limits=(
+        CACHE_LIMIT,
+        (
+            "the corrupted run by patching all edges into blocks",
+            "hybrid blocks read the embeddings as a second input, which stays as it is; patching all edges gives it",
+        ),
+    ),
 )
