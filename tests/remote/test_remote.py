@@ -113,14 +113,27 @@ def test_an_experiment_equals_its_local_table_in_few_requests(remote, local, nam
     assert sum(request["bytes_down"] for request in requests) <= 2**20 or name in (*GRADIENTS, "name-steering")
 
 
-@pytest.mark.parametrize("name", ["layer-ablation", "state-ablation", "cross-talk", "edge-attribution"])
+@pytest.mark.parametrize("name", analyses.ORDER)
 @pytest.mark.parametrize("family", ["mamba2", "hybrid"])
 def test_an_experiment_on_another_family_equals_its_local_table(ndif_server, family, name):
     here = im.open_model(f"mini-{family}", device="cpu")
+    if (why := analyses.load(name).unavailable(here)) is not None:
+        pytest.skip(why)
     there = im.open_model(f"mini-{family}", backend="ndif", host=ndif_server.url)
     got, want = result(there, name, here), result(here, name, here)
     close = {"rtol": 1e-5, "atol": 1e-6} if name in GRADIENTS else {"check_exact": True}
     pd.testing.assert_frame_equal(got, want, **close)
+
+
+def test_flows_are_scored_and_patched_there_as_here(ndif_server):
+    here = im.open_model("mini-mamba2", device="cpu")
+    there = im.open_model("mini-mamba2", backend="ndif", host=ndif_server.url)
+    pairs = ioi.generate(here.tokenizer, 2, 27, templates=ioi.ALIGNED_TEMPLATES)
+    flows = [(1, 3, 7), (2, 4, 4, 1)]
+    assert torch.equal(im.patch_flow(there, pairs, flows), im.patch_flow(here, pairs, flows))
+    for method in ("eap", "exact"):
+        got, want = (im.token_flow(model, pairs[:1], layers=[2], method=method) for model in (there, here))
+        pd.testing.assert_frame_equal(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["layer-ablation", "layer-removal", "cross-talk", "state-ablation", "name-steering"])
