@@ -30,7 +30,7 @@ from ioi_mamba.claims import TASK, compare, names_summary
 from ioi_mamba.claims.names_summary import Summary
 from ioi_mamba.errors import InputError
 from ioi_mamba.experiments.experiment import Experiment, resolved
-from ioi_mamba.files import written_whole
+from ioi_mamba.files import EMBEDDED, written_whole
 from ioi_mamba.report import provenance
 from ioi_mamba.results import baseline
 from ioi_mamba.results.stored import read_manifest, read_result, read_results
@@ -129,7 +129,7 @@ def _page(sections: list[Section]) -> str:
         warnings=list(dict.fromkeys(section.warning for section in sections if section.warning)),
         sections=sections,
         provenance=provenance.lines([section.manifest for section in sections]),
-        is_mini=any(section.manifest["model"]["id"] == "mini" for section in sections),
+        embedded=[name for name in EMBEDDED if any(section.manifest["model"]["id"] == name for section in sections)],
         title=f"{_short_name(sections[0].manifest['model']['id'])}, taken apart",
         bundle=Markup(_bundle()),
     )

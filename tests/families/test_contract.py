@@ -38,6 +38,12 @@ def hooks(model, layer):
     return [f"blocks.{layer}.hook_{s.name}{'.-1' if s.indexed_by == 'slice' else ''}" for s in sites]
 
 
+def of_channels(C, state):
+    """C [batch, N], or of heads [batch, H, N], for each channel of a state [batch, E, N]."""
+    by_head = C if C.dim() == 3 else C[:, None]
+    return by_head.repeat_interleave(state.shape[1] // by_head.shape[1], 1)
+
+
 def stock(model, tokens):
     return model._module(tokens, use_cache=False).logits.detach()
 
@@ -101,7 +107,7 @@ def test_the_states_follow_the_recurrence_as_it_is_written_down(family):
         for t in range(LENGTH):
             if h.dim() == 4:  # Mamba-1: [batch, E, N]
                 state = A_bar[:, t] * state + B_bar[:, t] * x[:, t, :, None]
-                read = torch.einsum("ben,bn->be", state, C[:, t])
+                read = (state * of_channels(C[:, t], state)).sum(-1)
             else:  # Mamba-2: [batch, H, P, N]
                 H, G = A_bar.shape[2], C.shape[2]
                 by_head = x[:, t].unflatten(-1, (H, -1))
@@ -255,7 +261,7 @@ def test_a_flow_is_patched_as_by_a_state_that_holds_one_source_alone(family):
         for p in range(s + 1, t + 1):
             state = decay[:, p] * state
         if state.dim() == 3:
-            return torch.einsum("ben,bn->be", state, C[:, t])
+            return (state * of_channels(C[:, t], state)).sum(-1)
         of_head = C[:, t].repeat_interleave(state.shape[1] // C.shape[2], 1)
         return torch.einsum("bhpn,bhn->bhp", state, of_head).flatten(1)
 
@@ -455,3 +461,53 @@ def test_an_edit_in_a_step_of_a_cached_generation_goes_on_in_the_steps_after_it(
         close(got, want, 1e-4)
     close(got[:edit_at], plain[:edit_at], 1e-6) if edit_at else None
     assert float((got[edit_at] - plain[edit_at]).abs().max()) > 1e-3
+
+
+def test_invokes_of_one_trace_are_told_apart_or_refused(family):
+    model, pairs = model_of(family), pairs_of()
+    layer = layers_with(model, "h")[-1]
+
+    def both():
+        with model.trace(use_cache=False) as tracer:
+            with tracer.invoke(pairs.clean[:1]):
+                plain = model.output.logits.save()
+            with tracer.invoke(pairs.clean[1:]):
+                with im.mixer(model, layer) as m:
+                    m.y[:, 5] = 0
+                edited = model.output.logits.save()
+        return plain, edited
+
+    if family == "zamba":
+        with pytest.raises(im.InputError, match="several invokes of one trace cannot be told apart"):
+            both()
+        return
+    plain, edited = both()
+    close(plain, stock(model, pairs.clean[:1]))
+
+    def emptied(y):
+        y[:, 5] = 0
+        return y
+
+    close(edited, im.run(model, pairs.clean[1:], {f"blocks.{layer}.hook_y": emptied}))
+
+
+def test_a_prompt_padded_on_the_left_is_the_prompt_without_padding(family):
+    model, tokens, n_pads = model_of(family), pairs_of().clean, 3
+    padded = torch.cat((torch.zeros(len(tokens), n_pads, dtype=torch.long), tokens), 1)
+    mask = torch.ones_like(padded)
+    mask[:, :n_pads] = 0
+    layer = layers_with(model, "h")[-1]
+
+    def edited(given, begin):
+        with model.trace(given, use_cache=False):
+            with im.mixer(model, layer) as m:
+                m.ssm_input[:, begin + 4] *= 0.5
+                m.A_bar[:, begin + 6] = 0.3
+                m.h[:, begin + 8] = 0.2
+                states = m.h[:, begin:].save()
+            logits = model.output.logits[:, begin:].save()
+        return states, logits
+
+    want = edited({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, 0)
+    for one, other in zip(edited({"input_ids": padded, "attention_mask": mask}, n_pads), want, strict=True):
+        close(one, other, 5e-5)

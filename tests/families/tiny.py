@@ -20,6 +20,7 @@ from transformers import (
     NemotronHConfig,
     PreTrainedConfig,
     Zamba2Config,
+    ZambaConfig,
 )
 
 import ioi_mamba as im
@@ -130,6 +131,20 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         conv_kernel=3,
         chunk_size=8,
         time_step_min=0.02,
+        **_SPECIAL,
+    ),
+    "zamba": ZambaConfig(
+        hidden_size=12,
+        intermediate_size=20,
+        num_hidden_layers=4,
+        layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        n_mamba_heads=2,
+        mamba_d_state=5,
+        mamba_d_conv=3,
+        mamba_dt_rank=3,
+        max_position_embeddings=64,
         **_SPECIAL,
     ),
     "zamba2": Zamba2Config(

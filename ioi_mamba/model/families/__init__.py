@@ -13,6 +13,7 @@ from ioi_mamba.model.families.jamba import JAMBA
 from ioi_mamba.model.families.mamba import MAMBA
 from ioi_mamba.model.families.mamba2 import MAMBA2
 from ioi_mamba.model.families.nemotron_h import NEMOTRON_H
+from ioi_mamba.model.families.zamba import ZAMBA
 from ioi_mamba.model.families.zamba2 import ZAMBA2
 from ioi_mamba.model.family import Block, Family, Sizes, at
 from ioi_mamba.model.jobs import config_of
@@ -20,7 +21,7 @@ from ioi_mamba.model.sites import Hooks
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (MAMBA, FALCON_MAMBA, JAMBA, MAMBA2, BAMBA, GRANITE, FALCON_H1, NEMOTRON_H, ZAMBA2)
+    for family in (MAMBA, FALCON_MAMBA, JAMBA, MAMBA2, BAMBA, GRANITE, FALCON_H1, NEMOTRON_H, ZAMBA, ZAMBA2)
 }
 
 

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from ioi_mamba.model import blocks
 from ioi_mamba.model.families.bamba import listed
 from ioi_mamba.model.family import CACHE_LIMIT, End, Family, Sizes, Tree
 from ioi_mamba.model.mamba2 import kind
 from ioi_mamba.model.mamba2.layer import Mamba2Layer
+
+EMBEDDINGS_LIMIT = (
+    "the corrupted run by patching all edges into blocks",
+    "hybrid blocks read the embeddings as a second input, which stays as it is; patching all edges gives it",
+)
+
+
+def write_copies(attention: Any, decoder: Any, value: Tensor) -> None:
+    """Write a block's copy of the stream where shared attention reads it, and where the mixer's norm reads it too."""
+    copied, read = attention.input, decoder.input_layernorm
+    attention.input = value
+    read.input = read.input + (value - copied)
 
 
 class Zamba2Hybrid(Mamba2Layer):
@@ -19,9 +33,7 @@ class Zamba2Hybrid(Mamba2Layer):
 
     def _leave(self, stage: str) -> None:
         if stage == "norm_input":
-            copied, read = self._module.shared_transformer.input, self._module.mamba_decoder.input_layernorm
-            self._module.shared_transformer.input = self._values["layer_input"]
-            read.input = read.input + (self._values["layer_input"] - copied)
+            write_copies(self._module.shared_transformer, self._module.mamba_decoder, self._values["layer_input"])
         else:
             Mamba2Layer._leave(self, stage)
 
@@ -73,9 +85,6 @@ ZAMBA2 = Family(
     refusal=_refusal,
     limits=(
         CACHE_LIMIT,
-        (
-            "the corrupted run by patching all edges into blocks",
-            "hybrid blocks read the embeddings as a second input, which stays as it is; patching all edges gives it",
-        ),
+        EMBEDDINGS_LIMIT,
     ),
 )

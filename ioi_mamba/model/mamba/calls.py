@@ -13,6 +13,8 @@ all invokes together, so with several invokes it can take a parameter for rows; 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,13 +39,14 @@ class Calls:
     def __init__(self, mixer, alone: bool):
         self.mixer, self.alone = mixer, alone
         self.n_positions: int | None = None
+        self.cache: Any = None
         self.is_step = False
         if not alone:
             args, kwargs = self.mixer.inputs
             named = {"hidden_states": 0, "cache": 1}
             given = {name: args[k] for name, k in named.items() if k < len(args)} | dict(kwargs)
             cache = given.get("cache", given.get("cache_params"))
-            self.n_positions = given["hidden_states"].shape[1]
+            self.cache, self.n_positions = cache, given["hidden_states"].shape[1]
             index = self.mixer._module.layer_idx if self.mixer._module is not None else None
             if cache is not None and index is None:
                 raise InputError(
