@@ -18,8 +18,19 @@ import nox
 ROOT = Path(__file__).parent
 PAGE = ROOT / "docs/compatibility.md"
 BEGIN, END = "<!-- begin: written by noxfile.py -->", "<!-- end -->"
-# Sites and edits against a plain reference, passes resumed midway, gradients, opening, tables and pages.
-FILES = ["sites", "models", "interventions", "mixer", "sweep", "attribution", "circuit_analyses", "report", "study"]
+# What holds in every family, sites and edits against a plain reference, passes resumed midway, gradients, opening, tables and pages.
+FILES = [
+    "contract",
+    "sites",
+    "models",
+    "interventions",
+    "mixer",
+    "sweep",
+    "attribution",
+    "circuit_analyses",
+    "report",
+    "study",
+]
 SHOWN = ["torch", "nnsight", "transformers", "tokenizers", "safetensors", "pandas", "pyarrow", "altair"]
 SHOWN += ["vl-convert-python", "jinja2", "tqdm", "numpy"]
 VERSIONS = (

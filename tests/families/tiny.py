@@ -169,7 +169,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 
 
 @cache
-def model_of(family: str, dtype: str = "float32") -> Any:
+def model_of(family: str, dtype: str = "float32", device: str = "cpu") -> Any:
     """The open model of a family; its weights are drawn wide, so that every value moves the logits."""
     home = Path(mkdtemp(prefix=f"tiny-{family}-"))
     torch.manual_seed(sum(map(ord, family)))
@@ -181,7 +181,7 @@ def model_of(family: str, dtype: str = "float32") -> Any:
             elif "norm" not in name and "A_log" not in name:
                 weight.add_(0.3 * torch.randn_like(weight))
     stock.save_pretrained(home)
-    return im.open_model(str(home), device="cpu", dtype=dtype)
+    return im.open_model(str(home), device=device, dtype=dtype)
 
 
 def pairs_of(n: int = 3, length: int = LENGTH) -> im.Pairs:

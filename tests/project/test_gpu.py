@@ -4,8 +4,10 @@ import golden
 import nnsight
 import pytest
 import torch
+from families.tiny import CONFIGS, model_of, pairs_of
 
 import ioi_mamba as im
+from ioi_mamba.model.families import block_of, layers_with
 from ioi_mamba.model.families.mamba import MAMBA
 from ioi_mamba.passes.sweep import resample_sweep
 
@@ -101,6 +103,29 @@ def test_an_edit_in_a_step_of_a_cached_generation_is_that_of_the_cpu():
                 seen.append(model.lm_head.output[:, -1])
         logits.append(torch.stack(seen))
     assert near(*logits)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_is_read_written_swept_and_scored_as_on_the_cpu(family):
+    """Run with compiled kernels installed and without them: the model's own pass differs, what is edited does not."""
+    pairs, models = pairs_of(), [model_of(family, device=device) for device in ("cuda", "cpu")]
+    layer = layers_with(models[1], "h")[-1]
+    sites = [site for site in block_of(models[1], layer).sites if site != "conv_slice"]
+    names = [f"blocks.{layer}.hook_{site}" for site in sites]
+    read, own = ([im.read(model, pairs.clean, names, own_scan=scan) for model in models] for scan in (False, True))
+    assert [name for name in names for got, want in (read, own) if not near(got[name], want[name], 1e-4)] == []
+    for site in ("h.7", "conv_slice.-1", "A_bar", "ssm_input", "out_proj"):
+        edit = {f"blocks.{layer}.hook_{site}": lambda x: 0.7 * x + 0.05}
+        assert near(*(im.run(model, pairs.clean, edit) for model in models), rounding=1e-4), site
+    assert near(*(resample_sweep(model, pairs, "layer_input") for model in models), rounding=1e-4)
+    assert near(*(im.patch_flow(model, pairs, [(layer, 4, 8)]) for model in models), rounding=1e-4)
+    for table in (
+        lambda model: im.attribute(model, pairs, parts=True).table,
+        lambda model: im.token_flow(model, pairs),
+    ):
+        got, want = (table(model)["score"] for model in models)
+        assert (got - want).abs().max() <= 1e-3 * want.abs().max()
+    assert len(im.acdc(models[0], pairs, threshold=0.05).table)
 
 
 def test_memory_is_given_back_after_a_sweep():

@@ -25,12 +25,16 @@ SCANNED, STEP_SCANNED, LAST_STATE = "scan_output_2", "scan_output_1", "torch_sta
 OPERATIONS = (CONV_OP, STEP_CONV_OP, X, PROJECTED, DT, BIAS, A, SCANNED, STEP_SCANNED, LAST_STATE)
 
 
-def _of_heads(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
+Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""x, delta, A, B, C"""
+
+
+def _of_heads(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Iterator[tuple[slice, Terms]]:
     """The channels of each head, and its own x, delta, A, B and C, as those of a Mamba-1 of one head."""
     width = A.shape[0] // B.shape[2]
     for head in range(B.shape[2]):
         own = slice(head * width, (head + 1) * width)
-        yield own, [x[..., own], delta[..., own], A[own], B[:, :, head], C[:, :, head]]
+        yield own, (x[..., own], delta[..., own], A[own], B[:, :, head], C[:, :, head])
 
 
 def _by_channel(value: Tensor, n_channels: int) -> Tensor:
