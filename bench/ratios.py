@@ -1,8 +1,8 @@
 """What each experiment's work costs, in plain stock forwards of the same rows: `python -m bench.ratios [SHAPE ...]`.
 
-Shapes: small, mini, mamba-130m, and with --large mamba-370m; all but `mini` have random weights. Every figure is the
-median of repeats that alternate with the yardstick, one stock forward without gradients and cache (for attribution
-forward and backward with frozen parameters), one thread. Each shape runs in a process of its own; the peak of memory
+Shapes: small, mini, mamba-130m, with --large mamba-370m, and by name mamba2-130m and mamba2-370m; all but `mini` have random
+weights. Every figure is the median of repeats that alternate with the yardstick, one stock forward without gradients and
+cache (for attribution forward and backward with frozen parameters), one thread. Each shape runs in a process of its own; the peak of memory
 is the process', weights (held once) and libraries included. Prints the table and writes it into bench/RESULTS.md.
 """
 
@@ -20,20 +20,23 @@ import torch
 import ioi_mamba as im
 from ioi_mamba.analyses import _circuits, cross_talk
 from ioi_mamba.circuits.attribution import Options, attributions
-from ioi_mamba.model.families.mamba import MAMBA
+from ioi_mamba.circuits.flow import flow_scores
+from ioi_mamba.model.families import block_of, layers_with, sizes_of
 from ioi_mamba.passes.sweep import resample_sweep
 
 from . import shapes, timing
 
 DEFAULT = ("small", "mini", "mamba-130m")
-PAIRS = {"mamba-370m": 4}
+PAIRS = {"mamba-370m": 4, "mamba2-130m": 4, "mamba2-370m": 2, "mamba2-370m, 4 layers": 2}
 TARGETS = {
-    "layer x position sweep": {"mini": 0.40, "mamba-130m": 0.25, "mamba-370m": 0.32},
-    "EAP-IG(5), positions and parts": {"mamba-130m": 3.0},
+    "layer x position sweep": {"mini": 0.40, "mamba-130m": 0.25, "mamba-370m": 0.32, "mamba2-370m": 0.25},
+    "layer x position sweep, in own plain passes": {"mamba2-370m": 0.35},
+    "token flow, all layers": {"mini": 2.0, "mamba-130m": 2.0},
+    "EAP-IG(5), positions and parts": {"mamba-130m": 3.0, "mamba2-370m, 4 layers": 2.0},
     "exact edge test": {"mamba-130m": 0.30},
     "greedy cross-talk candidate": {"mamba-130m": 0.6},
     "untouched trace": {"mamba-130m": 1.05},
-    "all sites of one layer": {"mamba-130m": 1.10},
+    "all sites of one layer": {"mamba-130m": 1.10, "mamba2-370m": 1.10},
     "all sites of all layers": {"mamba-130m": 1.5},
     "all sites of all layers, own scan": {"mamba-130m": 1.5},
 }
@@ -46,7 +49,7 @@ class Bench:
         self.shape, self.resume = shape, resume
         self.model, self.stock = model, shapes.stock(model)
         self.n_pairs = n_pairs or PAIRS.get(shape, 16)
-        self.large = shape in ("mamba-130m", "mamba-370m")
+        self.large = shape not in ("small", "mini")
         self.pairs = shapes.pairs_for(model, self.n_pairs)
         self.few = self.pairs[: 4 if self.large else 16]
 
@@ -59,7 +62,7 @@ class Bench:
 
     def forward_backward(self, pairs) -> Callable[[], object]:
         def plain():
-            embedded = self.stock.backbone.embeddings(pairs.clean).requires_grad_()
+            embedded = self.stock.get_input_embeddings()(pairs.clean).requires_grad_()
             logits = self.stock(inputs_embeds=embedded, use_cache=False).logits
             return torch.autograd.grad(logits[:, -1].sum(), embedded)
 
@@ -75,15 +78,17 @@ class Bench:
 
     def one_layer(self):
         middle = self.model.config.num_hidden_layers // 2
-        names = [f"blocks.{middle}.hook_{site}" for site in MAMBA.sites if site != "conv_slice"]
-        names += [f"blocks.{middle}.hook_conv_slice.{s}" for s in range(-3, 1)]
-        return self._read(self.pairs, names)
+        return self._read(self.pairs, self._sites(middle))
 
     def all_layers(self, own_scan: bool = False):
-        layers = range(self.model.config.num_hidden_layers)
-        names = [f"blocks.{i}.hook_{site}" for i in layers for site in MAMBA.sites if site != "conv_slice"]
-        names += [f"blocks.{i}.hook_conv_slice.{s}" for i in layers for s in range(-3, 1)]
+        names = [name for layer in range(self.model.config.num_hidden_layers) for name in self._sites(layer)]
         return self._read(self.few, names, own_scan)
+
+    def _sites(self, layer: int) -> list[str]:
+        """Every value of a layer, states all together."""
+        slices = [f"conv_slice.{s}" for s in range(1 - sizes_of(self.model).conv_width, 1)]
+        sites = [site for site in block_of(self.model, layer).sites if site != "conv_slice"]
+        return [f"blocks.{layer}.hook_{site}" for site in (*sites, *slices)]
 
     def all_layers_own_scan(self):
         return self.all_layers(own_scan=True)
@@ -94,6 +99,22 @@ class Bench:
             return 1
 
         return self.forward(pairs), work, None, f"{len(names)} values of {len(pairs)} rows"
+
+    def own_sweep(self):
+        _, work, warm, note = self.sweep()
+        return (
+            lambda: im.run(self.model, self.pairs.clean, own_scan=True),
+            work,
+            warm,
+            f"{note}; unit: our own plain pass",
+        )
+
+    def flow(self):
+        def work(tick) -> float:
+            flow_scores(self.model, self.few, layers_with(self.model, "h"), heads=False, method="eap")
+            return 1
+
+        return self.forward_backward(self.few), work, None, f"{len(self.few)} pairs; unit: forward + backward"
 
     def sweep(self):
         def run(pairs, tick=None) -> float:
@@ -107,7 +128,7 @@ class Bench:
         return self.forward(self.pairs), lambda tick: run(self.pairs, tick), warm, f"all cells, {self.n_pairs} pairs"
 
     def attribution(self):
-        pairs = shapes.pairs_for(self.model, 8 if self.large else 16)
+        pairs = shapes.pairs_for(self.model, min(8, PAIRS.get(self.shape, 8)) if self.large else 16)
 
         def work(tick) -> float:
             attributions(self.model, pairs, Options(positions=True, parts=True))
@@ -149,6 +170,8 @@ WORK = {
     "greedy cross-talk candidate": Bench.candidates,
     "exact edge test": Bench.edge_tests,
     "layer x position sweep": Bench.sweep,
+    "layer x position sweep, in own plain passes": Bench.own_sweep,
+    "token flow, all layers": Bench.flow,
 }
 
 
@@ -183,7 +206,7 @@ HEAD = (
 def main() -> None:
     timing.prepare()
     parser = argparse.ArgumentParser(description="Costs in plain forwards.")
-    parser.add_argument("shape", nargs="*", default=list(DEFAULT), help=f"of {', '.join((*DEFAULT, 'mamba-370m'))}")
+    parser.add_argument("shape", nargs="*", default=list(DEFAULT), help=f"of {', '.join(('mini', *shapes.SHAPES))}")
     parser.add_argument("--large", action="store_true", help="mamba-370m shape too")
     parser.add_argument(
         "--only", action="append", default=[], metavar="TEXT", help="measurements with TEXT in the name"

@@ -7,17 +7,21 @@ from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 
 import torch
-from transformers import AutoModelForCausalLM, MambaConfig
+from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig
 from transformers.utils import logging
 
 import ioi_mamba as im
 from ioi_mamba.tasks.base import Pairs
 
-# name -> (layers, width D, vocabulary); the rest (E = 2 D, N = 16, K = 4) is the same in all published Mambas.
+# name -> (layers, width D, vocabulary); the rest is the same in all published Mambas (E = 2 D, N = 16, K = 4) and in all
+# published Mamba-2 of their authors (E = 2 D, N = 128, K = 4, heads of 64 channels, one group, chunks of 256).
 SHAPES = {
     "small": (4, 64, 1000),
     "mamba-130m": (24, 768, 50280),
     "mamba-370m": (48, 1024, 50280),
+    "mamba2-130m": (24, 768, 50288),
+    "mamba2-370m": (48, 1024, 50288),
+    "mamba2-370m, 4 layers": (4, 1024, 50288),
 }
 POSITIONS = 20
 
@@ -32,14 +36,12 @@ def opened(shape: str, *, layers: int | None = None) -> Iterator:
         yield im.open_model("mini", device="cpu")
         return
     n, width, vocab = SHAPES[shape]
-    config = MambaConfig(
-        vocab_size=vocab,
-        hidden_size=width,
-        num_hidden_layers=layers or n,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
+    sizes = {"vocab_size": vocab, "hidden_size": width, "num_hidden_layers": layers or n}
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    if shape.startswith("mamba2"):
+        config = Mamba2Config(**sizes, **ids, num_heads=width // 32, head_dim=64, state_size=128, n_groups=1)
+    else:
+        config = MambaConfig(**sizes, **ids)
     with TemporaryDirectory() as directory:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(directory)

@@ -183,3 +183,20 @@ def selective_scan(
     if h_start is None:
         h_start = x.new_zeros(x.shape[0], *A.shape)
     return _SelectiveScan.apply(x, delta, A, B, C, h_start)  # type: ignore[return-value]
+
+
+def source_products(gradient: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """Of each source and target the gradient at y times what y takes there, [batch, target, source]; 0 before the source.
+
+    Shapes as of `selective_scan`; gradient: [batch, pos, E]. Not differentiable; `states_by_source` is its slow oracle.
+    """
+    n = x.shape[1]
+    found, A_t, dx = x.new_zeros(x.shape[0], n, n), A.T.contiguous(), delta * x
+    for rows in _blocks(x.shape[0], n * A.shape[0], A.shape[1], x.device):
+        decay = (delta[rows, :, None, :] * A_t).exp_()
+        held = B[rows, :, :, None] * dx[rows, :, None, :]  # what each source wrote, [row, source, N, E]
+        reads = (C[rows, :, :, None] * gradient[rows, :, None, :]).flatten(2)[..., None]
+        for t in range(n):
+            held[:, :t].mul_(decay[:, t, None])
+            found[rows, t, : t + 1] = torch.bmm(held[:, : t + 1].flatten(2), reads[:, t])[..., 0]
+    return found

@@ -3,6 +3,8 @@
 import nnsight
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tiny import CONFIGS, LENGTH, model_of, pairs_of
 
 import ioi_mamba as im
@@ -10,7 +12,7 @@ from ioi_mamba.circuits.graph import Circuit, masks_of, universe_of
 from ioi_mamba.circuits.patching import corrupted_run, nodes_of, patched_logits, source_hooks
 from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.model.families import FAMILIES, attends, block_of, family_of, layers_with, sizes_of
-from ioi_mamba.model.family import at
+from ioi_mamba.model.family import CACHE_LIMIT, EXPERTS_LIMIT, at
 from ioi_mamba.passes.forward import forward
 from ioi_mamba.passes.metrics import logit_diff
 from ioi_mamba.passes.sweep import resample_sweep
@@ -409,7 +411,10 @@ def test_it_runs_in_bfloat16(family):
     model, pairs = model_of(family, "bfloat16"), pairs_of()
     want = stock(model, pairs.clean).float()
     got = im.run(model, pairs.clean, own_scan=True).float()
-    assert float((got - want).abs().max()) <= 0.15 * float(want.abs().max())
+    close_by = (got - want).abs().amax(-1) <= 0.15 * float(want.abs().max())
+    # Rounding can turn the choice of an expert, and then a position's logits are others.
+    share = 0.9 if EXPERTS_LIMIT in family_of(model).limits else 1
+    assert float(close_by.float().mean()) >= share
 
 
 def test_a_circuit_is_saved_and_read_again(family, tmp_path):
@@ -420,8 +425,10 @@ def test_a_circuit_is_saved_and_read_again(family, tmp_path):
     assert len(circuit) == circuit.universe.size()
 
 
-NOT_KEPT = ("mamba2", "nemotron_h", "zamba2")
+NOT_KEPT = [family for family in CONFIGS if CACHE_LIMIT in FAMILIES[family].limits]
 """Whose tiny configs have ends for delta: the stock steps with a cache leave delta as it is, so they differ unedited."""
+if Version(transformers.__version__) < Version("5.24"):
+    NOT_KEPT.append("falcon_h1")  # whose stock steps with a cache differ from text without one in 5.15
 
 
 def generated(model, tokens, layer, edit_at, site, use_cache):
@@ -457,7 +464,10 @@ def test_an_edit_in_a_step_of_a_cached_generation_goes_on_in_the_steps_after_it(
         pytest.skip("a Mamba-1 has no such value")
     got, want = (generated(model, tokens, layer, edit_at, site, use_cache) for use_cache in (True, False))
     plain = generated(model, tokens, layer, None, site, True)
-    if family not in NOT_KEPT:
+    if family in NOT_KEPT:
+        unedited = [generated(model, tokens, layer, None, site, use_cache) for use_cache in (True, False)]
+        assert float((unedited[0] - unedited[1]).abs().max()) > 1e-3
+    else:
         close(got, want, 1e-4)
     close(got[:edit_at], plain[:edit_at], 1e-6) if edit_at else None
     assert float((got[edit_at] - plain[edit_at]).abs().max()) > 1e-3

@@ -223,3 +223,21 @@ def test_a_scan_may_be_cut_in_two_and_go_on_from_the_last_state(sizes, data):
     second, h_end = part(slice(cut, None), h_cut)
     torch.testing.assert_close(torch.cat((first, second), 1), y)
     torch.testing.assert_close(h_end, h_last)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_what_sources_hold_sums_to_the_states_and_its_products_are_their_gradient(batch):
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    x, gradient, B, C = draw(batch, 7, 6), draw(batch, 7, 6), draw(batch, 7, 4), draw(batch, 7, 4)
+    delta, A = draw(batch, 7, 6).exp(), -draw(6, 4).exp()
+    A_bar, B_bar = scan.discretize(delta, A, B)
+    states = scan.recurrence_reference(A_bar, B_bar * x[..., None], torch.zeros(batch, 6, 4, dtype=torch.float64))
+    held = list(scan.states_by_source(x, delta, A, B))
+    for t, each in enumerate(held):
+        assert torch.allclose(each.sum(1), states[:, t], atol=1e-12)
+    products = scan.source_products(gradient, x, delta, A, B, C)
+    for t in range(7):
+        want = torch.einsum("be,bsen,bn->bs", gradient[:, t], held[t], C[:, t])
+        assert torch.allclose(products[:, t, : t + 1], want, atol=1e-12)
+        assert not products[:, t, t + 1 :].any()

@@ -90,7 +90,7 @@ class _Scans:
                 "This server shows values but not the model, and no call of a Zamba shows its D: open it here."
             )
         self.D = module.D.flatten().to(wide)
-        kept = calls.cache.get_recurrent_state(module.layer_idx, state_idx=0) if calls.is_step else None
+        kept = calls.cache.layers[module.layer_idx].recurrent_states[0] if calls.is_step else None
         self._kept = kept
         nothing = self.x.new_zeros(self.x.shape[0], *self.A.shape)
         # A copy, since the calls move the kept state on in place.

@@ -11,7 +11,7 @@ from torch import Tensor
 from ioi_mamba.model.family import SCAN, End, Mixer, Part, Sizes
 from ioi_mamba.model.mamba.calls import CONV_OP, OPERATIONS, SCAN_OP
 from ioi_mamba.model.mamba.layer import MambaLayer, NormedMambaLayer
-from ioi_mamba.model.scan import selective_scan, states_by_source
+from ioi_mamba.model.scan import selective_scan, source_products, states_by_source
 from ioi_mamba.model.sites import Site
 from ioi_mamba.model.ssd import survival
 
@@ -96,13 +96,7 @@ def flow_read_out(weight: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor
 
 def flow_products(gradient: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """Of each source and target the gradient at y times what y takes there, [batch, 1, target, source]."""
-    n_positions = x.shape[1]
-    rows = []
-    for t, held in enumerate(states_by_source(x, delta, A, B)):
-        reads = gradient[:, t, :, None] * C[:, t, None, :]
-        product = (held.flatten(2) @ reads.flatten(1)[..., None])[..., 0]
-        rows.append(torch.nn.functional.pad(product, (0, n_positions - 1 - t)))
-    return torch.stack(rows, 1)[:, None]
+    return source_products(gradient, x, delta, A, B, C)[:, None]
 
 
 def slices(conv_width: int) -> tuple[Part, ...]:
