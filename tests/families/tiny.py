@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -168,12 +169,55 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }
 
 
+def _varied(family: str, **changes: Any) -> PreTrainedConfig:
+    """The config of a family with other entries."""
+    entries = CONFIGS[family].to_dict() | changes
+    return type(CONFIGS[family])(**{name: entry for name, entry in entries.items() if name != "architectures"})
+
+
+VARIANTS: dict[str, PreTrainedConfig] = {
+    "mamba with biases": _varied("mamba", use_bias=True, use_conv_bias=False, residual_in_fp32=False),
+    "falcon_mamba with biases": _varied("falcon_mamba", use_bias=True, use_conv_bias=False, mixer_rms_eps=1e-3),
+    "jamba of width E = D": _varied("jamba", mamba_proj_bias=True, mamba_conv_bias=False, mamba_expand=1),
+    "mamba2 of three groups": _varied(
+        "mamba2",
+        use_bias=True,
+        use_conv_bias=False,
+        num_heads=6,
+        head_dim=4,
+        n_groups=3,
+        time_step_limit=(0.0, math.inf),
+    ),
+    "mamba2 of two taps": _varied("mamba2", n_groups=1, conv_kernel=2, tie_word_embeddings=True),
+    "bamba with biases": _varied("bamba", mamba_proj_bias=True, mamba_conv_bias=False, mamba_n_groups=1),
+    "granitemoehybrid without experts": _varied("granitemoehybrid", mamba_proj_bias=True, num_local_experts=0),
+    "falcon_h1 with the norm before the gate": _varied("falcon_h1", mamba_norm_before_gate=True, mamba_proj_bias=True),
+    "falcon_h1 without a gated norm": _varied("falcon_h1", mamba_rms_norm=False, mamba_n_groups=4),
+    "nemotron_h with experts": _varied(
+        "nemotron_h",
+        layers_block_type=["moe", "linear_attention", "full_attention", "linear_attention"],
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        moe_shared_expert_intermediate_size=16,
+        n_group=1,
+        topk_group=1,
+        n_groups=4,
+    ),
+    "zamba of three heads": _varied("zamba", n_mamba_heads=3, mamba_proj_bias=True, mamba_conv_bias=False),
+    "zamba2 of two shared blocks": _varied(
+        "zamba2", num_mem_blocks=2, mamba_ngroups=2, use_shared_attention_adapter=True
+    ),
+}
+"""Other configs of the same families: what a checkpoint may have that the first ones have not."""
+
+
 @cache
 def model_of(family: str, dtype: str = "float32", device: str = "cpu") -> Any:
     """The open model of a family; its weights are drawn wide, so that every value moves the logits."""
     home = Path(mkdtemp(prefix=f"tiny-{family}-"))
     torch.manual_seed(sum(map(ord, family)))
-    stock = AutoModelForCausalLM.from_config(CONFIGS[family])
+    stock = AutoModelForCausalLM.from_config((CONFIGS | VARIANTS)[family])
     with torch.no_grad():
         for name, weight in stock.named_parameters():
             if weight.ndim > 1 and "A_log" not in name:
