@@ -21,9 +21,10 @@ from ioi_mamba.circuits import faithfulness
 from ioi_mamba.circuits.attribution import attributions
 from ioi_mamba.circuits.faithfulness import estimates, random_circuits
 from ioi_mamba.circuits.graph import Circuit, items_of, universe_of
-from ioi_mamba.circuits.methods import METHODS, VARIANTS, Options
+from ioi_mamba.circuits.methods import METHODS, Options
 from ioi_mamba.circuits.ranking import ORDERS, Ranking
 from ioi_mamba.circuits.scoring import Evaluator, chosen_sizes
+from ioi_mamba.circuits.variants import VARIANTS
 from ioi_mamba.experiments.experiment import Column, Context
 from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import option
@@ -72,7 +73,7 @@ class AttributionOptions:
     target: float = option(0.85, "the accuracy on training prompts that the circuit must exceed", at_least=0, at_most=1)
     steps: int = option(5, "points on the path from clean to corrupted, of eap-ig", at_least=1)
     variant: str = option(
-        "paper", "of the scores: `ioi_mamba.circuits.attribution` says which to use", choices=VARIANTS
+        "paper", "of the scores: `ioi_mamba.circuits.attribution` says which to use", choices=tuple(VARIANTS)
     )
     method: str = option("eap-ig", METHOD, choices=METHODS)
     ranking: str = option("signed", "most negative scores first, or largest sizes first", choices=ORDERS)

@@ -31,6 +31,8 @@ PAIRS = {"mamba-370m": 4, "mamba2-130m": 4, "mamba2-370m": 2, "mamba2-370m, 4 la
 TARGETS = {
     "layer x position sweep": {"mini": 0.40, "mamba-130m": 0.25, "mamba-370m": 0.32, "mamba2-370m": 0.25},
     "layer x position sweep, in own plain passes": {"mamba2-370m": 0.35},
+    "EAP, positions and parts": {},
+    "relp, positions and parts": {"mini": 1.3, "mamba-130m": 1.3},
     "token flow, all layers": {"mini": 2.0, "mamba-130m": 2.0},
     "EAP-IG(5), positions and parts": {"mamba-130m": 3.0, "mamba2-370m, 4 layers": 2.0},
     "exact edge test": {"mamba-130m": 0.30},
@@ -127,11 +129,17 @@ class Bench:
 
         return self.forward(self.pairs), lambda tick: run(self.pairs, tick), warm, f"all cells, {self.n_pairs} pairs"
 
-    def attribution(self):
+    def one_gradient(self):
+        return self.attribution(method="eap")
+
+    def relevance(self):
+        return self.attribution(variant="relp")
+
+    def attribution(self, **options):
         pairs = shapes.pairs_for(self.model, min(8, PAIRS.get(self.shape, 8)) if self.large else 16)
 
         def work(tick) -> float:
-            attributions(self.model, pairs, Options(positions=True, parts=True))
+            attributions(self.model, pairs, Options(positions=True, parts=True, **options))
             return 1
 
         return self.forward_backward(pairs), work, None, f"{len(pairs)} pairs; unit: forward + backward"
@@ -167,6 +175,8 @@ WORK = {
     "all sites of all layers": Bench.all_layers,
     "all sites of all layers, own scan": Bench.all_layers_own_scan,
     "EAP-IG(5), positions and parts": Bench.attribution,
+    "EAP, positions and parts": Bench.one_gradient,
+    "relp, positions and parts": Bench.relevance,
     "greedy cross-talk candidate": Bench.candidates,
     "exact edge test": Bench.edge_tests,
     "layer x position sweep": Bench.sweep,

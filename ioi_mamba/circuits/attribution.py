@@ -14,6 +14,7 @@ Which variant to use:
 | "paper" | output_i of the same pass, gradients flow through it | corrupted - output_i of the same pass | to compare with the paper; best rank correlation with exact single-edge effects (0.94 on the oracle model) |
 | "detached" | same, but gradients stop at output_i | as paper | when the scores themselves are read: no (1 - alpha) attenuation upstream |
 | "clean-difference" | as paper | corrupted - clean output_i | textbook integrated gradients; ranks worst (0.71) |
+| "relp" | one pass, at the clean point, with relevance rules (`relevance`) in place of gradients | corrupted - clean output_i | for scores near EAP-IG's at the cost of one pass |
 
 With `parts`, conv slices, ssm and skip are scored in the same passes. A conv slice is linear in the conv input, so
 its score is the gradient at the conv output times the change of the slice; ssm is the gradient at y times the change
@@ -31,9 +32,10 @@ from torch import Tensor
 
 from ioi_mamba.charts.notebook import shown
 from ioi_mamba.circuits.graph import Circuit, Universe, items_of, universe_of
-from ioi_mamba.circuits.methods import VARIANTS, Kind, Method, MethodName, Options, Variant, method_of
+from ioi_mamba.circuits.methods import Kind, Method, MethodName, Options, method_of
 from ioi_mamba.circuits.ranking import Ranking, places_of
 from ioi_mamba.circuits.scoring import check_one_layout
+from ioi_mamba.circuits.variants import Variant, variant_of
 from ioi_mamba.errors import InputError
 from ioi_mamba.passes.ranges import usable
 from ioi_mamba.passes.sweep import Progress
@@ -45,7 +47,7 @@ def attribute(
     pairs: Pairs,
     *,
     method: MethodName | Method = "eap-ig",
-    variant: Variant = "paper",
+    variant: str | Variant = "paper",
     steps: int = 5,
     positions: bool = False,
     parts: bool = False,
@@ -56,7 +58,8 @@ def attribute(
     """Attribution of every edge (and part); its `table` has columns source, target, position, part, score (and pair).
 
     method: "eap", the gradient at the clean point; "eap-ig", the mean over `steps` points of the path; or "exact",
-    which needs no gradients: each item is patched alone, at many times the cost. variant: see the module's table. positions: one score a position, else summed (position is null). parts: score conv
+    which needs no gradients: each item is patched alone, at many times the cost. variant: see the module's table, or a `Variant`,
+    such as `RELP._replace(rules=("norm", "silu", "ssm", "half"))`. positions: one score a position, else summed (position is null). parts: score conv
     slices, ssm and skip too; an edge has a null part. per_pair: one row a pair instead of the mean over pairs, `pair`
     being its number among those given. Pairs without a range (`ranges`) have no score and are in no mean: the table's
     `attrs` says how many were `left_out`.
@@ -133,8 +136,7 @@ def attributions(
 def _checked(options: Options) -> Method:
     """The method. Raises InputError for options that mean nothing."""
     method = method_of(options.method)
-    if options.variant not in VARIANTS:
-        raise InputError(f"variant {options.variant!r} is unknown: variants are {', '.join(VARIANTS)}.")
+    variant_of(options.variant)
     if options.pairs_per_pass is not None and options.pairs_per_pass < 1:
         raise InputError(f"pairs_per_pass must be at least 1, not {options.pairs_per_pass}.")
     if options.steps < method.least_steps:

@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ioi_mamba.circuits import relevance
 from ioi_mamba.circuits.graph import Masks, Universe, universe_of
 from ioi_mamba.circuits.patching import CorruptedRun, Patch, corrupted_run, nodes_of, parts_of, sink_hooks
+from ioi_mamba.circuits.variants import Variant
 from ioi_mamba.model.jobs import device_of
 from ioi_mamba.model.portable import portable
-from ioi_mamba.passes.forward import forward
+from ioi_mamba.passes.forward import Observer, forward
 from ioi_mamba.passes.metrics import logit_diff, normalized_logit_diff
 from ioi_mamba.passes.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
@@ -39,12 +41,14 @@ def _path_masks(universe: Universe, n_positions: int, alpha: float, parts: bool)
     return Masks(forward_edges * alpha, (on_path * alpha)[None, None, :, None].expand(1, n, -1, n_positions))
 
 
-def _differentiable_pass(model, pairs: Pairs, corrupted: CorruptedRun, alpha: float, variant: str, parts: bool, score):
+def _differentiable_pass(
+    model, pairs: Pairs, corrupted: CorruptedRun, alpha: float, variant: Variant, parts: bool, score
+):
     """Run the clean prompts at one point of the path; `score(logits, patch, point)` is called inside the trace."""
     nodes, of_layer = nodes_of(model), parts_of(model) if parts else ()
     universe = universe_of(model, parts=parts)
-    masks = _path_masks(universe, pairs.clean.shape[1], alpha, parts and variant == "paper")
-    patch = Patch(model, corrupted, masks, detach=variant == "detached")
+    masks = _path_masks(universe, pairs.clean.shape[1], alpha, parts and variant.parts_on_path)
+    patch = Patch(model, corrupted, masks, detach=variant.detached)
     point = _Point({}, {})
 
     def leaf(key: tuple, then=None):
@@ -75,6 +79,9 @@ def _differentiable_pass(model, pairs: Pairs, corrupted: CorruptedRun, alpha: fl
             name = f"blocks.{node.layer}.hook_{site}"
             observe[name] = keep((site, w), observe.get(name))
 
+    fixed, seen = relevance.hooks(model, variant.rules)
+    edits |= {name: _both(edits.get(name), edit) for name, edit in fixed.items()}
+    observe |= {name: _in_turn(observe.get(name), observer) for name, observer in seen.items()}
     with torch.enable_grad():
         return forward(
             model,
@@ -87,7 +94,26 @@ def _differentiable_pass(model, pairs: Pairs, corrupted: CorruptedRun, alpha: fl
         )
 
 
-def _chunk_scores(model, pairs: Pairs, alphas: list[float], steps: int, variant: str, parts: bool) -> dict[str, Tensor]:
+def _both(first, then):
+    """Two edits of one value, one after the other; the first may be none."""
+    return then if first is None else lambda value: then(first(value))
+
+
+def _in_turn(first: Observer | None, then: Observer) -> Observer:
+    """Two observers of one value; the first may be none."""
+    if first is None:
+        return then
+
+    def both(value: Tensor) -> None:
+        first(value)
+        then(value)
+
+    return both
+
+
+def _chunk_scores(
+    model, pairs: Pairs, alphas: list[float], steps: int, variant: Variant, parts: bool
+) -> dict[str, Tensor]:
     """Scores of one chunk: edges [pair, source, target, pos]; parts [pair, node, part, pos]."""
     nodes, of_layer = nodes_of(model), parts_of(model) if parts else ()
     n, (P, L) = len(nodes), pairs.clean.shape
@@ -110,7 +136,7 @@ def _chunk_scores(model, pairs: Pairs, alphas: list[float], steps: int, variant:
         here = point.values | {key: value for key, value in point.gradient_at.items() if key[0] in replaced}
         if "logit_diff" not in clean:  # the first point is alpha = 0, the clean run
             clean["logit_diff"] = difference.detach()
-            if variant == "clean-difference":
+            if variant.from_clean:
                 clean["outputs"] = [output.detach() for output in patch.outputs]
                 clean["values"] = {key: value.detach() for key, value in here.items()}
         metric = normalized_logit_diff(difference, clean["logit_diff"], from_corrupted).sum()
@@ -142,7 +168,7 @@ def scores(
     pairs: Pairs,
     alphas: list[float],
     steps: int,
-    variant: str,
+    variant: Variant,
     parts: bool,
     positions: bool,
     per_pair: bool,

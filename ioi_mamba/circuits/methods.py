@@ -12,6 +12,7 @@ from torch import Tensor
 from ioi_mamba.circuits import gradients
 from ioi_mamba.circuits.graph import Item, Universe
 from ioi_mamba.circuits.scoring import Evaluator
+from ioi_mamba.circuits.variants import Variant, variant_of
 from ioi_mamba.model.jobs import call
 from ioi_mamba.model.memory import rows_per_pass
 from ioi_mamba.passes.sweep import Progress, pair_named
@@ -19,8 +20,6 @@ from ioi_mamba.registry import named
 from ioi_mamba.tasks.base import Pairs
 
 MethodName = Literal["eap", "eap-ig", "exact"]
-Variant = Literal["paper", "detached", "clean-difference"]
-VARIANTS: tuple[Variant, ...] = ("paper", "detached", "clean-difference")
 Kind = tuple[str, str, str | None]
 """(source, target, part)"""
 
@@ -29,7 +28,7 @@ class Options(NamedTuple):
     """How items are to be scored; fields as the arguments of `attribution.attribute`."""
 
     method: str | Method = "eap-ig"
-    variant: str = "paper"
+    variant: str | Variant = "paper"
     steps: int = 5
     positions: bool = False
     parts: bool = False
@@ -76,12 +75,16 @@ def _at_the_clean_point(
 def _along_the_path(
     model: Any, pairs: Pairs, universe: Universe, options: Options, progress: Progress | None
 ) -> Tensor:
+    variant = variant_of(options.variant)
+    if variant.rules:
+        return _at_the_clean_point(model, pairs, universe, options, progress)
     alphas = [k / (options.steps - 1) for k in range(options.steps)]
     # At alpha = 1 every sink sees the corrupted run and, undetached, only the output has a gradient. What is left
     # to add there is embed->output, which is zero where the last token is the same: then the step is not run.
     rows, at = torch.arange(len(pairs))[:, None], pairs.read_at
     same_last = bool((pairs.clean[rows, at] == pairs.corrupted[rows, at]).all())
-    alphas = alphas[:-1] if options.variant == "paper" and same_last else alphas
+    dispensable = same_last and not variant.detached and not variant.from_clean
+    alphas = alphas[:-1] if dispensable else alphas
     return _by_gradients(model, pairs, universe, options, alphas, options.steps, progress)
 
 
@@ -98,7 +101,7 @@ def _by_gradients(
     if pairs_per_pass is None:
         kind = "part gradients" if parts else "gradients"
         pairs_per_pass = min(64, rows_per_pass(model, pairs.clean.shape[1], kind))
-    passes = (alphas, steps, variant, parts, positions, per_pair, pairs_per_pass)
+    passes = (alphas, steps, variant_of(variant), parts, positions, per_pair, pairs_per_pass)
     with pair_named(model, pairs):
         scores = call(model, gradients.scores, pairs.without_text(), *passes, progress=progress)
     columns = [scores["edges"][:, i, j - 1] for i, j in universe.edges()]

@@ -9,13 +9,17 @@ import torch
 from golden import NODES, relative_error
 
 import ioi_mamba as im
-from ioi_mamba.circuits.attribution import VARIANTS, ranked
+from ioi_mamba.circuits.attribution import ranked
+from ioi_mamba.circuits.variants import VARIANTS
 from ioi_mamba.errors import InputError
 from ioi_mamba.passes.forward import forward
 from ioi_mamba.passes.metrics import logit_diff, normalized_logit_diff
 from ioi_mamba.tasks.base import Pairs
 
 TAGS = {"paper": "layers", "detached": "layers_detach", "clean-difference": "layers_cleandiff"}
+
+PATHS = [name for name, variant in VARIANTS.items() if not variant.rules]
+"""Those of gradients; the one of relevance rules has tests of its own."""
 
 
 def golden_attribution(**options):
@@ -50,7 +54,7 @@ def scores(table):
 # -- golden values ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", PATHS)
 def test_a_variant_gives_the_scores_of_mambalens_per_position_summed_and_per_pair(variant):
     want = golden.TENSORS[f"eap/{TAGS[variant]}/attr"]
     per_pair = golden_attribution(variant=variant, positions=True, per_pair=True)
@@ -92,7 +96,7 @@ def with_another_last_token(pairs):
     return Pairs.from_tokens(pairs.clean, corrupted, pairs.answer, pairs.wrong)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", PATHS)
 @pytest.mark.parametrize(("method", "steps"), [("eap", 1), ("eap-ig", 2), ("eap-ig", 4)])
 @pytest.mark.parametrize("same_last", [True, False])
 def test_every_edge_conv_slice_ssm_and_skip_has_the_score_of_the_reference(variant, method, steps, same_last):
@@ -115,7 +119,7 @@ def test_every_edge_conv_slice_ssm_and_skip_has_the_score_of_the_reference(varia
         assert kind[:2] == ("embed", "output") or want[kind].abs().max() > 1e-6 * scale, kind
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", PATHS)
 def test_without_parts_the_path_leaves_the_convolutions_alone(variant):
     pairs, weights = golden.random_pairs("odd"), golden.weights("odd")
     want = reference.attributions(weights, pairs, [0.0, 0.5, 1.0], variant, False, 3)
@@ -129,7 +133,7 @@ def test_without_parts_the_path_leaves_the_convolutions_alone(variant):
 # -- properties ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", PATHS)
 def test_integrated_gradients_converge_as_steps_grow(variant):
     at = {steps: scores(odd_attribution(variant=variant, parts=True, steps=steps)) for steps in (5, 20, 80)}
     coarse, fine = ((at[a] - at[b]).abs().max() for a, b in ((5, 20), (20, 80)))
