@@ -26,8 +26,9 @@ ORDER = (
     "edge-attribution",
     "circuit-search",
     "positional-attribution",
+    "token-flow",
 )
-"""Every experiment of the paper, in the paper's order."""
+"""Every experiment of the paper, in the paper's order, then those on what it left open."""
 
 EXPERIMENTS = Registry(
     "analysis",

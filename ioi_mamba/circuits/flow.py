@@ -35,6 +35,10 @@ from ioi_mamba.tasks.base import Pairs, check_pairs
 
 MOVED = ("ssm_input", "delta", "B")
 """The sites that a patched flow takes from the corrupted run."""
+METHODS = {
+    "eap": "the gradient at the clean point times what patching changes, all flows from one backward pass",
+    "exact": "each flow is patched alone",
+}
 KEPT = ("A", "C")
 """Those that it takes from the pass itself."""
 
@@ -83,8 +87,8 @@ def token_flow(
     chosen = _layers(model, layers)
     if heads and "H" not in sizes_of(model).letters:
         raise InputError(f"The mixers of this {family_of(model).label} have no heads: leave heads out.")
-    if method not in ("eap", "exact"):
-        raise InputError(f"method {method!r} is unknown: methods are eap, exact.")
+    if method not in METHODS:
+        raise InputError(f"method {method!r} is unknown: methods are {', '.join(METHODS)}.")
     found = usable(model, pairs)
     scores = flow_scores(model, found.pairs, chosen, heads, method, pairs_per_pass, progress)
     low, high = mean_interval(scores, found.pairs.clusters)
