@@ -14,7 +14,7 @@ from ioi_mamba import tasks
 from ioi_mamba.experiments.experiment import Experiment
 from ioi_mamba.registry import Registry
 
-ORDER = (
+PAPERS = (
     "layer-ablation",
     "layer-removal",
     "cross-talk",
@@ -26,9 +26,11 @@ ORDER = (
     "edge-attribution",
     "circuit-search",
     "positional-attribution",
-    "token-flow",
 )
-"""Every experiment of the paper, in the paper's order, then those on what it left open."""
+"""Every experiment of the paper, in the paper's order."""
+OPEN = ("token-flow", "decoding")
+"""Those on the questions that the paper left open."""
+ORDER = (*PAPERS, *OPEN)
 
 EXPERIMENTS = Registry(
     "analysis",

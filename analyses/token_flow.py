@@ -12,6 +12,7 @@ and all templates are averaged.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import altair as alt
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.analyses import _circuits
+from ioi_mamba.analyses._roles import by_role, means
 from ioi_mamba.charts.flow_charts import arcs
 from ioi_mamba.circuits.flow import METHODS, flow_scores
 from ioi_mamba.circuits.graph import Item, universe_of
@@ -29,13 +31,10 @@ from ioi_mamba.experiments.experiment import Column, Context, Experiment
 from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import option
 from ioi_mamba.model.families import layers_with, sizes_of
-from ioi_mamba.passes.intervals import mean_interval
 from ioi_mamba.passes.ranges import left_out_sentence, usable
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 
-OTHER = "other"
-"""The label of tokens that have no role."""
 CONV, STATE = "conv", "state"
 SHOWN = 6
 """Flows that the findings name."""
@@ -56,64 +55,30 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
 def run(context: Context) -> pd.DataFrame:
     """One row for each layer, path, source and target role: the sum of its items' scores, mean over pairs."""
     model, found = context.model, usable(context.model, context.pairs)
-    layers, layouts = layers_with(model, "h"), found.pairs.layouts()
-    labels = _labels(layouts)
-    rows_of = _rows_of(found.pairs)
+    layers, (labels, layouts) = layers_with(model, "h"), by_role(found.pairs)
     per_pair = torch.full((2, len(layers), len(labels), len(labels), len(found.pairs)), torch.nan)
-    for k, part in enumerate(layouts):
+    for k, (part, own_rows, at) in enumerate(layouts):
         stage = context.stage(k / len(layouts), (k + 1) / len(layouts))
-        own = [label if label in labels else OTHER for label in part.position_labels()]
-        at = torch.tensor([[float(label == name) for label in own] for name in labels])  # [label, pos]
-        with_role = at.sum(1) > 0
         conv = _by_taps(context, part, layers)
         state = flow_scores(model, part, layers, heads=False, method=context.options.method, progress=stage)[:, 0]
+        with_role = at.any(1)
         for path, scores in enumerate((conv, state)):
-            summed = torch.einsum("at,bs,ltsp->lbap", at, at, scores)
+            summed = torch.einsum("at,bs,ltsp->lbap", at, at, scores.float())
             summed[:, ~with_role] = torch.nan
             summed[:, :, ~with_role] = torch.nan
-            per_pair[path][..., rows_of[k]] = summed
-    cells = [
-        (path, i, s, t)
-        for path in range(2)
-        for i in range(len(layers))
-        for s in range(len(labels))
-        for t in range(len(labels))
+            per_pair[path][..., own_rows] = summed
+    cells = itertools.product((CONV, STATE), layers, enumerate(labels), enumerate(labels))
+    found_means = means(per_pair.flatten(0, 3), found.pairs.clusters)
+    rows = [
+        (layer, source, target, s, t, path, *mean)
+        for (path, layer, (s, source), (t, target)), mean in zip(cells, found_means, strict=True)
+        if mean is not None
     ]
-    values = per_pair.flatten(0, 3)  # [cell, pair]
-    rows = []
-    for here in (~values.isnan()).unique(dim=0):
-        chosen = ((~values.isnan()) == here).all(1).nonzero()[:, 0] if here.any() else ()
-        if not len(chosen):
-            continue
-        scores = values[chosen][:, here]
-        low, high = mean_interval(scores, found.pairs.clusters[here].unique(return_inverse=True)[1])
-        for cell, mean, *ends in zip(
-            chosen.tolist(), scores.double().mean(1).tolist(), low.tolist(), high.tolist(), strict=True
-        ):
-            path, i, s, t = cells[cell]
-            rows.append(
-                (cell, layers[i], labels[s], labels[t], s, t, (CONV, STATE)[path], mean, *ends, int(here.sum()))
-            )
-    columns = ["cell", "layer", "source", "target", "source_place", "target_place", "path", "score", "low", "high", "n"]
-    table = pd.DataFrame(rows, columns=columns).sort_values("cell").drop(columns="cell")
+    columns = ["layer", "source", "target", "source_place", "target_place", "path", "score", "low", "high", "n"]
+    table = pd.DataFrame(rows, columns=columns)
     # What no item connects (a later source, a tap too far) is no row.
     table = table[(table["score"] != 0) | (table["low"] != 0) | (table["high"] != 0)].reset_index(drop=True)
     return table.assign(left_out=found.left_out, method=context.options.method)
-
-
-def _labels(layouts: list[Pairs]) -> list[str]:
-    """BOS, the roles in their order, and OTHER at the end."""
-    longest = max(layouts, key=lambda part: part.clean.shape[1])
-    roles = dict.fromkeys(role for part in (longest, *layouts) for role in part.position_labels() if role in part.roles)
-    return ["BOS", *(role for role in roles if role != "BOS"), OTHER]
-
-
-def _rows_of(pairs: Pairs) -> list[Tensor]:
-    """The rows of each layout, in the order of `Pairs.layouts`."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row, key in enumerate(torch.stack([pairs.last, *pairs.roles.values()], 1).tolist()):
-        groups.setdefault(tuple(key), []).append(row)
-    return [torch.tensor(rows) for rows in groups.values()]
 
 
 def _by_taps(context: Context, pairs: Pairs, layers: list[int]) -> Tensor:

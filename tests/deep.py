@@ -118,6 +118,32 @@ def tables(n_layers, n_positions):
             rows += scores(LAST_ONLY, 19, sample) + scores(LOST, 19, sample)
         return _circuits.table_of(table, rows)
 
+    def flows():
+        rows = [
+            (layer, source, target, s, t, path, draw.uniform(-1, 1), -1.0, 1.0, 80)
+            for layer in layers
+            for path in ("conv", "state")
+            for t, target in at
+            for s, source in at[: t + 1]
+        ]
+        columns = ["layer", "source", "target", "source_place", "target_place", "path", "score", "low", "high", "n"]
+        return pd.DataFrame(rows, columns=columns).assign(left_out=0, method="eap")
+
+    def reading():
+        rows = [
+            ("direct", None, "out", n_positions, "embed"),
+            *(("direct", k, "out", n_positions, "mamba") for k in layers),
+        ]
+        rows += [("source", k, name, p, "state") for k in layers for p, name in at]
+        rows += [("source", k, "out", n_positions, "D x") for k in layers]
+        rows += [("lens", k, "out", n_positions, "stream") for k in layers]
+        rows += [
+            ("carried", k, "out", n_positions, way) for k in layers[4:] for way in ("from bottleneck", "to output")
+        ]
+        table = pd.DataFrame(rows, columns=["what", "layer", "position", "place", "part"]).astype({"layer": "Int64"})
+        table = table.assign(contribution=[draw.uniform(-1, 1) for _ in rows], low=-1.0, high=1.0, n=80)
+        return table.assign(bottleneck=3, left_out=0)
+
     return {
         "layer-ablation": effects(),
         "layer-removal": removal(),
@@ -130,4 +156,6 @@ def tables(n_layers, n_positions):
         "edge-attribution": edges(),
         "circuit-search": search(),
         "positional-attribution": positional(),
+        "token-flow": flows(),
+        "decoding": reading(),
     }

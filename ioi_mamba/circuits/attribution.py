@@ -35,7 +35,7 @@ from ioi_mamba.circuits.graph import Circuit, Universe, items_of, universe_of
 from ioi_mamba.circuits.methods import Kind, Method, MethodName, Options, method_of
 from ioi_mamba.circuits.ranking import Ranking, places_of
 from ioi_mamba.circuits.scoring import check_one_layout
-from ioi_mamba.circuits.variants import Variant, variant_of
+from ioi_mamba.circuits.variants import Variant, VariantName, variant_of
 from ioi_mamba.errors import InputError
 from ioi_mamba.passes.ranges import usable
 from ioi_mamba.passes.sweep import Progress
@@ -47,7 +47,7 @@ def attribute(
     pairs: Pairs,
     *,
     method: MethodName | Method = "eap-ig",
-    variant: str | Variant = "paper",
+    variant: VariantName | Variant = "paper",
     steps: int = 5,
     positions: bool = False,
     parts: bool = False,

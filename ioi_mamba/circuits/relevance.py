@@ -59,14 +59,14 @@ def with_slopes(value: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
     return out
 
 
-def _quotient(value: Tensor, by: Tensor) -> Tensor:
+def quotient(value: Tensor, by: Tensor) -> Tensor:
     """value / by, 0 where that is 0."""
     return torch.where(by == 0, 0.0, value / torch.where(by == 0, 1.0, by))
 
 
 def scaled(value: Tensor, x: Tensor) -> Tensor:
     """What a norm makes of x, with its scale held fixed."""
-    return with_slopes(value, (_quotient(value.to(x.dtype), x), x))
+    return with_slopes(value, (quotient(value.to(x.dtype), x), x))
 
 
 def activated(value: Tensor, conv: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def gated(value: Tensor, read_out: Tensor, gate: Tensor, share: float) -> Tensor
     """
     wide = torch.promote_types(read_out.dtype, gate.dtype)
     o, z = read_out.to(wide), gate.to(wide)
-    scale = share * _quotient(value.to(wide), o * F.silu(z))
+    scale = share * quotient(value.to(wide), o * F.silu(z))
     return with_slopes(value, (scale * F.silu(z), o), (scale * o * torch.sigmoid(z), z))
 
 

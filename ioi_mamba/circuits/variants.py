@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ioi_mamba.circuits.relevance import DEFAULT_RULES, check_rules
 from ioi_mamba.model.portable import portable
 from ioi_mamba.registry import named
+
+VariantName = Literal["paper", "detached", "clean-difference", "relp"]
 
 
 @portable

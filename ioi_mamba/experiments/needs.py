@@ -25,7 +25,7 @@ class Need(StrEnum):
     HELD_OUT = "held-out"
     """Other pairs, on which what was chosen is judged."""
     GRADIENTS = "gradients"
-    """A backward pass, unless its option `method` is "exact"."""
+    """A backward pass, unless it has an option `method` and that is "exact"."""
     NO_ATTENTION = "no-attention"
     """A model whose tokens see each other by convolution and state alone."""
     LAYER = "layer"

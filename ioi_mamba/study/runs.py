@@ -28,6 +28,7 @@ from ioi_mamba import analyses, paper, tasks
 from ioi_mamba.errors import InputError, Submitted
 from ioi_mamba.experiments.experiment import Context, Experiment, resolved
 from ioi_mamba.experiments.needs import Need
+from ioi_mamba.experiments.options import options_of
 from ioi_mamba.files import EMBEDDED, sha256_of, written_whole
 from ioi_mamba.model.families import FAMILIES
 from ioi_mamba.model.jobs import config_of, runs_here
@@ -195,7 +196,7 @@ class _Run:
             return
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        if runs_here(self.model) and self.about["architecture"] == "mamba":
+        if runs_here(self.model) and self.about["architecture"] in FAMILIES:
             kind = "part gradients" if Need.GRADIENTS in experiment.needs else "sweep"
             check_fits(self.model, len(plan.pairs), plan.pairs.clean.shape[1], kind, experiment.name)
         started = time.perf_counter()
@@ -259,6 +260,8 @@ class _Run:
         """On a server that gives no gradients: the method that needs none, unless the user named one."""
         if self.found["gradients"] or Need.GRADIENTS not in plan.experiment.needs or "method" in plan.given:
             return {}
+        if "method" not in options_of(plan.experiment.options):
+            raise InputError(f"{plan.experiment.name} takes gradients, which this server does not give: leave it out.")
         if self.progress:
             print(f"{plan.experiment.name}: no gradients on this server; each item is patched instead", file=sys.stderr)
         return {"method": "exact"}

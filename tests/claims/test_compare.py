@@ -200,7 +200,7 @@ CASES = [((claim,), *case) for claim, case in SPOILT.items()] + [(key, *case) fo
 
 
 def test_the_made_up_run_has_the_columns_of_every_experiment(published):
-    assert set(published) == set(analyses.available())
+    assert set(published) == set(analyses.PAPERS)
     for name, table in published.items():
         assert set(analyses.load(name).required) <= set(table.columns)
 
@@ -363,7 +363,7 @@ def test_the_report_has_the_claims_first_and_what_carries_the_names_second(publi
     directory = tmp_path / "out"
     paper_run.write(directory, published)
     page = pages.write_report(directory).read_text()
-    order = [page.index(f'<section id="{name}"') for name in ("claims", "names-summary", *analyses.available())]
+    order = [page.index(f'<section id="{name}"') for name in ("claims", "names-summary", *analyses.PAPERS)]
     assert order == sorted(order)
     section = page[order[0] : order[1]]
     assert section.count('<td class="holds">holds</td>') == 60

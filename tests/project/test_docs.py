@@ -89,7 +89,7 @@ def test_the_readme_counts_the_claims_as_they_are():
     command_line = (DOCS / "cli.md").read_text(encoding="utf-8")
     assert f"against the paper: {len(claims)} claims" in command_line
     assert len(text.splitlines()) <= 100
-    assert f"all {['ten', 'eleven', 'twelve'][len(analyses.available()) - 10]} experiments" in text
+    assert f"all {['ten', 'eleven', 'twelve'][len(analyses.PAPERS) - 10]} experiments" in text
 
 
 def test_the_traces_of_the_docs_run_one_after_the_other(tmp_path):

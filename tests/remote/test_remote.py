@@ -34,7 +34,7 @@ pytestmark = pytest.mark.remote
 
 PAIRS = {"name-steering": 50, "cross-talk": 1}  # of each experiment; the others 2
 OPTIONS = {"edge-attribution": {"exact_prompts": 2}, "circuit-search": {"compare_prompts": 0}}
-GRADIENTS = ("edge-attribution", "circuit-search", "positional-attribution")
+GRADIENTS = ("edge-attribution", "circuit-search", "positional-attribution", "token-flow", "decoding")
 KEY = "this-key-must-not-be-written-anywhere"
 
 
@@ -87,11 +87,23 @@ def test_an_experiment_on_a_server_that_holds_bfloat16_equals_the_local_one_in_b
     """What is chosen may differ by a rounding; rows that both have are compared."""
     got = result(coarse, name, local)
     want = result(im.open_model("mini", device="cpu", dtype="bfloat16"), name, local)
-    column = next(c for c in ("effect", "similarity", "success", "score", "probability") if c in want)
+    column = next(c for c in ("effect", "similarity", "success", "score", "probability", "contribution") if c in want)
     keys = [c for c in ("template", "corruption", "mode", "step", "layer", "slice", "position", "method") if c in want]
     keys += [
         c
-        for c in ("slot", "source_slot", "prompt", "measure", "row", "column", "source", "target", "part")
+        for c in (
+            "what",
+            "path",
+            "slot",
+            "source_slot",
+            "prompt",
+            "measure",
+            "row",
+            "column",
+            "source",
+            "target",
+            "part",
+        )
         if c in want
     ]
     one, other = (table.dropna(subset=[column])[[*keys, column]].fillna(-1) for table in (got, want))

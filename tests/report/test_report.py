@@ -356,7 +356,7 @@ def test_a_damaged_table_costs_its_own_section_alone(damage, few_layers, tmp_pat
             assert not drawn
 
 
-@pytest.mark.parametrize("name", analyses.available())
+@pytest.mark.parametrize("name", analyses.PAPERS)
 @pytest.mark.parametrize("damage", ["NaN", "text for numbers"])
 def test_one_damaged_table_leaves_the_other_sections_and_the_claims(name, damage, few_layers, tmp_path):
     some = dict.fromkeys(("layer-removal", "output-ablation", "layer-ablation", name))

@@ -40,6 +40,8 @@ COLUMN = {
     "edge-attribution": "score",
     "circuit-search": "score",
     "positional-attribution": "score",
+    "token-flow": "score",
+    "decoding": "contribution",
 }
 # Of these, what is in a table depends on what the model chose: only what both have is compared.
 KEYS = {
@@ -48,6 +50,8 @@ KEYS = {
     "edge-attribution": (["source", "target", "part", "position"], "what == 'item'"),
     "circuit-search": (["source", "target", "part"], "what == 'item'"),
     "positional-attribution": (["source", "target", "position"], "what == 'item'"),
+    "token-flow": (["layer", "source", "target", "path"], "n > 0"),
+    "decoding": (["what", "layer", "position", "part"], "what != 'carried'"),
 }
 
 

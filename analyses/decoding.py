@@ -1,0 +1,270 @@
+"""How is the answer read off the stream: what adds to it directly, from which token, and after which layer is it there?
+
+The paper's second open question (section 6): what the later layers do with what the bottleneck gives them. Four readings
+on the clean prompts, all in logits of the answer over the wrong one:
+
+direct: what each node adds to the logit difference by itself, the last norm's scale fixed; all nodes sum to it exactly.
+source: of each mixer, what its state gives from each earlier token, and D x; these sum to the mixer's own share.
+lens: the difference that the stream after each layer would give, read by the last norm and the head.
+carried: exact edge patching from the bottleneck: what is lost when one later node reads its corrupted output, and when
+the output node reads that node's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import altair as alt
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ioi_mamba.analyses._roles import by_role, means
+from ioi_mamba.charts.drawing import check_size, position_heatmap
+from ioi_mamba.charts.theme import BLUE, ORANGE, PLOT_WIDTH
+from ioi_mamba.circuits.decoding import direct_attribution, logit_lens
+from ioi_mamba.circuits.graph import Item, universe_of
+from ioi_mamba.circuits.scoring import Evaluator
+from ioi_mamba.errors import InputError
+from ioi_mamba.experiments.experiment import Column, Context, Experiment
+from ioi_mamba.experiments.needs import Need
+from ioi_mamba.experiments.options import option
+from ioi_mamba.model.families import layers_with, sizes_of
+from ioi_mamba.passes.ranges import left_out_sentence, usable
+from ioi_mamba.tasks import ioi
+from ioi_mamba.tasks.base import Pairs
+
+DIRECT, SOURCE, LENS, CARRIED = "direct", "source", "lens", "carried"
+OUT = "out"
+DX = "D x"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of decoding."""
+
+    layer: int | None = option(None, "the bottleneck; none: the mixer that adds most directly or by others", at_least=0)
+
+
+def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
+    """100 pairs of all five corruptions and all templates (200 evaluated prompts)."""
+    return ioi.generate(tokenizer, n_pairs or 100, seed, symmetric=True)
+
+
+Row = tuple[str, int | None, str, str, Tensor]
+"""(what, layer, position, part, values [pair] with NaN where a pair has none)"""
+
+
+def run(context: Context) -> pd.DataFrame:
+    """The four readings, one row a number. Raises InputError for a layer that has no state-space mixer."""
+    model, found = context.model, usable(context.model, context.pairs)
+    mixers, chosen = layers_with(model, "h"), context.options.layer
+    if chosen is not None and chosen not in mixers:
+        raise InputError(f"layer is {chosen}: give one with a state-space mixer, of {', '.join(map(str, mixers))}.")
+    labels, layouts = by_role(found.pairs)
+    universe, n = universe_of(model), len(found.pairs)
+    nodes = universe.nodes
+    direct = torch.zeros(len(nodes) - 1, n)
+    source = torch.full((len(mixers), len(labels), n), torch.nan)
+    skip, lens = torch.zeros(len(mixers), n), torch.zeros(sizes_of(model).n_layers, n)
+    for k, (part, rows, at) in enumerate(layouts):
+        got = direct_attribution(model, part, context.stage(0.4 * k / len(layouts), 0.4 * (k + 1) / len(layouts)))
+        direct[:, rows], skip[:, rows] = got["nodes"], got["skip"]
+        by_label = torch.einsum("as,lsp->lap", at, got["state"])
+        by_label[:, ~at.any(1)] = torch.nan
+        source[:, :, rows] = by_label
+        lens[:, rows] = logit_lens(model, part)["logit_diff"]
+    rows: list[Row] = [(DIRECT, *_node(node), values) for node, values in zip(nodes[:-1], direct, strict=True)]
+    for i, layer in enumerate(mixers):
+        rows += [(SOURCE, layer, label, "state", values) for label, values in zip(labels, source[i], strict=True)]
+        rows.append((SOURCE, layer, OUT, DX, skip[i]))
+    rows += [(LENS, layer, OUT, "stream", values) for layer, values in enumerate(lens)]
+    of_mixers = [node for node in universe.mixers]
+    # Layer 0 reads the token itself; a bottleneck is a later one.
+    totals = direct[[nodes.index(node) for node in of_mixers]].mean(1).abs()
+    layer = chosen if chosen is not None else mixers[int(totals[1:].argmax()) + 1 if len(mixers) > 1 else 0]
+    rows += _carried(context, found.pairs, of_mixers[mixers.index(layer)])
+    found_means = means(torch.stack([values for *_, values in rows]), found.pairs.clusters)
+    places = {label: place for place, label in enumerate(labels)} | {OUT: len(labels)}
+    table = pd.DataFrame(
+        [
+            (what, of_layer, position, places[position], part, *mean)
+            for (what, of_layer, position, part, _), mean in zip(rows, found_means, strict=True)
+            if mean is not None
+        ],
+        columns=["what", "layer", "position", "place", "part", "contribution", "low", "high", "n"],
+    )
+    return table.astype({"layer": "Int64"}).assign(bottleneck=layer, left_out=found.left_out)
+
+
+def _node(node: str) -> tuple[int | None, str, str]:
+    """(layer, position, part) of a node that adds to the stream."""
+    if node == "embed":
+        return None, OUT, "embed"
+    layer, _, name = node.partition(".")
+    return int(layer), OUT, name or "mamba"
+
+
+def _carried(context: Context, pairs: Pairs, bottleneck: str) -> Iterator[Row]:
+    """What the edges from the bottleneck to each later node, and from these to the output, carry: exact, in logits."""
+    universe = universe_of(context.model)
+    later = universe.nodes[universe.nodes.index(bottleneck) + 1 :]
+    edges = {(item.source, item.target) for item in universe.items()}
+    tested = [(node, bottleneck, node) for node in later if (bottleneck, node) in edges]
+    tested += [(node, node, "output") for node in later[:-1]]
+    sets = [[], *([Item(source, target)] for _, source, target in tested)]
+    scores = Evaluator(context.model, pairs, universe).scores(sets, context.stage(0.6, 1))["logit_diff"]
+    for (node, _, target), patched in zip(tested, scores[1:], strict=True):
+        layer = None if node == "output" else int(node.partition(".")[0])
+        way = "to output" if target == "output" else "from bottleneck"
+        yield (CARRIED, layer, OUT, way, scores[0] - patched)
+
+
+def chart(table: pd.DataFrame) -> alt.VConcatChart:
+    """What nodes add and the lens by layer; what comes from which token; what later layers do with the bottleneck."""
+    direct, carried = table[table["what"] == DIRECT], table[table["what"] == CARRIED]
+    source = table[(table["what"] == SOURCE) & (table["layer"].notna())]
+    of_tokens = source[source["part"] == "state"].astype({"layer": int})
+    charts = [
+        _by_layer(direct[direct["layer"].notna()], table[table["what"] == LENS]),
+        position_heatmap(
+            of_tokens,
+            x="place",
+            color="contribution",
+            facet=None,
+            labels="position",
+            title="What the state gives to the answer, by the token it comes from",
+            color_title="logits of the answer over the wrong one",
+            tooltip=("low", "high"),
+            panel_width=PLOT_WIDTH,
+        ),
+    ]
+    if carried["layer"].notna().any():
+        charts.append(_carried_chart(carried[carried["layer"].notna()]))
+    return alt.vconcat(*charts, spacing=30).resolve_scale(color="independent", y="independent")
+
+
+_TOOLTIP = [
+    *("layer:O", "part:N"),
+    *(alt.Tooltip(f"{name}:Q", format=".3f") for name in ("contribution", "low", "high")),
+    "n:Q",
+]
+
+
+def _axis() -> alt.X:
+    return alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0, ticks=False, labelOverlap=True))
+
+
+def _by_layer(direct: pd.DataFrame, lens: pd.DataFrame) -> alt.LayerChart:
+    title = alt.Title(
+        "What each layer adds to the answer by itself, and what the stream would answer after it",
+        subtitle="bars: direct contribution, with its 95 % interval; line: logit lens",
+        anchor="start",
+    )
+    y = alt.Y("contribution:Q", title="logits of the answer over the wrong one")
+    bars = (
+        alt.Chart(check_size(direct))
+        .mark_bar()
+        .encode(
+            x=_axis(),
+            y=y,
+            color=alt.when("datum.contribution < 0").then(alt.value(ORANGE)).otherwise(alt.value(BLUE)),
+            detail="part:N",
+            tooltip=_TOOLTIP,
+        )
+    )
+    ends = alt.Chart(direct).mark_rule().encode(x=_axis(), y=alt.Y("low:Q", title=""), y2="high:Q", tooltip=_TOOLTIP)
+    line = alt.Chart(check_size(lens)).mark_line(point=True, strokeDash=[5, 3]).encode(x=_axis(), y=y, tooltip=_TOOLTIP)
+    return alt.LayerChart(layer=[bars, ends, line]).properties(width=PLOT_WIDTH, height=240, title=title)
+
+
+def _carried_chart(carried: pd.DataFrame) -> alt.Chart:
+    return (
+        alt.Chart(check_size(carried))
+        .mark_bar()
+        .encode(
+            x=_axis(),
+            xOffset="part:N",
+            y=alt.Y("contribution:Q", title="logits lost"),
+            color=alt.Color("part:N", title=None, legend=alt.Legend(orient="top")),
+            tooltip=_TOOLTIP,
+        )
+        .properties(
+            width=PLOT_WIDTH,
+            height=180,
+            title=alt.Title("What later layers read of the bottleneck, and what they pass on", anchor="start"),
+        )
+    )
+
+
+def findings(table: pd.DataFrame) -> list[str]:
+    """Who adds the answer, from which tokens, after which layer it is there, and who reads the bottleneck."""
+    direct = table[table["what"] == DIRECT]
+    total, top = direct["contribution"].sum(), direct.loc[direct["contribution"].idxmax()]
+    lens = table[table["what"] == LENS].sort_values("layer")
+    half = lens[lens["contribution"] > total / 2]
+    of_state = table[(table["what"] == SOURCE) & (table["part"] == "state") & (table["layer"] == top["layer"])]
+    out = [
+        f"The logit difference is {total:.2f} in the mean; {_name(top)} adds {top['contribution']:.2f} of it directly "
+        f"({top['low']:.2f} to {top['high']:.2f})."
+    ]
+    if len(of_state):
+        strongest = of_state.loc[of_state["contribution"].abs().sort_values(ascending=False).index[:3]]
+        named = ", ".join(f"{row.position} ({row.contribution:.2f})" for row in strongest.itertuples())
+        out.append(f"Most of what its state gives comes from {named}.")
+    if len(half):
+        out.append(
+            f"Read by the logit lens, more than half of the difference is there after layer {half['layer'].iloc[0]}."
+        )
+    carried = table[(table["what"] == CARRIED) & (table["part"] == "from bottleneck") & table["layer"].notna()]
+    layer = table["bottleneck"].iloc[0]
+    if len(carried):
+        reader = carried.loc[carried["contribution"].abs().idxmax()]
+        out.append(
+            f"Of the layers after layer {layer}, {reader['layer']} needs its output most: reading the corrupted run's instead costs "
+            f"{reader['contribution']:.2f} logits."
+        )
+    return out + left_out_sentence(table)
+
+
+def _name(row: pd.Series) -> str:
+    return "the embedding" if pd.isna(row["layer"]) else f"layer {row['layer']} ({row['part']})"
+
+
+EXPERIMENT = Experiment(
+    name="decoding",
+    title="How the answer is read",
+    question="Which layers write the answer, from which tokens, and what do later layers do with it?",
+    look_for=(
+        "A tall bar is a layer that writes the answer itself; a step of the line without a bar is work on what is there. In "
+        "the squares, the tokens whose content is read at the end."
+    ),
+    method=(
+        "Direct: what a node adds to the stream at the last token, times the way to the logits with the last norm's scale "
+        "fixed; sums to the logit difference.\n"
+        "By token: the state's read-out split into one exact term a source position.\n"
+        "Lens: last norm and head on the stream after each layer.\n"
+        "Carried: one edge patched from the corrupted run, exactly; what the logit difference loses."
+    ),
+    paper="6",
+    needs=frozenset({Need.SITES, Need.ABLE, Need.LAYER, Need.GRADIENTS}),
+    options=Options,
+    columns=(
+        Column("what", "text", "direct, source, lens or carried"),
+        Column("layer", "int", "the layer; empty for the embedding and the output node", nullable=True),
+        Column("position", "text", "the role of the token that it comes from; out: the last"),
+        Column("place", "int", "the place of that role in the order of tokens"),
+        Column("part", "text", "the node, the part of a mixer, or the end of the edge"),
+        Column("contribution", "float", "mean over prompts", "logits of the answer over the wrong one"),
+        Column("low", "float", "lower end of the 95 % interval of the mean, by cluster", nullable=True),
+        Column("high", "float", "upper end of the same interval", nullable=True),
+        Column("n", "int", "prompts of the mean"),
+        Column("bottleneck", "int", "the layer whose edges are patched"),
+        Column("left_out", "int", "prompts without a range"),
+    ),
+    draws={ioi.TASK.name: default_pairs},
+    run=run,
+    chart=chart,
+    findings=findings,
+)
