@@ -52,8 +52,9 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
     return ioi.generate(tokenizer, n_pairs or 100, seed, symmetric=True)
 
 
-Row = tuple[str, int | None, str, str, Tensor]
-"""(what, layer, position, part, values [pair] with NaN where a pair has none)"""
+FROM, TO = "from bottleneck", "to output"
+Row = tuple[str, int | None, str, str, str, Tensor]
+"""(what, layer, position, part, way, values [pair] with NaN where a pair has none)"""
 
 
 def run(context: Context) -> pd.DataFrame:
@@ -75,11 +76,11 @@ def run(context: Context) -> pd.DataFrame:
         by_label[:, ~at.any(1)] = torch.nan
         source[:, :, rows] = by_label
         lens[:, rows] = logit_lens(model, part)["logit_diff"]
-    rows: list[Row] = [(DIRECT, *_node(node), values) for node, values in zip(nodes[:-1], direct, strict=True)]
+    rows: list[Row] = [(DIRECT, *_node(node), "", values) for node, values in zip(nodes[:-1], direct, strict=True)]
     for i, layer in enumerate(mixers):
-        rows += [(SOURCE, layer, label, "state", values) for label, values in zip(labels, source[i], strict=True)]
-        rows.append((SOURCE, layer, OUT, DX, skip[i]))
-    rows += [(LENS, layer, OUT, "stream", values) for layer, values in enumerate(lens)]
+        rows += [(SOURCE, layer, label, "state", "", values) for label, values in zip(labels, source[i], strict=True)]
+        rows.append((SOURCE, layer, OUT, DX, "", skip[i]))
+    rows += [(LENS, layer, OUT, "stream", "", values) for layer, values in enumerate(lens)]
     of_mixers = [node for node in universe.mixers]
     # Layer 0 reads the token itself; a bottleneck is a later one.
     totals = direct[[nodes.index(node) for node in of_mixers]].mean(1).abs()
@@ -89,11 +90,11 @@ def run(context: Context) -> pd.DataFrame:
     places = {label: place for place, label in enumerate(labels)} | {OUT: len(labels)}
     table = pd.DataFrame(
         [
-            (what, of_layer, position, places[position], part, *mean)
-            for (what, of_layer, position, part, _), mean in zip(rows, found_means, strict=True)
+            (what, of_layer, position, places[position], part, way, *mean)
+            for (what, of_layer, position, part, way, _), mean in zip(rows, found_means, strict=True)
             if mean is not None
         ],
-        columns=["what", "layer", "position", "place", "part", "contribution", "low", "high", "n"],
+        columns=["what", "layer", "position", "place", "part", "way", "contribution", "low", "high", "n"],
     )
     return table.astype({"layer": "Int64"}).assign(bottleneck=layer, left_out=found.left_out)
 
@@ -116,9 +117,8 @@ def _carried(context: Context, pairs: Pairs, bottleneck: str) -> Iterator[Row]:
     sets = [[], *([Item(source, target)] for _, source, target in tested)]
     scores = Evaluator(context.model, pairs, universe).scores(sets, context.stage(0.6, 1))["logit_diff"]
     for (node, _, target), patched in zip(tested, scores[1:], strict=True):
-        layer = None if node == "output" else int(node.partition(".")[0])
-        way = "to output" if target == "output" else "from bottleneck"
-        yield (CARRIED, layer, OUT, way, scores[0] - patched)
+        place = (None, OUT, "output") if node == "output" else _node(node)
+        yield (CARRIED, *place, TO if target == "output" and node != "output" else FROM, scores[0] - patched)
 
 
 def chart(table: pd.DataFrame) -> alt.VConcatChart:
@@ -185,11 +185,12 @@ def _carried_chart(carried: pd.DataFrame) -> alt.Chart:
         .mark_bar()
         .encode(
             x=_axis(),
-            xOffset="part:N",
+            xOffset="end:N",
             y=alt.Y("contribution:Q", title="logits lost"),
-            color=alt.Color("part:N", title=None, legend=alt.Legend(orient="top")),
-            tooltip=_TOOLTIP,
+            color=alt.Color("way:N", title=None, legend=alt.Legend(orient="top")),
+            tooltip=["way:N", *_TOOLTIP],
         )
+        .transform_calculate(end="datum.part + ' ' + datum.way")
         .properties(
             width=PLOT_WIDTH,
             height=180,
@@ -209,7 +210,7 @@ def findings(table: pd.DataFrame) -> list[str]:
         f"The logit difference is {total:.2f} in the mean; {_name(top)} adds {top['contribution']:.2f} of it directly "
         f"({top['low']:.2f} to {top['high']:.2f})."
     ]
-    if len(of_state):
+    if len(of_state) and top["part"] == "mamba":
         strongest = of_state.loc[of_state["contribution"].abs().sort_values(ascending=False).index[:3]]
         named = ", ".join(f"{row.position} ({row.contribution:.2f})" for row in strongest.itertuples())
         out.append(f"Most of what its state gives comes from {named}.")
@@ -217,13 +218,13 @@ def findings(table: pd.DataFrame) -> list[str]:
         out.append(
             f"Read by the logit lens, more than half of the difference is there after layer {half['layer'].iloc[0]}."
         )
-    carried = table[(table["what"] == CARRIED) & (table["part"] == "from bottleneck") & table["layer"].notna()]
+    carried = table[(table["what"] == CARRIED) & (table["way"] == FROM) & table["layer"].notna()]
     layer = table["bottleneck"].iloc[0]
     if len(carried):
         reader = carried.loc[carried["contribution"].abs().idxmax()]
         out.append(
-            f"Of the layers after layer {layer}, {reader['layer']} needs its output most: reading the corrupted run's instead costs "
-            f"{reader['contribution']:.2f} logits."
+            f"Of what comes after the mixer of layer {layer}, {_name(reader)} needs its output most: reading the corrupted run's "
+            f"instead costs {reader['contribution']:.2f} logits."
         )
     return out + left_out_sentence(table)
 
@@ -255,7 +256,8 @@ EXPERIMENT = Experiment(
         Column("layer", "int", "the layer; empty for the embedding and the output node", nullable=True),
         Column("position", "text", "the role of the token that it comes from; out: the last"),
         Column("place", "int", "the place of that role in the order of tokens"),
-        Column("part", "text", "the node, the part of a mixer, or the end of the edge"),
+        Column("part", "text", "the node, or the part of a mixer"),
+        Column("way", "text", "of carried: from bottleneck, or to output; else empty"),
         Column("contribution", "float", "mean over prompts", "logits of the answer over the wrong one"),
         Column("low", "float", "lower end of the 95 % interval of the mean, by cluster", nullable=True),
         Column("high", "float", "upper end of the same interval", nullable=True),

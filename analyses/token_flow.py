@@ -37,7 +37,9 @@ from ioi_mamba.tasks.base import Pairs
 
 CONV, STATE = "conv", "state"
 SHOWN = 6
-"""Flows that the findings name."""
+"""Flows that the findings name,"""
+LEAST = 0.01
+"""if they are at least this large."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,10 @@ def findings(table: pd.DataFrame) -> list[str]:
     """The strongest flows between tokens, and how much passes by each way."""
     between = table[table["source"] != table["target"]]
     strongest = between.loc[between["score"].abs().sort_values(ascending=False).index[:SHOWN]]
+    strongest = strongest[strongest["score"].abs() >= LEAST]
+    if strongest.empty:
+        sentence = f"No flow from one token to another inside a mixer has a score of {LEAST} or more in size."
+        return [sentence, *left_out_sentence(table)]
     named = ", ".join(
         f"{row.source} to {row.target} in layer {row.layer} by {row.path} ({row.score:.2f})"
         for row in strongest.itertuples()

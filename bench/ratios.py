@@ -203,12 +203,12 @@ def line_of(row: dict) -> str:
     reached = "" if target is None else f"<= {target:.2f}: {'yes' if row['ratio'] <= target else 'NO'}"
     return (
         f"| {row['what']} | {row['shape']} | {row['ratio']:.3f} | {row['low']:.3f}-{row['high']:.3f} ({row['repeats']}) | "
-        f"{reached} | {row['plain_seconds'] * 1000:.1f} | {row['peak_mib']:.0f} | {row['load']} | {time.strftime('%Y-%m-%d')} | {row['note']} |"
+        f"{reached} | {row['plain_seconds'] * 1000:.1f} | {row['peak_mib']:.0f} | {row['load']} | {time.strftime('%Y-%m-%d')}, {timing.processor()} | {row['note']} |"
     )
 
 
 HEAD = (
-    "| what | shape | ratio | lowest-highest (repeats) | target | one unit, ms | peak RSS, MiB | load | date | of |\n"
+    "| what | shape | ratio | lowest-highest (repeats) | target | one unit, ms | peak RSS, MiB | load | date, processor | of |\n"
     "|---|---|---|---|---|---|---|---|---|---|"
 )
 

@@ -106,17 +106,22 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def processor() -> str:
+    """The processor's name."""
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        lines = [line for line in information.read_text().splitlines() if line.startswith("model name")]
+        if lines:
+            return lines[0].partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def machine() -> str:
     """One line: processor, cores, versions."""
     import transformers
 
-    processor = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        lines = [line for line in information.read_text().splitlines() if line.startswith("model name")]
-        processor = lines[0].partition(":")[2].strip() if lines else processor
     return (
-        f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} thread, {platform.system()}, "
+        f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread, {platform.system()}, "
         f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
     )
 

@@ -130,17 +130,16 @@ def tables(n_layers, n_positions):
         return pd.DataFrame(rows, columns=columns).assign(left_out=0, method="eap")
 
     def reading():
-        rows = [
-            ("direct", None, "out", n_positions, "embed"),
-            *(("direct", k, "out", n_positions, "mamba") for k in layers),
-        ]
+        rows = [("direct", None, "out", n_positions, "embed")]
+        rows += [("direct", k, "out", n_positions, "mamba") for k in layers]
         rows += [("source", k, name, p, "state") for k in layers for p, name in at]
         rows += [("source", k, "out", n_positions, "D x") for k in layers]
         rows += [("lens", k, "out", n_positions, "stream") for k in layers]
-        rows += [
-            ("carried", k, "out", n_positions, way) for k in layers[4:] for way in ("from bottleneck", "to output")
-        ]
-        table = pd.DataFrame(rows, columns=["what", "layer", "position", "place", "part"]).astype({"layer": "Int64"})
+        rows = [(*row, "") for row in rows]
+        ways = ("from bottleneck", "to output")
+        rows += [("carried", k, "out", n_positions, "mamba", way) for k in layers[4:] for way in ways]
+        columns = ["what", "layer", "position", "place", "part", "way"]
+        table = pd.DataFrame(rows, columns=columns).astype({"layer": "Int64"})
         table = table.assign(contribution=[draw.uniform(-1, 1) for _ in rows], low=-1.0, high=1.0, n=80)
         return table.assign(bottleneck=3, left_out=0)
 

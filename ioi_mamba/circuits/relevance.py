@@ -38,7 +38,7 @@ RULES = {
 }
 """What each rule does."""
 DEFAULT_RULES = ("norm", "silu", "ssm")
-"""Those that come closest to exact patching; with `half` scores are further from it (docs/concepts.md)."""
+"""Those that come closest to exact patching on the trained models here; `half` takes scores away from it (bench/RESULTS.md)."""
 
 
 def check_rules(rules: Iterable[str]) -> None:

@@ -153,7 +153,7 @@ def test_decoding_of_mini_names_the_layer_that_writes_the_answer_and_who_reads_i
     want = float(logit_diff(logits, pairs.answer, pairs.wrong).mean())
     assert direct["contribution"].sum() == pytest.approx(want, rel=1e-4)
     assert table["bottleneck"].iloc[0] == 6
-    carried = table[(table["what"] == "carried") & (table["part"] == "from bottleneck") & (table["layer"] == 7)]
+    carried = table[(table["what"] == "carried") & (table["way"] == "from bottleneck") & (table["layer"] == 7)]
     patched = im.patch_edges(mini, pairs, [("6", "7")])[torch.arange(len(pairs)), pairs.last]
     lost = want - float(logit_diff(patched, pairs.answer, pairs.wrong).mean())
     assert carried["contribution"].iloc[0] == pytest.approx(lost, rel=1e-3)
