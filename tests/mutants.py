@@ -33,7 +33,8 @@ METRICS, INTERVALS, RANGES = (f"tests/passes/test_{name}.py" for name in ("metri
 GRAPH, PATCHING, ACDC, PARTS = (f"tests/circuits/test_{name}.py" for name in ("graph", "patching", "acdc", "parts"))
 ATTRIBUTION, FAITHFULNESS = "tests/circuits/test_attribution.py", "tests/circuits/test_faithfulness.py"
 PAIRS, IOI, EFFECTS = "tests/tasks/test_pairs.py", "tests/tasks/test_ioi.py", "tests/analyses/test_effects.py"
-FAMILIES = "tests/families"
+FAMILIES, ZAMBA = "tests/families", "tests/families -k zamba"
+RELEVANCE, OPEN = "tests/circuits/test_relevance.py", "tests/analyses/test_open_questions.py"
 EXTENSIONS, SURFACE = "tests/project/test_extensions.py", "tests/project/test_surface.py"
 
 FAULTS = (
@@ -230,9 +231,7 @@ FAULTS = (
         "alphas = [k / options.steps for k",
         ATTRIBUTION,
     ),
-    Fault(
-        "ioi_mamba/circuits/methods.py", "alphas[:-1] if options.variant", "alphas[:-2] if options.variant", ATTRIBUTION
-    ),
+    Fault("ioi_mamba/circuits/methods.py", "alphas[:-1] if dispensable", "alphas[:-2] if dispensable", ATTRIBUTION),
     Fault(
         "ioi_mamba/circuits/ranking.py",
         'if order == "signed" else -np.abs(values)',
@@ -314,9 +313,64 @@ FAULTS = (
     ),
     Fault(
         "ioi_mamba/model/families/zamba2.py",
-        'read.input + (self._values["layer_input"] - copied)',
+        "read.input + (value - copied)",
         "read.input",
         FAMILIES + " -k zamba2",
+    ),
+    Fault("ioi_mamba/model/families/zamba.py", "calls.gate = given[..., 1]", "calls.gate = given[..., 0]", ZAMBA),
+    Fault(
+        "ioi_mamba/model/families/zamba.py",
+        "permute(1, 3, 0, 2).flatten(2)  #",
+        "permute(1, 3, 2, 0).flatten(2)  #",
+        ZAMBA,
+    ),
+    Fault("ioi_mamba/model/families/zamba.py", "self._kept.copy_(written", "self._kept.add_(written", ZAMBA),
+    Fault(
+        "ioi_mamba/model/families/zamba.py",
+        "own = slice(head * width, (head + 1) * width)",
+        "own = slice(0, width)",
+        ZAMBA,
+    ),
+    # flows, relevance and decoding
+    Fault(
+        "ioi_mamba/model/ssd.py", "left * A_bar[:, t, None]", "left * A_bar[:, t - 1, None]", FAMILIES + " -k unrolled"
+    ),
+    Fault("ioi_mamba/model/mamba2/layer.py", "+ left * from_start", "", FAMILIES + " -k cached_generation"),
+    Fault(
+        "ioi_mamba/model/scan.py",
+        "held[:, :t].mul_(decay[:, t, None])",
+        "held[:, :t].mul_(decay[:, t - 1, None])",
+        SCAN,
+    ),
+    Fault(
+        "ioi_mamba/model/mamba/kind.py", "weight[:, 0, t, : t + 1]", "weight[:, 0, : t + 1, t]", FAMILIES + " -k flow"
+    ),
+    Fault("ioi_mamba/circuits/flow.py", "return of(*there) - of(", "return of(*there) + of(", FAMILIES + " -k flow"),
+    Fault(
+        "ioi_mamba/circuits/flow.py",
+        "flow.target, flow.source] = 1",
+        "flow.source, flow.target] = 1",
+        FAMILIES + " -k flow",
+    ),
+    Fault("ioi_mamba/circuits/flow.py", "- normalized_logit_diff(ends[0], *ends)", "", FAMILIES + " -k exact_score"),
+    Fault("ioi_mamba/circuits/relevance.py", "(torch.sigmoid(conv), conv)", "(F.sigmoid(2 * conv), conv)", RELEVANCE),
+    Fault("ioi_mamba/circuits/relevance.py", "share = 0.5 if", "share = 1.0 if", RELEVANCE),
+    Fault("ioi_mamba/circuits/relevance.py", "scale * o * torch.sigmoid(z)", "scale * o * F.silu(z)", RELEVANCE),
+    Fault("ioi_mamba/circuits/relevance.py", '("delta", "B", "C")', '("delta", "B")', RELEVANCE),
+    Fault("ioi_mamba/circuits/decoding.py", "(factor * (out - y))", "(factor * out)", OPEN),
+    Fault(
+        "ioi_mamba/circuits/decoding.py",
+        "for name in sink_hooks(nodes)[:-1]}",
+        "for name in sink_hooks(nodes)[:1]}",
+        OPEN,
+    ),
+    Fault("analyses/token_flow.py", "found[i, t, t - k] = score[t]", "found[i, t - k, t] = score[t]", OPEN),
+    Fault("analyses/decoding.py", "scores[0] - patched", "patched - scores[0]", OPEN),
+    Fault(
+        "analyses/_roles.py",
+        "own = [label if label in labels else OTHER",
+        "own = [label if label in labels else labels[0]",
+        OPEN,
     ),
     Fault(
         "ioi_mamba/model/layer_pass.py",

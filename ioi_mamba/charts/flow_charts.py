@@ -12,7 +12,7 @@ POINTS = 9
 """Points of an arc."""
 LEAST = 0.02
 """Of the largest score: flows below are not drawn."""
-ROW_HEIGHT = 90
+ROW_HEIGHT, LABEL_WIDTH = 90, 44
 
 
 def arcs(table: pd.DataFrame) -> alt.VConcatChart:
@@ -93,4 +93,4 @@ def _of_layer(points: pd.DataFrame, labels: list[str], layer: int, top: float) -
             tooltip=tooltip,
         )
     )
-    return alt.layer(between, dots).properties(width=PLOT_WIDTH, height=ROW_HEIGHT)
+    return alt.layer(between, dots).properties(width=max(PLOT_WIDTH, LABEL_WIDTH * len(labels)), height=ROW_HEIGHT)
