@@ -140,6 +140,11 @@ def test_the_unrolled_recurrence_times_x_is_the_read_out(family):
         close(im.read(model, pairs.clean, [hook])[hook], M)
         alone = forward(model, pairs.clean, silent, reads=[hook])[hook]  # without decay nothing is left of the past
         close(alone, M * torch.eye(LENGTH))
+        decays = torch.rand(pairs.clean.shape[0], LENGTH, M.shape[1], generator=torch.Generator().manual_seed(4)) - 0.3
+        edits = {f"blocks.{layer}.hook_A_bar": decays, f"blocks.{layer}.hook_B_bar": lambda value: 1.5 * value}
+        edited = forward(model, pairs.clean, edits, reads=[hook, *names])
+        x, y = (edited[name].unflatten(-1, (M.shape[1], -1)) for name in names)
+        close(torch.einsum("bhts,bshp->bthp", edited[hook], x), y)
         with pytest.raises(im.InputError, match="were both written"):
             im.run(model, pairs.clean, {hook: M, f"blocks.{layer}.hook_h.3": 0})
     some = im.hidden_attention(model, pairs.clean, layer - sizes_of(model).n_layers, [2, 0])
