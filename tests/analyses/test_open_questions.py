@@ -69,6 +69,21 @@ def test_a_cell_is_the_mean_over_the_prompts_that_have_both_roles(mini, pairs):
     assert row["n"].iloc[0] == len(sums) == len(pairs)
 
 
+def test_nothing_flows_backwards_and_every_token_has_one_label(mini, pairs):
+    labels, (few,) = by_role(with_roles(pairs_of()))
+    assert few.at.sum(1).tolist() == [1, 1, 1, 1, few.at.shape[1] - 4]
+    labels, layouts = by_role(pairs)
+    for part, _, at in layouts:
+        assert torch.equal(at.sum(0), torch.ones(part.clean.shape[1]))
+        assert at[0].nonzero().flatten().tolist() == [0]
+        assert at[labels.index("n2"), int(part.roles["n2"][0])] == 1
+        assert at[-1].sum() == part.clean.shape[1] - len({int(where[0]) for where in part.roles.values()} | {0})
+    table = analyses.load("token-flow")(mini, layouts[0].pairs)
+    named = table[(table["source"] != OTHER) & (table["target"] != OTHER)]
+    assert (named["source_place"] <= named["target_place"]).all()
+    assert set(named["path"]) == {"conv", "state"}
+
+
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "bamba"])
 def test_exact_flows_are_patched_one_by_one_and_nothing_else(family):
     model, given = model_of(family), with_roles(pairs_of(2))

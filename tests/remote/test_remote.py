@@ -96,6 +96,7 @@ def test_an_experiment_on_a_server_that_holds_bfloat16_equals_the_local_one_in_b
             "path",
             "slot",
             "source_slot",
+            "way",
             "prompt",
             "measure",
             "row",
