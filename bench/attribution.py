@@ -26,7 +26,7 @@ from ioi_mamba.tasks import ioi
 from . import timing
 
 N_PAIRS, RESAMPLES = 24, 200
-N_HELD_OUT, SIZES = 40, (3, 6, 10, 16, 24, 40)
+N_HELD_OUT, SIZES = 40, (3, 6, 10, 16, 24, 36)
 METHODS = {
     "EAP": Options("eap", parts=True),
     "EAP-IG(5)": Options("eap-ig", steps=5, parts=True),
