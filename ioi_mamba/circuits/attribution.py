@@ -14,7 +14,7 @@ Which variant to use:
 | "paper" | output_i of the same pass, gradients flow through it | corrupted - output_i of the same pass | to compare with the paper; best rank correlation with exact single-edge effects (0.94 on the oracle model) |
 | "detached" | same, but gradients stop at output_i | as paper | when the scores themselves are read: no (1 - alpha) attenuation upstream |
 | "clean-difference" | as paper | corrupted - clean output_i | textbook integrated gradients; ranks worst (0.71) |
-| "relp" | one pass, at the clean point, with relevance rules (`relevance`) in place of gradients | corrupted - clean output_i | for scores near EAP-IG's at the cost of one pass |
+| "relp" | one pass, at the clean point, with relevance rules (`relevance`) in place of gradients | corrupted - clean output_i | near EAP-IG's scores at the cost of one pass, without attention; of a hybrid they are farther from exact effects |
 
 With `parts`, conv slices, ssm and skip are scored in the same passes. A conv slice is linear in the conv input, so
 its score is the gradient at the conv output times the change of the slice; ssm is the gradient at y times the change

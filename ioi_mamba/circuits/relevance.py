@@ -38,7 +38,7 @@ RULES = {
 }
 """What each rule does."""
 DEFAULT_RULES = ("norm", "silu", "ssm")
-"""Those that come closest to exact patching on the trained models here; `half` takes scores away from it (bench/RESULTS.md)."""
+"""Those of RelP but `half`, which takes scores away from exact patching on all three trained models (bench/RESULTS.md)."""
 
 
 def check_rules(rules: Iterable[str]) -> None:
