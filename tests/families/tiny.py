@@ -205,9 +205,7 @@ VARIANTS: dict[str, PreTrainedConfig] = {
         n_groups=4,
     ),
     "zamba of three heads": _varied("zamba", n_mamba_heads=3, mamba_proj_bias=True, mamba_conv_bias=False),
-    "zamba2 of two shared blocks": _varied(
-        "zamba2", num_mem_blocks=2, mamba_ngroups=2, use_shared_attention_adapter=True
-    ),
+    "zamba2 of two shared blocks": _varied("zamba2", num_mem_blocks=2, mamba_ngroups=2),
 }
 """Other configs of the same families: what a checkpoint may have that the first ones have not."""
 
