@@ -205,7 +205,7 @@ VARIANTS: dict[str, PreTrainedConfig] = {
         n_groups=4,
     ),
     "zamba of three heads": _varied("zamba", n_mamba_heads=3, mamba_proj_bias=True, mamba_conv_bias=False),
-    "zamba2 of two shared blocks": _varied("zamba2", num_mem_blocks=2, mamba_ngroups=2),
+    "zamba2 of two groups": _varied("zamba2", mamba_ngroups=2, add_bias_linear=True),
 }
 """Other configs of the same families: what a checkpoint may have that the first ones have not."""
 
