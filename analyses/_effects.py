@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import altair as alt
 import pandas as pd
 import torch
@@ -88,19 +86,18 @@ def shared_positions(pairs: Pairs) -> list[tuple[Pairs, Tensor, dict[int, tuple[
     Of the longest layout every position has its own place and label. Of another one only what has a role in both is the
     same word, and has the place that the longest layout gives that role; its other positions are in no mean.
     """
-    # The rows travel as a label, which every part keeps.
-    layouts = replace(pairs, labels=pairs.labels | {"row": tuple(map(str, range(len(pairs))))}).layouts()
+    layouts = pairs.layouts()
     longest = max(range(len(layouts)), key=lambda k: layouts[k].clean.shape[1])
     reference = layouts[longest].position_labels()
     found = []
-    for k, part in enumerate(layouts):
+    for k, (part, rows) in enumerate(zip(layouts, pairs.layout_rows(), strict=True)):
         named = {"BOS", *part.roles}
         places = {
             p: (reference.index(label), label)
             for p, label in enumerate(part.position_labels())
             if k == longest or (label in named and label in reference)
         }
-        found.append((part, torch.tensor([int(row) for row in part.labels["row"]]), places))
+        found.append((part, torch.tensor(rows), places))
     return found
 
 

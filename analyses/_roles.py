@@ -36,11 +36,8 @@ def by_role(pairs: Pairs) -> tuple[list[str], list[Layout]]:
         label for part in (longest, *parts) for label in part.position_labels() if label in part.roles
     )
     labels = ["BOS", *(label for label in named if label != "BOS"), OTHER]
-    rows: dict[tuple[int, ...], list[int]] = {}
-    for row, key in enumerate(torch.stack([pairs.last, *pairs.roles.values()], 1).tolist()):
-        rows.setdefault(tuple(key), []).append(row)
     layouts = []
-    for part, own_rows in zip(parts, rows.values(), strict=True):
+    for part, own_rows in zip(parts, pairs.layout_rows(), strict=True):
         own = [label if label in labels else OTHER for label in part.position_labels()]
         at = torch.tensor([[float(label == name) for label in own] for name in labels])
         layouts.append(Layout(part, torch.tensor(own_rows), at))

@@ -26,11 +26,10 @@ from ioi_mamba.charts.theme import BLUE, ORANGE, PLOT_WIDTH
 from ioi_mamba.circuits.decoding import direct_attribution, logit_lens
 from ioi_mamba.circuits.graph import Item, universe_of
 from ioi_mamba.circuits.scoring import Evaluator
-from ioi_mamba.errors import InputError
 from ioi_mamba.experiments.experiment import Column, Context, Experiment
 from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import option
-from ioi_mamba.model.families import layers_with, sizes_of
+from ioi_mamba.model.families import layers_with, mixer_layer, sizes_of
 from ioi_mamba.passes.ranges import left_out_sentence, usable
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
@@ -60,9 +59,8 @@ Row = tuple[str, int | None, str, str, str, Tensor]
 def run(context: Context) -> pd.DataFrame:
     """The four readings, one row a number. Raises InputError for a layer that has no state-space mixer."""
     model, found = context.model, usable(context.model, context.pairs)
-    mixers, chosen = layers_with(model, "h"), context.options.layer
-    if chosen is not None and chosen not in mixers:
-        raise InputError(f"layer is {chosen}: give one with a state-space mixer, of {', '.join(map(str, mixers))}.")
+    mixers, given = layers_with(model, "h"), context.options.layer
+    chosen = None if given is None else mixer_layer(model, given)
     labels, layouts = by_role(found.pairs)
     universe, n = universe_of(model), len(found.pairs)
     nodes = universe.nodes
@@ -75,17 +73,16 @@ def run(context: Context) -> pd.DataFrame:
         by_label = torch.einsum("as,lsp->lap", at, got["state"])
         by_label[:, ~at.any(1)] = torch.nan
         source[:, :, rows] = by_label
-        lens[:, rows] = logit_lens(model, part)["logit_diff"]
+        lens[:, rows] = logit_lens(model, part)
     rows: list[Row] = [(DIRECT, *_node(node), "", values) for node, values in zip(nodes[:-1], direct, strict=True)]
     for i, layer in enumerate(mixers):
         rows += [(SOURCE, layer, label, "state", "", values) for label, values in zip(labels, source[i], strict=True)]
         rows.append((SOURCE, layer, OUT, DX, "", skip[i]))
     rows += [(LENS, layer, OUT, "stream", "", values) for layer, values in enumerate(lens)]
-    of_mixers = [node for node in universe.mixers]
     # Layer 0 reads the token itself; a bottleneck is a later one.
-    totals = direct[[nodes.index(node) for node in of_mixers]].mean(1).abs()
+    totals = direct[[nodes.index(node) for node in universe.mixers]].mean(1).abs()
     layer = chosen if chosen is not None else mixers[int(totals[1:].argmax()) + 1 if len(mixers) > 1 else 0]
-    rows += _carried(context, found.pairs, of_mixers[mixers.index(layer)])
+    rows += _carried(context, found.pairs, universe.mixers[mixers.index(layer)])
     found_means = means(torch.stack([values for *_, values in rows]), found.pairs.clusters)
     places = {label: place for place, label in enumerate(labels)} | {OUT: len(labels)}
     table = pd.DataFrame(

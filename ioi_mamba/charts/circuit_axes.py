@@ -43,6 +43,12 @@ def node_axis(cell: int, vertical: bool = False) -> alt.Axis:
     return alt.Axis(ticks=False, domain=False, labelOverlap=overlap, labelAngle=0 if vertical or cell >= 18 else -90)
 
 
+def label_expression(labels: Iterable[str]) -> str:
+    """Vega's expression for the label of a place, of an axis whose values are the places."""
+    quoted = (str(label).replace("'", "\\'") for label in labels)
+    return "[" + ",".join(f"'{label}'" for label in quoted) + "][datum.value]"
+
+
 def label_axis() -> alt.Axis:
     return alt.Axis(labelAngle=-90, ticks=False, domain=False, labelLimit=90, labelOverlap=False)
 

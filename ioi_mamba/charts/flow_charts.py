@@ -5,6 +5,7 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
+from ioi_mamba.charts.circuit_axes import label_expression
 from ioi_mamba.charts.drawing import MAX_ROWS, check_size, how_many, rounded
 from ioi_mamba.charts.theme import BLUE, ORANGE, PLOT_WIDTH
 
@@ -52,13 +53,12 @@ def arcs(table: pd.DataFrame) -> alt.VConcatChart:
 
 
 def _of_layer(points: pd.DataFrame, labels: list[str], layer: int, top: float) -> alt.LayerChart:
-    texts = "[" + ",".join(f"'{label}'" for label in (each.replace("'", "\\'") for each in labels)) + "][datum.value]"
+    texts = label_expression(labels)
     axis = alt.Axis(values=list(range(len(labels))), labelExpr=texts, ticks=False, labelOverlap=False, grid=True)
     x = alt.X("x:Q", scale=alt.Scale(domain=[-0.5, len(labels) - 0.5], nice=False), title=None, axis=axis)
     y = alt.Y(
         "y:Q", scale=alt.Scale(domain=[-1.1, 1.1]), title=f"layer {layer}", axis=alt.Axis(labels=False, ticks=False)
     )
-    strength = alt.value(0.9)
     tooltip = [
         *("source:N", "target:N", "path:N"),
         *(alt.Tooltip(f"{name}:Q", format=".3f") for name in ("score", "low", "high")),
@@ -77,7 +77,7 @@ def _of_layer(points: pd.DataFrame, labels: list[str], layer: int, top: float) -
             order="point:Q",
             color=color,
             strokeWidth=width,
-            opacity=strength,
+            opacity=alt.value(0.9),
             tooltip=tooltip,
         )
     )

@@ -14,6 +14,7 @@ import pandas as pd
 
 from ioi_mamba.charts.circuit_axes import (
     label_axis,
+    label_expression,
     node_axis,
     node_order,
     node_place,
@@ -75,10 +76,9 @@ def circuit_graph(items: pd.DataFrame) -> alt.VConcatChart:
         .properties(width=50, height=height)
     )
     horizontal = alt.Scale(domain=[-0.5, len(labels) + 0.3], nice=False)
-    texts = "[" + ",".join(f"'{label}'" for label in (str(x).replace("'", "\\'") for x in labels)) + "][datum.value]"
     axis = alt.Axis(
         values=list(range(len(labels))),
-        labelExpr=texts,
+        labelExpr=label_expression(labels),
         labelAngle=-90,
         labelOverlap=False,
         ticks=False,

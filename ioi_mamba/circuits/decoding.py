@@ -16,7 +16,7 @@ from ioi_mamba.model.families import family_of, sizes_of
 from ioi_mamba.model.jobs import call, device_of
 from ioi_mamba.model.memory import rows_per_pass
 from ioi_mamba.passes.forward import Start, forward
-from ioi_mamba.passes.metrics import accuracy, logit_diff
+from ioi_mamba.passes.metrics import logit_diff
 from ioi_mamba.passes.sweep import Progress, pair_named
 from ioi_mamba.tasks.base import Pairs
 
@@ -38,15 +38,11 @@ def direct_attribution(model, pairs: Pairs, progress: Progress | None = None) ->
         return call(model, _direct, pairs.without_text(), rows, progress=progress)
 
 
-def logit_lens(model, pairs: Pairs, progress: Progress | None = None) -> dict[str, Tensor]:
-    """What the stream after each layer would answer, read by the last norm and the head.
-
-    Returns:
-        logit_diff, accuracy: Float[layer, pair].
-    """
+def logit_lens(model, pairs: Pairs, progress: Progress | None = None) -> Tensor:
+    """The logit difference that the stream after each layer would give, read by the last norm and the head: Float[layer, pair]."""
     rows = rows_per_pass(model, pairs.clean.shape[1], "edges")
     with pair_named(model, pairs):
-        return call(model, _lens, pairs.without_text(), rows, progress=progress)
+        return call(model, _lens, pairs.without_text(), rows, progress=progress)["logit_diff"]
 
 
 def _in_chunks(model, pairs: Pairs, rows: int, work, progress: Progress | None) -> dict[str, Tensor]:
@@ -143,7 +139,7 @@ def _lens(model, pairs: Pairs, rows: int, *, progress: Progress | None = None) -
 def _lens_chunk(model, pairs: Pairs) -> dict[str, Tensor]:
     n_layers = sizes_of(model).n_layers
     streams = [f"blocks.{layer}.hook_resid_post" for layer in range(n_layers)]
-    found: dict[str, list[Tensor]] = {"logit_diff": [], "accuracy": []}
+    found = []
     with torch.no_grad():
         clean = forward(model, pairs.clean, reads=streams, logits_at=pairs.read_at, own_scan=True)
         for name in streams:
@@ -154,6 +150,5 @@ def _lens_chunk(model, pairs: Pairs) -> dict[str, Tensor]:
             )
             scores = pairs.scores(read["hook_logits"]).float()
             answer, wrong = pairs.answer.to(device_of(model)), pairs.wrong.to(device_of(model))
-            found["logit_diff"].append(logit_diff(scores, answer, wrong).cpu())
-            found["accuracy"].append(accuracy(scores, answer, pairs.choices.to(scores.device)).cpu())
-    return {key: torch.stack(values) for key, values in found.items()}
+            found.append(logit_diff(scores, answer, wrong).cpu())
+    return {"logit_diff": torch.stack(found)}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ioi_mamba.circuits.scoring import check_one_layout
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.families import family_of, layers_with, sizes_of
+from ioi_mamba.model.families import family_of, layers_with, mixer_layer, sizes_of
 from ioi_mamba.model.jobs import call, device_of
 from ioi_mamba.model.memory import rows_per_pass
 from ioi_mamba.model.portable import portable
@@ -35,12 +35,12 @@ from ioi_mamba.tasks.base import Pairs, check_pairs
 
 MOVED = ("ssm_input", "delta", "B")
 """The sites that a patched flow takes from the corrupted run."""
+KEPT = ("A", "C")
+"""Those that it takes from the pass itself."""
 METHODS = {
     "eap": "the gradient at the clean point times what patching changes, all flows from one backward pass",
     "exact": "each flow is patched alone",
 }
-KEPT = ("A", "C")
-"""Those that it takes from the pass itself."""
 
 
 @portable
@@ -84,7 +84,7 @@ def token_flow(
             layouts, and pairs of which none has a range.
     """
     check_one_layout(pairs)
-    chosen = _layers(model, layers)
+    chosen = layers_with(model, "h") if layers is None else [mixer_layer(model, layer) for layer in layers]
     if heads and "H" not in sizes_of(model).letters:
         raise InputError(f"The mixers of this {family_of(model).label} have no heads: leave heads out.")
     if method not in METHODS:
@@ -147,7 +147,7 @@ def patch_flow(model: Any, pairs: Pairs, flows: Iterable[Flow | Sequence[int]]) 
         if not 3 <= len(each) <= 4:
             raise InputError(f"{tuple(each)} is no flow: give (layer, source, target[, head]).")
         flow = Flow(each[0], each[1], each[2], *each[3:])
-        (layer,) = _layers(model, [flow.layer])
+        layer = mixer_layer(model, flow.layer)
         if not 0 <= flow.source <= flow.target < n_positions:
             raise InputError(
                 f"{tuple(each)} is no flow: it goes from a position to itself or a later one, of 0 to {n_positions - 1}."
@@ -159,17 +159,6 @@ def patch_flow(model: Any, pairs: Pairs, flows: Iterable[Flow | Sequence[int]]) 
         weight = weights.setdefault(layer, torch.zeros(1, n_heads, n_positions, n_positions))
         weight[:, slice(None) if flow.head is None else flow.head, flow.target, flow.source] = 1
     return call(model, _patched, pairs.without_text(), weights)
-
-
-def _layers(model: Any, layers: Sequence[int] | None) -> list[int]:
-    """The layers, counted from the first. Raises InputError for one without a mixer."""
-    own, n_layers = layers_with(model, "h"), sizes_of(model).n_layers
-    if layers is None:
-        return own
-    for layer in layers:
-        if not isinstance(layer, int) or not -n_layers <= layer < n_layers or layer % n_layers not in own:
-            raise InputError(f"layer is {layer!r}: give one with a state-space mixer, of {', '.join(map(str, own))}.")
-    return [layer % n_layers for layer in layers]
 
 
 def _names(layer: int, sites: Iterable[str]) -> dict[str, str]:

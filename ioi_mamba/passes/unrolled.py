@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.families import family_of, layers_with, sizes_of
+from ioi_mamba.model.families import family_of, mixer_layer
 from ioi_mamba.passes.forward import read
 
 LARGEST_MIB = 1024
@@ -31,10 +31,7 @@ def hidden_attention(model, tokens: Any, layer: int, channels: Sequence[int] | N
     Raises:
         InputError: For a layer without a mixer, a channel that is not there, and more channels than fit into 1 GiB.
     """
-    n_layers, own = sizes_of(model).n_layers, layers_with(model, "h")
-    if layer not in range(-n_layers, n_layers) or layer % n_layers not in own:
-        raise InputError(f"layer is {layer!r}: give one with a state-space mixer, of {', '.join(map(str, own))}.")
-    names = [f"blocks.{layer % n_layers}.hook_{site}" for site in ("delta", "A", "B", "C")]
+    names = [f"blocks.{mixer_layer(model, layer)}.hook_{site}" for site in ("delta", "A", "B", "C")]
     found = read(model, tokens, names, own_scan=True)
     delta, A, B, C = (found[name].float() for name in names)
     n_channels, (n_rows, n_positions) = delta.shape[-1], delta.shape[:2]

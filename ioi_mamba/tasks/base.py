@@ -375,11 +375,15 @@ class Pairs:
 
     def layouts(self) -> list[Pairs]:
         """The pairs in groups of equal length and equal roles, without padding, in first-seen order."""
+        return [self[rows]._trimmed(int(self.last[rows[0]]) + 1) for rows in self.layout_rows()]
+
+    def layout_rows(self) -> list[list[int]]:
+        """The rows of each of `layouts`, in the same order."""
         keys = torch.stack([self.last, *self.roles.values()], 1).tolist()
         groups: dict[tuple[int, ...], list[int]] = {}
         for row, key in enumerate(keys):
             groups.setdefault(tuple(key), []).append(row)
-        return [self[rows]._trimmed(key[0] + 1) for key, rows in groups.items()]
+        return list(groups.values())
 
     def position_labels(self) -> list[str]:
         """A label for each position: the role every row has there, else "BOS" for 0, else the index."""

@@ -157,7 +157,7 @@ def test_the_lens_reads_each_stream_as_if_it_were_the_last(family):
         name = f"blocks.{layer}.hook_resid_post"
         logits = model._module.lm_head(norm(im.read(model, given.clean, [name])[name]))[:, -1]
         want = logit_diff(logits, given.answer, given.wrong)
-        assert torch.allclose(lens["logit_diff"][layer], want, atol=1e-4)
+        assert torch.allclose(lens[layer], want, atol=1e-4)
 
 
 def test_decoding_of_mini_names_the_layer_that_writes_the_answer_and_who_reads_it(mini, pairs):

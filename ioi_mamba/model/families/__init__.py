@@ -54,6 +54,14 @@ def layers_with(model, site: str) -> list[int]:
     return [i for i, block in enumerate(hooks_of(model, 1).blocks) if name in block]
 
 
+def mixer_layer(model, layer: Any) -> int:
+    """A layer with a state-space mixer, counted from the first. Raises InputError for anything else."""
+    own, n_layers = layers_with(model, "h"), sizes_of(model).n_layers
+    if not isinstance(layer, int) or layer not in range(-n_layers, n_layers) or layer % n_layers not in own:
+        raise InputError(f"layer is {layer!r}: give one with a state-space mixer, of {', '.join(map(str, own))}.")
+    return layer % n_layers
+
+
 def attends(model) -> bool:
     """Whether a position sees earlier ones otherwise than by convolution and state, in any block.
 
