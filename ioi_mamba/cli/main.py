@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dtype", default="float32", help="of the weights (default: float32)")
     run.add_argument("--out", type=Path, metavar="DIR", help="default: reports/MODEL-DATE-TIME")
     run.add_argument("--resume", action="store_true", help="keep the finished tables in --out")
+    run.add_argument("--overwrite", action="store_true", help="replace finished tables in --out")
     run.add_argument(
         "--threads",
         type=int,
@@ -181,7 +182,7 @@ def _run(arguments: argparse.Namespace) -> int:
     for flag, value in (("--n-pairs", arguments.n_pairs), ("--threads", arguments.threads)):
         if value is not None and value < 1:
             raise InputError(f"{flag} is {value}: give at least 1.")
-    for flag in ("resume", "submit", "collect"):
+    for flag in ("resume", "overwrite", "submit", "collect"):
         if getattr(arguments, flag) and arguments.out is None:
             raise InputError(f"--{flag} needs --out: name the directory of the run.")
     if (arguments.submit or arguments.collect) and arguments.backend != "ndif":
@@ -233,6 +234,7 @@ def _run(arguments: argparse.Namespace) -> int:
         options=options,
         model_id=arguments.model,
         resume=arguments.resume or arguments.collect,
+        overwrite=arguments.overwrite,
     )
     print(f"Report: {page}")
     return 0

@@ -33,6 +33,7 @@ from ioi_mamba.experiments.experiment import Experiment, resolved
 from ioi_mamba.files import EMBEDDED, written_whole
 from ioi_mamba.report import provenance
 from ioi_mamba.results import baseline
+from ioi_mamba.results.origin import check_one_run
 from ioi_mamba.results.stored import read_manifest, read_result, read_results
 
 PREVIEW_ROWS = 12
@@ -101,7 +102,7 @@ def write_report(directory: str | Path) -> Path:
 
     What cannot be made of an experiment's table, or would mean nothing since the model cannot do the task, is replaced by
     the reason; so are the largest charts of a page over 8 MB. A table without manifest is an unfinished run and left out.
-    Raises InputError for a directory without a finished table.
+    Raises InputError for a directory without a finished table, and for one with tables of several runs.
     """
     directory = Path(directory)
     sections = _sections(directory)
@@ -169,8 +170,8 @@ def save_charts(directory: str | Path, form: str) -> list[Path]:
 
 
 def _sections(directory: Path) -> list[Section]:
-    """Those of every finished experiment, in the paper's order. Raises InputError where there is none."""
-    sections = []
+    """Those of every finished experiment, in the paper's order. Raises InputError where there is none or they are of several runs."""
+    sections, manifests = [], {}
     for name in analyses.available():
         manifest, table, trouble = read_manifest(directory / f"{name}.json"), None, None
         try:
@@ -179,10 +180,11 @@ def _sections(directory: Path) -> list[Section]:
         except InputError as error:
             table, trouble = pd.DataFrame(), str(error)
         if manifest is not None and table is not None:
-            code = notebook_code(name)
+            code, manifests[name] = notebook_code(name), manifest
             sections.append(_drawn(analyses.load(name), _complete(manifest), table, code, PREVIEW_ROWS, trouble))
     if not sections:
         read_results(directory)  # which says what is wrong with the directory
+    check_one_run(directory, manifests)
     return sections
 
 

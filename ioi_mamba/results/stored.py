@@ -6,6 +6,7 @@ In a notebook, `open_result("out", "layer-ablation").chart()` draws what the rep
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ioi_mamba import analyses
 from ioi_mamba.charts.theme import themed
 from ioi_mamba.errors import InputError
 from ioi_mamba.files import read_table, sha256_of
+from ioi_mamba.results.origin import check_one_run
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -55,26 +57,25 @@ def open_result(directory: str | Path, name: str) -> Result:
     one that is not the table its manifest vouches for.
     """
     analyses.load(name)
-    results = read_results(Path(directory))
-    if name not in results:
-        raise InputError(f"{str(directory)!r} holds no finished table of {name}, only of {', '.join(results)}.")
-    _check(Path(directory), results[name])
-    return results[name]
+    result = read_result(Path(directory), name)
+    if result is None:
+        others = ", ".join(read_results(Path(directory)))
+        raise InputError(f"{str(directory)!r} holds no finished table of {name}, only of {others}.")
+    return result
 
 
 def open_results(directory: str | Path) -> dict[str, Result]:
     """What every finished experiment left in the --out directory of a run, by name, in the paper's order.
 
-    Raises InputError as `open_result`.
+    Raises InputError as `open_result`, and for tables that are not of one run.
     """
     results = read_results(Path(directory))
-    for result in results.values():
-        _check(Path(directory), result)
+    check_one_run(Path(directory), {name: result.manifest for name, result in results.items()})
     return results
 
 
 def read_results(directory: Path) -> dict[str, Result]:
-    """As `open_results`, but for a run that may be going on: whether manifests vouch for tables is not asked."""
+    """As `open_results`, of one run or of several."""
     if not directory.is_dir():
         raise InputError(f"{str(directory)!r} is not a directory: give the --out directory of a run.")
     known = analyses.available()
@@ -94,21 +95,28 @@ def read_results(directory: Path) -> dict[str, Result]:
 def read_result(directory: Path, name: str) -> Result | None:
     """A finished experiment, None for one that is not: a table without manifest is unfinished.
 
-    Raises InputError for a table that cannot be read.
+    Raises InputError for a table that cannot be read, and for one that is not the table its manifest vouches for.
     """
     manifest = read_manifest(directory / f"{name}.json")
     path = directory / f"{name}.parquet"
     if manifest is None or not path.is_file():
         return None
     try:
-        return Result(name, manifest, read_table(path))
+        result = Result(name, manifest, read_table(path))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path} cannot be read as parquet ({str(error).splitlines()[0]}): run {name} again."
         ) from None
+    if isinstance(manifest["table_sha256"], str) and not _vouches(manifest, path):
+        raise InputError(f"{path} is not the table that {name}.json is of: run {name} again.")
+    return result
 
 
-def _check(directory: Path, result: Result) -> None:
-    path = directory / f"{result.name}.parquet"
-    if sha256_of(path) != result.manifest["table_sha256"]:
-        raise InputError(f"{path} is not the table that {result.name}.json is of: run {result.name} again.")
+def finished(directory: Path, name: str) -> dict[str, Any] | None:
+    """The manifest of an experiment whose table is there and whole, None where it is not."""
+    manifest, path = read_manifest(directory / f"{name}.json"), directory / f"{name}.parquet"
+    return manifest if manifest is not None and path.is_file() and _vouches(manifest, path) else None
+
+
+def _vouches(manifest: Mapping[str, Any], table: Path) -> bool:
+    return manifest["table_sha256"] == sha256_of(table)

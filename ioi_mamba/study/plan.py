@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 from ioi_mamba import analyses
 from ioi_mamba.analyses.layer_ablation import bottleneck
@@ -15,28 +13,35 @@ from ioi_mamba.errors import InputError
 from ioi_mamba.experiments.experiment import Experiment
 from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import made, options_of, read_option
+from ioi_mamba.files import read_table
 from ioi_mamba.model.jobs import config_of
+from ioi_mamba.results.stored import finished
 from ioi_mamba.tasks.base import Pairs
 from ioi_mamba.tasks.task import Task
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One experiment, ready to run. held_out: what it is to judge on, if it asks for that; given: the user's options."""
+    """One experiment, ready to run.
+
+    held_out: what it is to judge on, if it asks for that; given: the user's options; found: options that another table of
+    the run answers, or the server.
+    """
 
     experiment: Experiment
     pairs: Pairs
     held_out: Pairs | None
     given: Mapping[str, Any]
+    found: Mapping[str, Any] = field(default_factory=dict)
 
-    def with_options(self, values: Mapping[str, Any]) -> Plan:
+    def with_found(self, values: Mapping[str, Any]) -> Plan:
         """The plan with these options too."""
-        return replace(self, given={**self.given, **values})
+        return replace(self, found={**self.found, **values})
 
     @property
     def options(self) -> Any:
         """An instance of the experiment's options."""
-        return made(self.experiment.options, self.given, self.experiment.name)
+        return made(self.experiment.options, {**self.given, **self.found}, self.experiment.name)
 
     @property
     def needs_layer(self) -> bool:
@@ -117,7 +122,6 @@ def _halves(pairs: Pairs, name: str) -> tuple[Pairs, Pairs]:
 
 def bottleneck_of(plan: Plan, out: Path) -> dict[str, int]:
     """The layer this run's layer-ablation found, for an experiment on one layer when the user named none."""
-    source = out / "layer-ablation.parquet"
-    if not plan.needs_layer or not source.is_file():
+    if not plan.needs_layer or finished(out, "layer-ablation") is None:
         return {}
-    return {"layer": bottleneck(pd.read_parquet(source))}
+    return {"layer": bottleneck(read_table(out / "layer-ablation.parquet"))}

@@ -37,7 +37,8 @@ from ioi_mamba.passes.probe import probe
 from ioi_mamba.report import pages
 from ioi_mamba.results.baseline import clean_accuracies, clean_means
 from ioi_mamba.results.lock import only_run
-from ioi_mamba.results.stored import read_manifest
+from ioi_mamba.results.origin import check_one_run, difference
+from ioi_mamba.results.stored import finished
 from ioi_mamba.study.plan import Plan, bottleneck_of, plans_of
 from ioi_mamba.tasks.base import Pairs
 from ioi_mamba.tasks.task import Task
@@ -62,6 +63,7 @@ def run_study(
     options: Mapping[str, Any] | None = None,
     model_id: str | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
     """Run experiments and write their tables, manifests and report into `out_dir`; returns the report's path.
@@ -72,10 +74,12 @@ def run_study(
     choose something judge it; None: every second of `pairs`, which is then not chosen on. Without `pairs` these are
     drawn from the next seed. options: for every named experiment that takes them.
     model_id: how the manifest names the model. resume: keep a table that is whole and was made from the same
-    weights, pairs, options and seed. Raises InputError before anything is written for no name, an unknown name or
-    option, an `out_dir` that cannot be written, is in use by another run or holds tables of another model or task,
-    pairs that do not fit the model, and an experiment on names with pairs that have none; and later for a disk that is
-    full. An experiment that fails leaves the tables finished before it, and a report of them.
+    weights, pairs, options and seed. overwrite: replace a finished table that is not to be kept; without it none is.
+    Raises InputError before anything is written for no name, an unknown name or option, an `out_dir` that cannot be
+    written, is in use by another run, holds a finished table of one of the experiments that is neither to be kept nor
+    replaced, or of another that is not of this run (`results.origin`), pairs that do not fit the model, and an
+    experiment on names with pairs that have none; and later for a disk that is full. An experiment that fails leaves
+    the tables finished before it, and a report of them.
     With a model on a server, finished requests are kept in `out_dir/jobs` until their experiment is done. Raises
     ServerError for a server that fails, and Submitted where requests were handed over and not waited for.
     """
@@ -86,21 +90,35 @@ def run_study(
     chosen = tasks.known(task)
     found = [analyses.known(each) for each in experiments]
     plans = plans_of(model, found, chosen, pairs, held_out, n_pairs, seed, dict(options or {}))
+    asked = {
+        "pairs_sha256": None if pairs is None else pairs.hash(),
+        "held_out_sha256": None if held_out is None else held_out.hash(),
+        "n_pairs": n_pairs,
+    }
     with only_run(out):
-        return _run_plans(model, plans, out, chosen, seed, model_id, resume, progress)
+        return _run_plans(model, plans, out, chosen, asked, seed, model_id, resume, overwrite, progress)
 
 
 def _run_plans(
-    model, plans: list[Plan], out: Path, task: Task, seed: int, model_id: str | None, resume: bool, progress: bool
+    model,
+    plans: list[Plan],
+    out: Path,
+    task: Task,
+    asked: dict[str, Any],
+    seed: int,
+    model_id: str | None,
+    resume: bool,
+    overwrite: bool,
+    progress: bool,
 ) -> Path:
     found = probe(model)
     # A server that does not show its weights is taken at its word: one name, one model.
     weights = found["weights_sha256"] or hashlib.sha256(model.jobs.model_key.encode()).hexdigest()
-    _refuse_other_run(out, weights, task.name)
     about = describe_model(model, model_id) | {"weights_sha256": weights}
     # Asked for by the first experiment that is not finished yet, and then for all of them at once.
     clean = cache(lambda: _clean_scores(model, task, plans))
-    run = _Run(model, out, about, found, task, clean, seed, resume, progress)
+    run = _Run(model, out, about, found, task, clean, asked, seed, resume, overwrite, progress)
+    run.make_room(plans)
     if not resume and not runs_here(model):
         model.jobs.forget(out / "jobs")
     done, waiting = False, []
@@ -161,7 +179,8 @@ def _examples(pairs: Pairs, tokenizer) -> list[dict[str, Any]]:
 class _Run:
     """What the experiments of one call of `run_study` have in common.
 
-    found: what `probe` gives. clean: what the unpatched model does, by experiment, from a request of its own.
+    found: what `probe` gives. clean: what the unpatched model does, by experiment, from a request of its own. asked: as a
+    manifest keeps it (`results.origin`), without options.
     """
 
     model: Any
@@ -170,27 +189,86 @@ class _Run:
     found: dict[str, Any]
     task: Task
     clean: Callable[[], dict[str, dict[str, Any]]]
+    asked: dict[str, Any]
     seed: int
     resume: bool
+    overwrite: bool
     progress: bool
     attributions: dict[Any, Any] = field(default_factory=dict)
+
+    def make_room(self, plans: Sequence[Plan]) -> None:
+        """See that this run may leave its tables beside those that are there.
+
+        Raises InputError where it would replace one without being told to, or where those that stay are of another run.
+        """
+        ours = {plan.experiment.name: self._identity(self._with_found(plan)) for plan in plans}
+        theirs = {
+            path.stem: kept for path in sorted(self.out.glob("*.json")) if (kept := finished(self.out, path.stem))
+        }
+        for plan in plans:
+            # Which layer it will be on is not known before layer-ablation is there; `one` looks again.
+            if not plan.needs_layer or "layer-ablation" in theirs or "layer-ablation" not in ours:
+                self._keeps(ours[plan.experiment.name])
+        for name, manifest in theirs.items():
+            found = next(filter(None, (difference(each, manifest) for each in ours.values())), None)
+            if found is not None and (name not in ours or not self.overwrite):
+                raise InputError(
+                    f"{str(self.out)!r} holds {name}.json of another run: it has {found[1]}, and this run has {found[0]}; "
+                    "choose another out directory."
+                )
+            if found is not None:
+                # A table of another run beside the first one of this run would be a mixture, were this run cut off.
+                (self.out / f"{name}.json").unlink()
+        check_one_run(self.out, {name: manifest for name, manifest in theirs.items() if name not in ours})
+
+    def _with_found(self, plan: Plan) -> Plan:
+        return plan.with_found(bottleneck_of(plan, self.out) | self._without_gradients(plan))
+
+    def _identity(self, plan: Plan) -> dict[str, Any]:
+        """What makes the table of a plan what it is, as its manifest has it."""
+        return {
+            "analysis": plan.experiment.name,
+            "model": self.about,
+            "task": self.task.name,
+            "seed": self.seed,
+            "pairs_sha256": plan.pairs.hash(),
+            "held_out_sha256": None if plan.held_out is None else plan.held_out.hash(),
+            "asked": self.asked | {"options": dict(plan.given), "found": dict(plan.found)},
+            "options": resolved(plan.options),
+        }
+
+    def _keeps(self, identity: Mapping[str, Any]) -> bool:
+        """Whether the finished table of an experiment is kept and not made again.
+
+        Raises InputError where it is there and to be neither kept nor replaced.
+        """
+        name = identity["analysis"]
+        manifest = finished(self.out, name)
+        if manifest is None or (self.overwrite and not self.resume):
+            return False
+        if not self.resume:
+            raise InputError(
+                f"{str(self.out)!r} holds a finished table of {name}: --resume keeps it if it is of the same question, "
+                "--overwrite replaces it; or choose another out directory."
+            )
+        changed = _changed(identity, manifest)
+        if not changed:
+            return True
+        if self.overwrite:
+            return False
+        raise InputError(
+            f"{str(self.out)!r} holds a finished table of {name} that is of another question ({changed}): --overwrite "
+            "replaces it; or choose another out directory."
+        )
 
     def one(self, plan: Plan, waiting: list[tuple[str, str]]) -> None:
         """Run one experiment and write its table and manifest. waiting: (name, job) of those not finished."""
         experiment = plan.experiment
         if plan.needs_layer and any(name == "layer-ablation" for name, _ in waiting):
             raise Submitted("waits for layer-ablation, which finds its layer")
-        plan = plan.with_options(bottleneck_of(plan, self.out) | self._without_gradients(plan))
-        options = plan.options
-        identity = {
-            "analysis": experiment.name,
-            "model": self.about,
-            "seed": self.seed,
-            "pairs_sha256": plan.pairs.hash(),
-            "held_out_sha256": None if plan.held_out is None else plan.held_out.hash(),
-            "options": resolved(options),
-        }
-        if self.resume and _is_finished(self.out, identity):
+        plan = self._with_found(plan)
+        options, identity = plan.options, self._identity(plan)
+        if self._keeps(identity):
             if self.progress:
                 print(f"{experiment.name}: finished before, kept", file=sys.stderr)
             return
@@ -209,7 +287,6 @@ class _Run:
             clean = self.clean()[experiment.name]
         manifest = identity | {
             "paper": experiment.paper,
-            "task": self.task.name,
             "task_texts": {"title": self.task.title, "varies": self.task.varies},
             "clean": clean,
             "examples": _examples(plan.pairs, self.model.tokenizer),
@@ -274,34 +351,21 @@ def _sums(requests: list[dict[str, Any]]) -> dict[str, Any]:
     return {"count": len(requests)} | {name: round(value, 3) for name, value in sums.items()}
 
 
-def _is_finished(out: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether the table of this experiment is there, whole, and made from the same things."""
-    manifest = read_manifest(out / f"{identity['analysis']}.json")
-    table = out / f"{identity['analysis']}.parquet"
-    if manifest is None or not table.is_file() or manifest.get("table_sha256") != sha256_of(table):
-        return False
+_MADE_FROM = {"seed": "seed", "task": "task", "pairs_sha256": "prompts", "held_out_sha256": "held-out prompts"}
+
+
+def _changed(identity: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    """In words, in what the question of a table is not that of a manifest; "" where it is the same.
+
+    The same weights under another path are the same model.
+    """
     ours = json.loads(json.dumps(dict(identity)))
-    theirs = {key: manifest.get(key) for key in ours}
-    return _without_name(ours) == _without_name(theirs)
-
-
-def _without_name(identity: dict[str, Any]) -> dict[str, Any]:
-    """The same weights under another path are the same model."""
-    return identity | {"model": (identity["model"] or {}).get("weights_sha256")}
-
-
-def _refuse_other_run(out: Path, weights: str, task: str) -> None:
-    for path in sorted(out.glob("*.json")):
-        manifest = read_manifest(path)
-        if manifest is not None and manifest.get("task", task) != task:
-            raise InputError(
-                f"{str(out)!r} holds {path.name} of the task {manifest['task']}: choose another out directory."
-            )
-        if manifest is not None and manifest["model"]["weights_sha256"] != weights:
-            raise InputError(
-                f"{str(out)!r} holds {path.name} of another model ({manifest['model']['id']}, or other "
-                "weights or dtype): choose another out directory."
-            )
+    said = [f"other {words}" for key, words in _MADE_FROM.items() if ours[key] != manifest.get(key)]
+    if ours["model"]["weights_sha256"] != (manifest["model"] or {}).get("weights_sha256"):
+        said.insert(0, f"the model {manifest['model'].get('id')}, or other weights or dtype")
+    options = manifest.get("options") or {}
+    names = [key for key in ours["options"] | options if ours["options"].get(key) != options.get(key)]
+    return ", ".join([*said, *(f"{key}={options.get(key)}" for key in names)])
 
 
 def describe_model(model, model_id: str | None = None) -> dict[str, Any]:

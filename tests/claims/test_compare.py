@@ -409,7 +409,7 @@ def _no_column(directory, tables):
         (_empty, "holds no finished table"),
         (_altered, r"is not the table that conv-shift\.json is of: run conv-shift again"),
         (_broken, r"conv-shift\.parquet cannot be read"),
-        (_two_models, "holds tables of two models"),
+        (_two_models, "holds tables of several runs"),
         (_no_column, r"conv-shift\.parquet has no 'slice'"),
     ],
 )

@@ -16,6 +16,7 @@ from ioi_mamba.analyses import layer_removal, state_ablation, state_similarity
 from ioi_mamba.analyses.state_similarity import MEASURES
 from ioi_mamba.charts import drawing
 from ioi_mamba.errors import InputError
+from ioi_mamba.files import sha256_of
 from ioi_mamba.report import pages
 
 HOSTILE = [
@@ -71,7 +72,7 @@ def put(directory, name, table, model_id="some/model", **manifest):
         "wall_seconds": 1.5,
         "peak_memory_mib": 300.0,
         "created": "2026-01-05T10:00:00+00:00",
-        "table_sha256": "cd" * 32,
+        "table_sha256": sha256_of(directory / f"{name}.parquet"),
     }
     (directory / f"{name}.json").write_text(json.dumps(entries | manifest))
 

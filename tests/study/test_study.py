@@ -92,7 +92,10 @@ def test_resume_keeps_a_finished_table(tiny_mamba, tmp_path, counted):
     run(tiny_mamba, tmp_path, resume=True)
     assert counted == [1]
     assert (tmp_path / "layer-removal.parquet").read_bytes() == table
-    run(tiny_mamba, tmp_path)
+    with pytest.raises(InputError, match="holds a finished table of layer-removal: --resume keeps it"):
+        run(tiny_mamba, tmp_path)
+    assert counted == [1]
+    run(tiny_mamba, tmp_path, overwrite=True)
     assert counted == [1, 1]
 
 
@@ -105,30 +108,20 @@ def damage(name):
 
 
 @pytest.mark.parametrize(
-    ("before", "changes"),
+    "before",
     [
-        (lambda out: None, {"options": {"steps": 2}}),
-        (lambda out: None, {"seed": 5}),
-        (lambda out: None, {"pairs": pairs(first=2)}),
-        (damage("layer-removal.parquet"), {}),
-        (damage("layer-removal.json"), {}),
-        (lambda out: (out / "layer-removal.parquet").unlink(), {}),
+        damage("layer-removal.parquet"),
+        damage("layer-removal.json"),
+        lambda out: (out / "layer-removal.parquet").unlink(),
     ],
-    ids=["options", "seed", "pairs", "table cut off", "manifest cut off", "table gone"],
+    ids=["table cut off", "manifest cut off", "table gone"],
 )
-def test_resume_runs_again_what_is_not_the_same_or_not_whole(tiny_mamba, tmp_path, counted, before, changes):
+def test_resume_runs_again_what_is_not_whole(tiny_mamba, tmp_path, counted, before):
     run(tiny_mamba, tmp_path)
     before(tmp_path)
-    run(tiny_mamba, tmp_path, resume=True, **changes)
+    run(tiny_mamba, tmp_path, resume=True)
     assert len(counted) == 2
     assert read_manifest(tmp_path / "layer-removal.json") is not None
-
-
-def test_a_directory_of_another_model_is_refused(tiny_mamba, tiny_gpt2_dir, tmp_path):
-    run(tiny_mamba, tmp_path)
-    other = im.open_model(str(tiny_gpt2_dir), device="cpu", any_architecture=True)
-    with pytest.raises(InputError, match="of another model"):
-        run(other, tmp_path)
 
 
 def test_no_experiment_at_all_is_refused_before_anything_is_written(tiny_mamba, tmp_path):

@@ -184,8 +184,8 @@ def test_names_and_other_tasks_tables_are_refused(knows_years, tmp_path):
     assert not list(tmp_path.iterdir())
     runs.run_study(knows_years, ["layer-removal"], tmp_path, task="greater-than", n_pairs=4, progress=False)
     ioi_pairs = task.generate(knows_years.tokenizer, 4, 1)
-    with pytest.raises(InputError, match="of the task greater-than"):
-        runs.run_study(knows_years, ["layer-removal"], tmp_path, pairs=ioi_pairs, progress=False)
+    with pytest.raises(InputError, match="has the task greater-than, and this run has the task ioi"):
+        runs.run_study(knows_years, ["layer-ablation"], tmp_path, pairs=ioi_pairs, progress=False)
 
 
 def test_the_bottleneck_is_looked_for_on_the_pairs_given(knows_years):
