@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ioi_mamba.passes.forward import mixer, read, run
     from ioi_mamba.passes.unrolled import hidden_attention
     from ioi_mamba.results.stored import open_result, open_results
+    from ioi_mamba.results.study import open_study
     from ioi_mamba.steering.steer import steer
     from ioi_mamba.tasks import greater_than, ioi
     from ioi_mamba.tasks.base import Pairs
@@ -50,6 +51,7 @@ _HOMES = {
     "open_model": "model.opening",
     "open_result": "results.stored",
     "open_results": "results.stored",
+    "open_study": "results.study",
     "option": "experiments.options",
     "patch_edges": "circuits.patching",
     "patch_flow": "circuits.flow",
@@ -82,6 +84,7 @@ __all__ = [
     "open_model",
     "open_result",
     "open_results",
+    "open_study",
     "option",
     "patch_edges",
     "patch_flow",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
+import functools
+import operator
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from ioi_mamba.errors import InputError
 
@@ -43,7 +46,9 @@ class Option(NamedTuple):
             span = f" from {self.at_least:g} to {self.at_most:g}"
         else:
             span = f" of at least {self.at_least:g}" if ends[0] else f" of at most {self.at_most:g}" if ends[1] else ""
-        words = [_WORDS.get(typing.get_origin(kind) or kind, str(kind)) for kind in _kinds(self)]
+        # None is said last: what an option is comes before that it may be left open.
+        kinds = sorted(_kinds(self), key=lambda kind: kind is type(None))
+        words = [_WORDS.get(typing.get_origin(kind) or kind, str(kind)) for kind in kinds]
         return f"{words[0]}{span}" + "".join(f", or {word}" for word in words[1:])
 
 
@@ -104,69 +109,54 @@ def made(kind: type, values: Mapping[str, Any], experiment: str) -> Any:
 
 
 def read_option(option: Option, text: str) -> Any:
-    """The value that a text of the command line means, as the first of the option's types that reads it.
+    """The value that a text of the command line means.
 
-    Commas separate the items of a list. Raises InputError where none reads it.
+    Commas separate the items of a list, "none" is None. Raises InputError where the option's type does not read it.
     """
-    value = _read(_kinds(option), text)
-    if value is _UNREAD or not _fits(value, option):
-        raise InputError(f"--option {option.name}={text} cannot be used: {option.name} takes {option.described}.")
-    return value
+    value: Any = text
+    if type(None) in _kinds(option) and text.lower() == "none":
+        value = None
+    elif any(map(_is_list, _kinds(option))):
+        value = [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        return _validated(option, value, strict=False)
+    except ValidationError:
+        raise InputError(
+            f"--option {option.name}={text} cannot be used: {option.name} takes {option.described}."
+        ) from None
 
 
-_UNREAD = object()
+_ANY_CLASS = ConfigDict(arbitrary_types_allowed=True)
 
 
 def _kinds(option: Option) -> list[Any]:
-    """The types of an option; text last, which reads everything."""
+    """The types of an option."""
     hint = option.hint
-    kinds = list(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
-    return sorted(kinds, key=lambda kind: kind is str)
+    return list(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
+
+
+def _is_list(kind: Any) -> bool:
+    return typing.get_origin(kind) in (list, tuple, Sequence)
+
+
+def _validated(option: Option, value: Any, *, strict: bool) -> Any:
+    """The value as the option's type has it; strict: only what is of that type already. Raises pydantic's ValidationError."""
+    if option.choices:
+        return TypeAdapter(Literal[option.choices]).validate_python(value, strict=strict)
+    # Whether items stand in a list or in a tuple is all the same.
+    items = [next((each for each in typing.get_args(kind) if each is not Ellipsis), str) for kind in _kinds(option)]
+    kinds: list[Any] = [
+        Sequence[item] if _is_list(kind) else kind for kind, item in zip(_kinds(option), items, strict=True)
+    ]
+    ends = Field(ge=option.at_least, le=option.at_most)
+    whole: Any = functools.reduce(operator.or_, kinds)
+    wanted: TypeAdapter[Any] = TypeAdapter(Annotated.__class_getitem__((whole, ends)), config=_ANY_CLASS)
+    return wanted.validate_python(value, strict=strict)
 
 
 def _fits(value: Any, option: Option) -> bool:
-    if option.choices:
-        return value in option.choices
-    if not any(_is(value, kind) for kind in _kinds(option)):
+    try:
+        _validated(option, value, strict=True)
+    except ValidationError:
         return False
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        low = option.at_least is None or value >= option.at_least
-        return low and (option.at_most is None or value <= option.at_most)
     return True
-
-
-def _is(value: Any, kind: Any) -> bool:
-    if kind is type(None):
-        return value is None
-    if kind in (bool, str):
-        return isinstance(value, kind)
-    if kind in (int, float):
-        return type(value) is int or (kind is float and type(value) is float)
-    if typing.get_origin(kind) in (list, tuple, Sequence):
-        return isinstance(value, list | tuple) and all(_is(item, _item(kind)) for item in value)
-    return True
-
-
-def _item(kind: Any) -> Any:
-    return next((item for item in typing.get_args(kind) if item is not Ellipsis), str)
-
-
-def _read(kinds: Sequence[Any], text: str) -> Any:
-    for kind in kinds:
-        if kind is type(None) and text.lower() == "none":
-            return None
-        if kind is bool and text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        if kind is str:
-            return text
-        if kind in (int, float):
-            try:
-                value = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                continue
-            if _is(value, kind):
-                return kind(value)
-        if typing.get_origin(kind) in (list, tuple, Sequence):
-            items = [_read([_item(kind)], part.strip()) for part in text.split(",") if part.strip()]
-            return _UNREAD if _UNREAD in items else items
-    return _UNREAD

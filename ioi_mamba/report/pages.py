@@ -36,6 +36,7 @@ from ioi_mamba.results import baseline
 from ioi_mamba.results.origin import check_one_run
 from ioi_mamba.results.stored import read_manifest, read_result, read_results
 
+PAGE = "index.html"
 PREVIEW_ROWS = 12
 MAX_BYTES = 8 * 2**20
 MAX_CELL = 300  # characters of a cell of the preview
@@ -113,9 +114,9 @@ def write_report(directory: str | Path) -> Path:
         trouble = f"The chart is left out: with it the page would have {megabytes}. Report fewer analyses to see it."
         sections[largest] = replace(sections[largest], spec=None, examples=None, trouble=trouble)
         page = _page(sections)
-    with written_whole(directory / "index.html") as path:
+    with written_whole(directory / PAGE) as path:
         path.write_text(page, encoding="utf-8")
-    return directory / "index.html"
+    return directory / PAGE
 
 
 def _page(sections: list[Section]) -> str:

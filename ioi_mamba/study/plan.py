@@ -12,7 +12,7 @@ from ioi_mamba.analyses.layer_ablation import bottleneck
 from ioi_mamba.errors import InputError
 from ioi_mamba.experiments.experiment import Experiment
 from ioi_mamba.experiments.needs import Need
-from ioi_mamba.experiments.options import made, options_of, read_option
+from ioi_mamba.experiments.options import made, options_of
 from ioi_mamba.files import read_table
 from ioi_mamba.model.jobs import config_of
 from ioi_mamba.results.stored import finished
@@ -97,20 +97,6 @@ def check_options(experiments: Sequence[Experiment], options: Iterable[str]) -> 
         if not any(key in options_of(experiment.options) for experiment in experiments):
             known = [f"{each.name}: {', '.join(options_of(each.options)) or 'none'}" for each in experiments]
             raise InputError(f"Unknown option {key!r}: the options are {'; '.join(known)}.")
-
-
-def parse_options(experiments: Sequence[Experiment], texts: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE texts as the values that the experiments take. Raises InputError for a bad one."""
-    pieces = [text.partition("=") for text in texts]
-    for key, equals, _ in pieces:
-        if not equals or not key:
-            raise InputError(f"--option {key!r} has no value: write it as KEY=VALUE.")
-    check_options(experiments, [key for key, _, _ in pieces])
-    options = {}
-    for key, _, value in pieces:
-        experiment = next(each for each in experiments if key in options_of(each.options))
-        options[key] = read_option(options_of(experiment.options)[key], value)
-    return options
 
 
 def _halves(pairs: Pairs, name: str) -> tuple[Pairs, Pairs]:

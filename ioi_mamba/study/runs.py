@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import sys
@@ -35,14 +36,16 @@ from ioi_mamba.model.jobs import config_of, runs_here
 from ioi_mamba.model.memory import check_fits
 from ioi_mamba.passes.probe import probe
 from ioi_mamba.report import pages
+from ioi_mamba.results import stored
 from ioi_mamba.results.baseline import clean_accuracies, clean_means
 from ioi_mamba.results.lock import only_run
 from ioi_mamba.results.origin import check_one_run, difference
-from ioi_mamba.results.stored import finished
 from ioi_mamba.study.plan import Plan, bottleneck_of, plans_of
 from ioi_mamba.tasks.base import Pairs
 from ioi_mamba.tasks.task import Task
 from ioi_mamba.versions import versions
+
+logger = logging.getLogger(__name__)
 
 try:
     import resource
@@ -65,6 +68,8 @@ def run_study(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    finished: Callable[[dict[str, Any]], None] | None = None,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> Path:
     """Run experiments and write their tables, manifests and report into `out_dir`; returns the report's path.
 
@@ -75,6 +80,8 @@ def run_study(
     drawn from the next seed. options: for every named experiment that takes them.
     model_id: how the manifest names the model. resume: keep a table that is whole and was made from the same
     weights, pairs, options and seed. overwrite: replace a finished table that is not to be kept; without it none is.
+    finished: called with the manifest of each experiment whose table is there, made or kept. failed: called with the name
+    of an experiment that fails and why, and the others go on; None: what went wrong is raised at once.
     Raises InputError before anything is written for no name, an unknown name or option, an `out_dir` that cannot be
     written, is in use by another run, holds a finished table of one of the experiments that is neither to be kept nor
     replaced, or of another that is not of this run (`results.origin`), pairs that do not fit the model, and an
@@ -96,7 +103,9 @@ def run_study(
         "n_pairs": n_pairs,
     }
     with only_run(out):
-        return _run_plans(model, plans, out, chosen, asked, seed, model_id, resume, overwrite, progress)
+        return _run_plans(
+            model, plans, out, chosen, asked, seed, model_id, resume, overwrite, progress, finished, failed
+        )
 
 
 def _run_plans(
@@ -110,6 +119,8 @@ def _run_plans(
     resume: bool,
     overwrite: bool,
     progress: bool,
+    finished: Callable[[dict[str, Any]], None] | None,
+    failed: Callable[[str, Exception], None] | None,
 ) -> Path:
     found = probe(model)
     # A server that does not show its weights is taken at its word: one name, one model.
@@ -125,16 +136,22 @@ def _run_plans(
     try:
         for plan in plans:
             try:
-                run.one(plan, waiting)
+                manifest = run.one(plan, waiting)
                 done = True
+                if finished is not None:
+                    finished(manifest)
             except Submitted as job:
                 waiting.append((plan.experiment.name, str(job)))
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed(plan.experiment.name, error)
     finally:
         if done:
-            page = pages.write_report(out)
+            pages.write_report(out)
     if waiting:
         raise Submitted("; ".join(f"{name}: {job}" for name, job in waiting))
-    return page
+    return out / pages.PAGE
 
 
 def check_out_dir(out: Path) -> None:
@@ -203,12 +220,14 @@ class _Run:
         """
         ours = {plan.experiment.name: self._identity(self._with_found(plan)) for plan in plans}
         theirs = {
-            path.stem: kept for path in sorted(self.out.glob("*.json")) if (kept := finished(self.out, path.stem))
+            path.stem: kept
+            for path in sorted(self.out.glob("*.json"))
+            if (kept := stored.finished(self.out, path.stem))
         }
         for plan in plans:
             # Which layer it will be on is not known before layer-ablation is there; `one` looks again.
             if not plan.needs_layer or "layer-ablation" in theirs or "layer-ablation" not in ours:
-                self._keeps(ours[plan.experiment.name])
+                self._kept(ours[plan.experiment.name])
         for name, manifest in theirs.items():
             found = next(filter(None, (difference(each, manifest) for each in ours.values())), None)
             if found is not None and (name not in ours or not self.overwrite):
@@ -237,15 +256,15 @@ class _Run:
             "options": resolved(plan.options),
         }
 
-    def _keeps(self, identity: Mapping[str, Any]) -> bool:
-        """Whether the finished table of an experiment is kept and not made again.
+    def _kept(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The manifest of an experiment whose finished table is kept; None where it is to be made.
 
         Raises InputError where it is there and to be neither kept nor replaced.
         """
         name = identity["analysis"]
-        manifest = finished(self.out, name)
+        manifest = stored.finished(self.out, name)
         if manifest is None or (self.overwrite and not self.resume):
-            return False
+            return None
         if not self.resume:
             raise InputError(
                 f"{str(self.out)!r} holds a finished table of {name}: --resume keeps it if it is of the same question, "
@@ -253,25 +272,24 @@ class _Run:
             )
         changed = _changed(identity, manifest)
         if not changed:
-            return True
+            return manifest
         if self.overwrite:
-            return False
+            return None
         raise InputError(
             f"{str(self.out)!r} holds a finished table of {name} that is of another question ({changed}): --overwrite "
             "replaces it; or choose another out directory."
         )
 
-    def one(self, plan: Plan, waiting: list[tuple[str, str]]) -> None:
-        """Run one experiment and write its table and manifest. waiting: (name, job) of those not finished."""
+    def one(self, plan: Plan, waiting: list[tuple[str, str]]) -> dict[str, Any]:
+        """Run one experiment and write its table and manifest, which it gives. waiting: (name, job) of those not finished."""
         experiment = plan.experiment
         if plan.needs_layer and any(name == "layer-ablation" for name, _ in waiting):
             raise Submitted("waits for layer-ablation, which finds its layer")
         plan = self._with_found(plan)
         options, identity = plan.options, self._identity(plan)
-        if self._keeps(identity):
-            if self.progress:
-                print(f"{experiment.name}: finished before, kept", file=sys.stderr)
-            return
+        if (kept := self._kept(identity)) is not None:
+            logger.info("%s: finished before, kept", experiment.name)
+            return kept
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         if runs_here(self.model) and self.about["architecture"] in FAMILIES:
@@ -317,6 +335,7 @@ class _Run:
             path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if not runs_here(self.model):
             self.model.jobs.forget(self.out / "jobs")
+        return manifest
 
     @contextmanager
     def _jobs(self) -> Iterator[list[dict[str, Any]]]:
@@ -339,8 +358,7 @@ class _Run:
             return {}
         if "method" not in options_of(plan.experiment.options):
             raise InputError(f"{plan.experiment.name} takes gradients, which this server does not give: leave it out.")
-        if self.progress:
-            print(f"{plan.experiment.name}: no gradients on this server; each item is patched instead", file=sys.stderr)
+        logger.info("%s: no gradients on this server; each item is patched instead", plan.experiment.name)
         return {"method": "exact"}
 
 

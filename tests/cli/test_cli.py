@@ -19,7 +19,9 @@ from packaging.requirements import Requirement
 from ioi_mamba import analyses, versions
 from ioi_mamba.analyses import layer_removal
 from ioi_mamba.cli import doctor
-from ioi_mamba.cli.main import _columns, _default_out, main
+from ioi_mamba.cli.commands.run import default_out
+from ioi_mamba.cli.main import main
+from ioi_mamba.cli.tables import columns
 from ioi_mamba.experiments import options
 from ioi_mamba.experiments.needs import Need
 from ioi_mamba.model import sites
@@ -100,10 +102,10 @@ RUN = ["run", "layer-removal"]
 BAD = {
     "an unknown analysis": (["run", "layer-removel"], "did you mean 'layer-removal'?"),
     "an unknown analysis beside a known one": ([*RUN, "x"], "Unknown analysis 'x'"),
-    "an unknown command": (["walk"], "invalid choice: 'walk'"),
-    "an unknown flag": ([*RUN, "--sede", "3"], "nrecognized arguments: --sede"),
-    "no analysis": (["run"], "ANALYSIS"),
-    "a seed that is no number": ([*RUN, "--seed", "x"], "invalid int value: 'x'"),
+    "an unknown command": (["walk"], 'Unknown command "walk"'),
+    "an unknown flag": ([*RUN, "--sede", "3"], "Unknown option: --sede. Did you mean --seed?"),
+    "no analysis": (["run"], "No experiment is named: give at least one"),
+    "a seed that is no number": ([*RUN, "--seed", "x"], "--seed is x: it should be a valid integer"),
     "no pairs": ([*RUN, "--n-pairs", "0"], "--n-pairs is 0"),
     "no threads": ([*RUN, "--threads", "0"], "--threads is 0"),
     "an unknown option": ([*RUN, "--option", "row=3"], "Unknown option 'row'"),
@@ -118,7 +120,7 @@ BAD = {
     "held-out prompts without pairs": ([*RUN, "--held-out", "PAIRS"], "--held-out goes with --pairs"),
     "no such held-out file": ([*RUN, "--pairs", "PAIRS", "--held-out", "nowhere.jsonl"], "no file 'nowhere.jsonl'"),
     "no such pairs file": ([*RUN, "--pairs", "nowhere.jsonl"], "no file 'nowhere.jsonl'"),
-    "pairs and their number": ([*RUN, "--pairs", "PAIRS", "--n-pairs", "3"], "not allowed"),
+    "pairs and their number": ([*RUN, "--pairs", "PAIRS", "--n-pairs", "3"], "do not go together"),
     "an unknown model": ([*RUN, "--model", "no/such-model"], "Unknown model 'no/such-model'"),
     "a directory without config": ([*RUN, "--model", "EMPTY"], "has no config.json"),
     "a dtype": ([*RUN, "--model", "TINY", "--dtype", "int3"], "dtype 'int3' is unknown"),
@@ -126,6 +128,16 @@ BAD = {
     "a backend": ([*RUN, "--model", "TINY", "--backend", "moon"], "backend 'moon'"),
     "a pairs file that is not JSON": ([*RUN, "--model", "TINY", "--pairs", "BROKEN"], "line 2"),
     "a name that is not one token": ([*RUN, "--pairs", "FOREIGN"], "line 1: ' Zaphod'"),
+    "no command": ([], "No command is given"),
+    "an abbreviated flag": ([*RUN, "--thr", "1"], "Unknown option: --thr"),
+    "a number with a fraction": ([*RUN, "--option", "rows=3.7"], "rows takes a whole number of at least 1"),
+    "a study beside an experiment": ([*RUN, "s.yaml"], "names its experiments itself"),
+    "no such study": (["run", "s.yaml"], "The study file 's.yaml' cannot be read"),
+    "overwrite without out": ([*RUN, "--overwrite"], "--overwrite needs --out"),
+    "submit and collect": (
+        [*RUN, "--backend", "ndif", "--out", "x", "--submit", "--collect"],
+        "--collect do not go together",
+    ),
     "a report of no directory": (["report", "nowhere"], "'nowhere' is not a directory"),
     "a report of nothing": (["report", "EMPTY"], "holds no finished table"),
 }
@@ -195,8 +207,8 @@ def test_bad_input_in_a_process_of_its_own_writes_one_line(tmp_path):
 
 
 def test_the_default_directory_names_model_and_time():
-    assert str(_default_out("state-spaces/mamba-370m-hf", "ioi")).startswith("reports/mamba-370m-hf-2")
-    assert str(_default_out("..", "ioi")).startswith("reports/model-2")
+    assert str(default_out("state-spaces/mamba-370m-hf", "ioi")).startswith("reports/mamba-370m-hf-2")
+    assert str(default_out("..", "ioi")).startswith("reports/model-2")
 
 
 @pytest.mark.parametrize(
@@ -313,15 +325,15 @@ def test_a_reader_that_has_seen_enough_ends_the_command_in_silence(command, tmp_
 
 def test_a_table_fits_the_terminal_and_is_whole_in_a_file(monkeypatch):
     rows = [("name", "what it means"), ("delta", " ".join(["the step of the recurrence"] * 6))]
-    assert _columns(rows) == f"name   what it means\ndelta  {rows[1][1]}"
+    assert columns(rows) == f"name   what it means\ndelta  {rows[1][1]}"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "60")
-    lines = _columns(rows).splitlines()
+    lines = columns(rows).splitlines()
     assert len(lines) > 3
     assert max(map(len, lines)) <= 60
     assert " ".join(line[7:] for line in lines[1:]) == rows[1][1]
     monkeypatch.setenv("COLUMNS", "10")  # words are never broken
-    assert set(_columns(rows).split()) == set(" ".join(map(" ".join, rows)).split())
+    assert set(columns(rows).split()) == set(" ".join(map(" ".join, rows)).split())
 
 
 def test_the_doctor_opens_the_model_it_is_asked_about(tiny_mamba_dir, tmp_path, capsys):

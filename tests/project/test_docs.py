@@ -120,10 +120,10 @@ def test_every_command_and_experiment_is_on_the_page_of_the_command_line():
     text = (DOCS / "cli.md").read_text(encoding="utf-8")
     for name in analyses.available():
         assert f"| {name} |" in text
-    from ioi_mamba.cli.main import _parser
+    from ioi_mamba.cli.main import COMMANDS
 
-    for action in _parser()._subparsers._group_actions[0].choices:
-        assert re.search(rf"\b{action}\b", text), action
+    for command in COMMANDS:
+        assert re.search(rf"\b{command}\b", text), command
 
 
 def test_the_picture_is_one_that_the_code_draws_and_says_what_it_is(tmp_path, monkeypatch):

@@ -228,7 +228,7 @@ FLAGS = [
     "--host",
 ]
 FLAGS += ["--submit", "--collect", "--max-upload", "--max-download", "--retries", "--no-such", "--threads", "--task"]
-FLAGS += ["--charts", "--no-resume-points"]
+FLAGS += ["--charts", "--no-resume-points", "--overwrite", "--json", "--strict", "--quiet", "--log-file"]
 WORD = st.sampled_from(
     [
         "run",

@@ -19,7 +19,8 @@ import ioi_mamba
 from ioi_mamba import analyses, files
 from ioi_mamba.circuits import graph
 from ioi_mamba.circuits.graph import Circuit, Universe
-from ioi_mamba.cli.main import _default_out, main
+from ioi_mamba.cli.commands.run import default_out
+from ioi_mamba.cli.main import main
 from ioi_mamba.errors import InputError
 from ioi_mamba.remote import client
 from ioi_mamba.report import pages
@@ -89,7 +90,7 @@ def test_hostile_labels_and_prompts_stay_text(tmp_path, tried):
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "..", "/", "a/../../b", "C:\\x", ".hidden", "\x00", "x" * 300])
 def test_a_default_directory_stays_where_reports_are(name, tried):
-    out = _default_out(name, "ioi")
+    out = default_out(name, "ioi")
     assert out.parts[0] == "reports"
     assert len(out.parts) == 2
     assert ".." not in out.parts

@@ -101,7 +101,7 @@ def test_importing_changes_no_variable_generator_or_default(tried):
         " torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(), os.getcwd(),"
         " signal.getsignal(signal.SIGINT))\n"
         "before = now()\n"
-        "import ioi_mamba.cli.main, ioi_mamba.study.runs, ioi_mamba.report.pages\n"
+        "import ioi_mamba.cli.main, ioi_mamba.cli.commands.run, ioi_mamba.study.perform, ioi_mamba.report.pages\n"
         "from ioi_mamba import analyses\n"
         "[analyses.load(name) for name in analyses.available()]\n"
         "assert now() == before\n"
