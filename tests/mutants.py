@@ -56,6 +56,10 @@ FAULTS = (
         "h.mul_(decay).addcmul_(dx_t, B_t).mul_(1.0001)",
         SCAN,
     ),
+    Fault("ioi_mamba/model/compiled_scan.cpp", "T(LN_2) * gd[e]", "gd[e]", SCAN),
+    Fault("ioi_mamba/model/compiled_scan.cpp", "h_n[e] * power_of_two", "h_n[e] * T(1.0001) * power_of_two", SCAN),
+    Fault("ioi_mamba/model/compiled_scan.cpp", "std::fill(ga.begin(), ga.end(), T(0));", "", SCAN),
+    Fault("ioi_mamba/model/compiled_scan.py", "1 if in_one else", "", "tests/model/test_compiled_scan.py"),
     Fault(
         "ioi_mamba/model/scan.py",
         "g[:, t].addcmul_(a[:, t + 1], g[:, t + 1])",

@@ -11,6 +11,7 @@ import torch
 
 from ioi_mamba.errors import InputError
 from ioi_mamba.files import EMBEDDED
+from ioi_mamba.model import compiled_scan
 from ioi_mamba.model.families import FAMILIES, check_labels
 from ioi_mamba.model.mamba import checkpoints
 
@@ -136,6 +137,8 @@ def open_model(
         model = _on_a_server(path, local, name, config, host)
     else:
         weights = _weights(path, name, original, device, dtype)
+        if weights.device.type == "cpu":
+            compiled_scan.load()
         tokenizer = _tokenizer(path, name, original, weights.config.vocab_size)
         model = TransformersModel(weights, task="text-generation", tokenizer=tokenizer)
         if backend == "local-serialized":

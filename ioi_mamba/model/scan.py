@@ -116,6 +116,14 @@ def _blocks(batch: int, channels: int, columns: int, device: torch.device) -> li
     return [slice(i, min(i + rows, batch)) for i in range(0, batch, max(1, rows))]
 
 
+def _compiled(name: str, tensors: tuple[Tensor, ...]):
+    """The compiled form of a loop (`compiled_scan.py`) where this process has loaded it and it takes such tensors, else None."""
+    x = tensors[0]
+    if x.device.type != "cpu" or any(v.dtype != x.dtype for v in tensors):
+        return None
+    return getattr(torch.ops.ioi_mamba, name, None) if x.dtype in (torch.float32, torch.float64) else None
+
+
 class _SelectiveScan(torch.autograd.Function):
     """Equations 5-8 in one loop that never holds [batch, pos, E, N]; the backward pass recomputes the states.
 
@@ -125,6 +133,9 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, delta, A, B, C, h_start):  # type: ignore[override]
+        ctx.save_for_backward(x, delta, A, B, C, h_start)
+        if compiled := _compiled("selective_scan", (x, delta, A, B, C, h_start)):
+            return compiled(x, delta, A, B, C, h_start)
         y = torch.empty_like(x)
         h_last = torch.empty_like(h_start)
         dx, A_t = delta * x, A.T.contiguous()
@@ -138,12 +149,14 @@ class _SelectiveScan(torch.autograd.Function):
                 h.mul_(decay).addcmul_(dx_t, B_t)
                 torch.bmm(C_t, h, out=y_t)
             h_last[rows] = h.transpose(1, 2)
-        ctx.save_for_backward(x, delta, A, B, C, h_start)
         return y, h_last
 
     @staticmethod
     def backward(ctx, grad_y, grad_last):  # type: ignore[override]
         x, delta, A, B, C, h_start = ctx.saved_tensors
+        if compiled := _compiled("selective_scan_gradients", (x, delta, A, B, C, h_start, grad_y, grad_last)):
+            found = compiled(x, delta, A, B, C, h_start, grad_y, grad_last, ctx.needs_input_grad[2])
+            return *found[:2], found[2] if ctx.needs_input_grad[2] else None, *found[3:]
         dx, A_t = delta * x, A.T.contiguous()
         grad_dx, grad_delta = torch.empty_like(x), torch.empty_like(x)
         grad_B, grad_C = torch.empty_like(B), torch.empty_like(C)

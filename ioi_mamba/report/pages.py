@@ -43,7 +43,7 @@ MAX_CELL = 300  # characters of a cell of the preview
 
 # What the page shows where a manifest does not say, or says something of another kind.
 UNKNOWN: dict[str, Any] = {
-    **dict.fromkeys(("device", "dtype", "pairs_sha256", "table_sha256", "created"), "unknown"),
+    **dict.fromkeys(("device", "dtype", "scan", "pairs_sha256", "table_sha256", "created"), "unknown"),
     "wall_seconds": 0.0,
     **{name: {} for name in ("options", "versions")},
     **{name: [] for name in ("kernels", "examples")},

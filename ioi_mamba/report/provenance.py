@@ -30,6 +30,7 @@ def lines(manifests: list[dict[str, Any]]) -> list[tuple[str, str]]:
         ("Device", each(lambda m: f"{m['device']}, {m['dtype']}")),
         *_server_lines(manifests),
         ("Compiled kernels", each(lambda m: ", ".join(m["kernels"]) or "none")),
+        ("Selective scan", each(lambda m: m["scan"])),
         ("Seed", each(lambda m: m["seed"])),
         *_clean_scores(manifests),
         ("Time", f"{wall:.1f} s for {len(manifests)} analys{'is' if len(manifests) == 1 else 'es'}"),

@@ -31,6 +31,7 @@ from ioi_mamba.experiments.experiment import Context, Experiment, resolved
 from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import options_of
 from ioi_mamba.files import EMBEDDED, sha256_of, written_whole
+from ioi_mamba.model import compiled_scan
 from ioi_mamba.model.families import FAMILIES
 from ioi_mamba.model.jobs import config_of, runs_here
 from ioi_mamba.model.memory import check_fits
@@ -303,6 +304,7 @@ class _Run:
         seconds = time.perf_counter() - started
         with self._jobs():
             clean = self.clean()[experiment.name]
+        on_this_cpu = runs_here(self.model) and self.found["device"] == "cpu"
         manifest = identity | {
             "paper": experiment.paper,
             "task_texts": {"title": self.task.title, "varies": self.task.varies},
@@ -312,6 +314,7 @@ class _Run:
             "device": self.found["device"],
             "dtype": self.found["dtype"],
             "kernels": self.found["kernels"],
+            "scan": compiled_scan.load() if on_this_cpu else compiled_scan.LOOP,
             "versions": versions() | self.found["versions"],
             "platform": f"{platform.system()} {platform.machine()}",
             "threads": torch.get_num_threads(),

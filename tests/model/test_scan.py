@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
-from ioi_mamba.model import scan
+from ioi_mamba.model import compiled_scan, scan
 
 NAMES = ("x", "delta", "A", "B", "C", "h_start")
 SIZES = st.fixed_dictionaries(
@@ -21,6 +21,15 @@ SIZES = st.fixed_dictionaries(
     }
 )
 few = settings(max_examples=20, deadline=None)
+
+
+@pytest.fixture(autouse=True, params=["torch", "compiled"])
+def loop(request, monkeypatch):
+    """Every test twice: with the loop of torch, and with the compiled one where there is a compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(scan, "_compiled", lambda *_: None)
+    elif (found := compiled_scan.load()).startswith(compiled_scan.LOOP):
+        pytest.skip(found)
 
 
 def inputs(batch=3, n_pos=6, E=5, N=4, dtype=torch.float64, seed=0):

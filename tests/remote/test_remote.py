@@ -26,6 +26,7 @@ from ioi_mamba.circuits.faithfulness import rank_correlation
 from ioi_mamba.cli import main
 from ioi_mamba.errors import InputError, ServerError
 from ioi_mamba.experiments.needs import Need
+from ioi_mamba.model import compiled_scan
 from ioi_mamba.passes.probe import probe
 from ioi_mamba.study import runs
 from ioi_mamba.tasks import ioi
@@ -36,6 +37,16 @@ PAIRS = {"name-steering": 50, "cross-talk": 1}  # of each experiment; the others
 OPTIONS = {"edge-attribution": {"exact_prompts": 2}, "circuit-search": {"compare_prompts": 0}}
 GRADIENTS = ("edge-attribution", "circuit-search", "positional-attribution", "token-flow", "decoding")
 KEY = "this-key-must-not-be-written-anywhere"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scan_of_a_server():
+    """Both sides take the loop of torch, as tables are compared bit for bit."""
+    compiled_scan.unload()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(compiled_scan.SWITCH, "0")
+        yield
+    compiled_scan.unload()
 
 
 @pytest.fixture(scope="module")
