@@ -8,6 +8,7 @@ import torch
 import ioi_mamba as im
 from ioi_mamba.errors import InputError
 from ioi_mamba.model.families.mamba import MAMBA
+from ioi_mamba.model.layer_pass import fitted
 
 PLAIN = [site for site in MAMBA.sites if site not in ("h", "conv_slice")]
 TOKENS = golden.golden_pairs().clean
@@ -322,3 +323,14 @@ def test_a_site_that_is_not_there_is_no_attribute():
         trace(lambda m: m.Bbar)
     with pytest.raises(AttributeError, match="'Bbar' cannot be assigned"):
         trace(lambda m: setattr(m, "Bbar", 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_whose_sum_overflows_are_finite_and_one_that_is_not_is_found_among_them(dtype):
+    large = torch.full((2, 3, 4), torch.finfo(dtype).max, dtype=dtype)
+    assert torch.equal(fitted("site", large, large), large)
+    for bad in ([torch.inf], [torch.inf, -torch.inf], [torch.nan]):
+        values = torch.zeros(24, dtype=dtype)
+        values[torch.arange(len(bad))] = torch.tensor(bad, dtype=dtype)
+        with pytest.raises(InputError, match="holds NaN or infinity"):
+            fitted("site", values.view(2, 3, 4), large)
