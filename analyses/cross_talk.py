@@ -22,11 +22,10 @@ from ioi_mamba.charts import drawing, theme
 from ioi_mamba.experiments.experiment import Column, Context, Experiment
 from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import option
-from ioi_mamba.model.jobs import call
-from ioi_mamba.passes.cross_talk import NO_LAYER, searches
+from ioi_mamba.model.jobs import each_chunk
+from ioi_mamba.passes.cross_talk import NO_LAYER
 from ioi_mamba.passes.intervals import share_ends
 from ioi_mamba.passes.ranges import left_out_sentence, usable
-from ioi_mamba.passes.sweep import layer_count
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
 from ioi_mamba.tasks.draws import drawn_apart
@@ -79,25 +78,15 @@ def run(context: Context) -> pd.DataFrame:
     range (`ioi_mamba.passes.ranges`), which are right with every layer resampled, are left out. Raises InputError where
     no prompt has a range.
     """
-    model, pairs, options, progress = context.model, context.pairs, context.options, context.progress
+    model, pairs, options = context.model, context.pairs, context.options
     pairs, _, left_out = usable(model, pairs)
     groups = _groups(pairs)
-    per_group = layer_count(model) * (layer_count(model) + 1) // 2
-    # Several groups to a job, and few jobs: a server is asked seldom, and an interruption loses little.
-    size = -(-len(groups) // MAX_JOBS)
+    chunks = [(group.without_text(), options.threshold, options.rows) for _, _, group in groups]
+    found = each_chunk(model, search, chunks, progress=context.progress)
     tables = []
-    for first in range(0, len(groups), size):
-        batch = groups[first : first + size]
-
-        def report(done: int, _: int, before: int = first * per_group) -> None:
-            if progress is not None:
-                progress(before + done, len(groups) * per_group)
-
-        parts = [group.without_text() for _, _, group in batch]
-        found = call(model, searches, parts, options.threshold, options.rows, progress=report)
-        for (template, corruption, group), records in zip(batch, found, strict=True):
-            table = _table(records, group.clusters, options.threshold)
-            tables.append(table.assign(template=template, corruption=corruption, left_out=left_out))
+    for (template, corruption, group), records in zip(groups, found, strict=True):
+        table = _table(records, group.clusters, options.threshold)
+        tables.append(table.assign(template=template, corruption=corruption, left_out=left_out))
     return pd.concat(tables, ignore_index=True)[[column.name for column in COLUMNS]]
 
 

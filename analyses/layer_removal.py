@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ioi_mamba.charts import drawing
 from ioi_mamba.errors import InputError
-from ioi_mamba.experiments.experiment import Column, Context, Experiment
+from ioi_mamba.experiments.experiment import Column, Context, Experiment, share_of
 from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import option
 from ioi_mamba.model.families import FAMILIES
-from ioi_mamba.model.jobs import call, device_of
+from ioi_mamba.model.jobs import conduct, device_of, each_chunk
 from ioi_mamba.passes import metrics
 from ioi_mamba.passes.intervals import share_ends
 from ioi_mamba.passes.metrics import reaches
@@ -83,7 +83,7 @@ def run(context: Context) -> pd.DataFrame:
     n_layers = len(model._module.get_submodule(places[0]))
     steps = min(n_layers - 1, options.steps or n_layers)
     prompts = [None if side is None else side.without_text() for side in (pairs, held_out)]
-    measured = call(model, _removal, *prompts, places, n_layers, steps, options.rows, progress=context.progress)
+    measured = conduct(model, _removal, *prompts, places, n_layers, steps, options.rows, progress=context.progress)
     lows, highs = share_ends(measured[:, 3], measured[:, 5], pairs.clusters)
     table = []
     for row, low, high in zip(measured.tolist(), lows.tolist(), highs.tolist(), strict=True):
@@ -117,13 +117,13 @@ def _removal(
 
     def measure(removed: Sequence[frozenset[int]], prompts: Pairs) -> list[tuple[float, float, float]]:
         nonlocal done
-        scores = []
-        for batch in _batches(removed, max(1, rows // len(prompts))):
-            scores += _scores(model, prompts, places, n_layers, batch, rows)
-            done += len(batch)
-            if progress is not None:
-                progress(done, total)
-        return scores
+        batches = _batches(removed, max(1, rows // len(prompts)))
+        chunks = [(prompts, places, n_layers, batch, rows) for batch in batches]
+        found = each_chunk(
+            model, _scores, chunks, progress=share_of(progress, done / total, (done + len(removed)) / total)
+        )
+        done += len(removed)
+        return [score for scores in found for score in scores]
 
     def valid(removed: frozenset[int]) -> float:
         return float("nan") if held_out is None else measure([removed], held_out)[0][0]
@@ -239,7 +239,14 @@ def _batches(items: Sequence[frozenset[int]], size: int) -> list[Sequence[frozen
 
 
 def _scores(
-    model, pairs: Pairs, places: tuple[str, str], n_layers: int, removed: Sequence[frozenset[int]], rows: int
+    model,
+    pairs: Pairs,
+    places: tuple[str, str],
+    n_layers: int,
+    removed: Sequence[frozenset[int]],
+    rows: int,
+    *,
+    progress=None,
 ) -> list[tuple[float, float, float]]:
     """(accuracy, probability, variance) of each set of removed layers; sets times prompts are rows of few passes."""
     candidates, clusters = pairs.choices, pairs.clusters

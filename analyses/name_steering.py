@@ -32,7 +32,7 @@ from ioi_mamba.charts import drawing
 from ioi_mamba.experiments.experiment import Column, Context, Experiment
 from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import option
-from ioi_mamba.model.jobs import call, device_of
+from ioi_mamba.model.jobs import device_of, each_chunk
 from ioi_mamba.model.memory import rows_per_pass
 from ioi_mamba.passes.forward import forward
 from ioi_mamba.passes.intervals import share_interval
@@ -105,21 +105,12 @@ def run(context: Context) -> pd.DataFrame:
     prompt counts once, with its mean over the block's cells. Test prompts are drawn from `seed` as the published code
     does. Raises InputError for pairs whose names have no roles and a layer out of range.
     """
-    model, pairs, options, progress = context.model, context.pairs, context.options, context.progress
+    model, pairs, options = context.model, context.pairs, context.options
     slots = name_slots(pairs)
     layer = find_layer(model) if options.layer is None else options.layer
     offset = find_offset(model, layer) if options.offset is None else options.offset
     cells = {cell: _distinct(pairs, rows) for cell, rows in sample_cells(pairs, options.per_cell, context.seed).items()}
-    n_tests = len(METHODS) * sum(map(len, cells.values()))
-    n_prompts = 0
-
-    def report(done: int, total: int) -> None:
-        nonlocal n_prompts
-        n_prompts = total
-        if progress is not None:
-            progress(done, total + n_tests)
-
-    names = averages(model, pairs, layer, offset=offset, progress=report)
+    names = averages(model, pairs, layer, offset=offset, progress=context.stage(0, 0.3))
     times = _times(pairs)
     prompts_a_name = len(times) / len(names.names)
     leave_out = prompts_a_name < ENOUGH if options.leave_out is None else options.leave_out
@@ -133,11 +124,8 @@ def run(context: Context) -> pd.DataFrame:
         for part in prompts
     ]
     own = counts if leave_out else [torch.zeros_like(each) for each in counts]
-
-    def report_test(done: int, total: int) -> None:
-        report(n_prompts + done, n_prompts)
-
-    found = call(model, _outcomes, prompts, where, own, names, progress=report_test)
+    chunks = [(names, *cell) for cell in zip(prompts, where, own, strict=True)]
+    found = each_chunk(model, _outcome, chunks, progress=context.stage(0.3, 1))
     outcomes = dict(zip(tested, found, strict=True))
     clusters = pairs.clusters
     tables = []
@@ -286,24 +274,16 @@ def sample_cells(pairs: Pairs, per_cell: int, seed: int) -> dict[tuple[int, int]
     return cells
 
 
-def _outcomes(
-    model, cells: list[Pairs], where: list[tuple[str, str]], own: list[Tensor], names: Averages, *, progress=None
-) -> list[Tensor]:
-    """For each cell, at its (slot, source slot), Int64[method, pair]: 1 where the intended name wins, 0 or UNTESTED.
+def _outcome(model, names: Averages, pairs: Pairs, where: tuple[str, str], times: Tensor, *, progress=None) -> Tensor:
+    """For one cell, at its (slot, source slot), Int64[method, pair]: 1 where the intended name wins, 0 or UNTESTED.
 
-    own: Int64[pair, 2] a cell, how often a pair's clean and its corrupted prompt are to be taken out of the averages.
+    times: Int64[pair, 2], how often a pair's clean and its corrupted prompt are to be taken out of the averages.
     """
-    found, done = [], 0
     with torch.no_grad():
-        for pairs, (slot, source), times in zip(cells, where, own, strict=True):
-            found.append(_outcome(model, pairs, names, slot, source, times))
-            done += len(METHODS) * len(pairs)
-            if progress is not None:
-                progress(done, len(METHODS) * sum(len(cell) for cell in cells))
-    return found
+        return _written(model, names, pairs, *where, times)
 
 
-def _outcome(model, pairs: Pairs, names: Averages, slot: str, source: str, times: Tensor) -> Tensor:
+def _written(model, names: Averages, pairs: Pairs, slot: str, source: str, times: Tensor) -> Tensor:
     at = pairs.roles[slot]
     current = pairs.clean.gather(1, at[:, None])[:, 0]
     new = target = pairs.wrong

@@ -11,7 +11,7 @@ Cells left of the diagonal (j < i), states that were there before the contributi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import altair as alt
@@ -25,7 +25,7 @@ from ioi_mamba.experiments.experiment import Column, Context, Experiment
 from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import option
 from ioi_mamba.model.families import family_of
-from ioi_mamba.model.jobs import call
+from ioi_mamba.model.jobs import each_chunk
 from ioi_mamba.passes.forward import forward
 from ioi_mamba.steering.bottleneck import find_layer
 from ioi_mamba.tasks import ioi
@@ -81,7 +81,9 @@ def run(context: Context) -> pd.DataFrame:
         prompts = _of_pairs(model.tokenizer, pairs)
     else:
         prompts = [_of_text(model.tokenizer, options.prompt, options.names)]
-    similarities = call(model, _similarities, [tokens for _, tokens, _ in prompts], layer, progress=context.progress)
+    similarities = each_chunk(
+        model, _similarities, [(tokens, layer) for _, tokens, _ in prompts], progress=context.progress
+    )
     tables = []
     for (text, tokens, after), matrices in zip(prompts, similarities, strict=True):
         if not bool(torch.isfinite(matrices).all()):
@@ -221,29 +223,22 @@ def _of_text(tokenizer, text: str, names: Sequence[str]) -> tuple[str, Tensor, s
     return prompt.text, torch.tensor(prompt.tokens), {index + 1 for role, index in roles.items() if is_name(role)}
 
 
-def _similarities(
-    model, prompts: list[Tensor], layer: int, *, progress: Callable[[int, int], None] | None = None
-) -> list[Tensor]:
-    """For each prompt [pos], Float32[measure, pos, pos] in the order of MEASURES."""
+def _similarities(model, tokens: Tensor, layer: int, *, progress=None) -> Tensor:
+    """Of one prompt [pos], Float32[measure, pos, pos] in the order of MEASURES."""
     sites = [f"blocks.{layer}.hook_{site}" for site in ("ssm_input", "A_bar", "B_bar", "h")]
-    found = []
     with torch.no_grad():
-        for tokens in prompts:
-            read = forward(model, tokens[None], reads=sites)
-            x, decay, B_bar, h = (read[site][0].float() for site in sites)
-            terms = family_of(model).mixer.recurrence_terms(decay, B_bar, x)
-            decay, added = (term.expand_as(h).flatten(1) for term in terms)
-            h = h.flatten(1)
-            faded = cosines(added, h)
-            remaining = added.clone()
-            for j in range(1, len(tokens)):
-                # What is left after token j of every contribution made before it.
-                remaining[:j] *= decay[j]
-                faded[:j, j] = cosines(remaining[:j], h[j : j + 1])[:, 0]
-            found.append(torch.stack((cosines(added, h), faded, cosines(added, added), cosines(h, h))).cpu())
-            if progress is not None:
-                progress(len(found), len(prompts))
-    return found
+        read = forward(model, tokens[None], reads=sites)
+        x, decay, B_bar, h = (read[site][0].float() for site in sites)
+        terms = family_of(model).mixer.recurrence_terms(decay, B_bar, x)
+        decay, added = (term.expand_as(h).flatten(1) for term in terms)
+        h = h.flatten(1)
+        faded = cosines(added, h)
+        remaining = added.clone()
+        for j in range(1, len(tokens)):
+            # What is left after token j of every contribution made before it.
+            remaining[:j] *= decay[j]
+            faded[:j, j] = cosines(remaining[:j], h[j : j + 1])[:, 0]
+        return torch.stack((cosines(added, h), faded, cosines(added, added), cosines(h, h))).cpu()
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:

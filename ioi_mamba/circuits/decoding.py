@@ -7,14 +7,16 @@ source position and D x. The "logit lens" reads each layer's stream as if it wer
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ioi_mamba.circuits import relevance
 from ioi_mamba.circuits.patching import nodes_of, sink_hooks, source_hooks
 from ioi_mamba.model.families import family_of, sizes_of
-from ioi_mamba.model.jobs import call, device_of
-from ioi_mamba.model.memory import rows_per_pass
+from ioi_mamba.model.jobs import device_of, each_chunk
+from ioi_mamba.model.memory import rows_per_chunk
 from ioi_mamba.passes.forward import Start, forward
 from ioi_mamba.passes.metrics import logit_diff
 from ioi_mamba.passes.sweep import Progress, pair_named
@@ -33,31 +35,28 @@ def direct_attribution(model, pairs: Pairs, progress: Progress | None = None) ->
         skip: Float[mixer, pair], of each mixer what D x gives; state and skip sum to the mixer's node but for a bias.
         logit_diff: Float[pair].
     """
-    rows = min(64, rows_per_pass(model, pairs.clean.shape[1], "flows"))
-    with pair_named(model, pairs):
-        return call(model, _direct, pairs.without_text(), rows, progress=progress)
+    rows = min(64, rows_per_chunk(model, len(pairs), pairs.clean.shape[1], "flows"))
+    return _in_chunks(model, pairs, rows, _direct, progress)
 
 
 def logit_lens(model, pairs: Pairs, progress: Progress | None = None) -> Tensor:
     """The logit difference that the stream after each layer would give, read by the last norm and the head: Float[layer, pair]."""
-    rows = rows_per_pass(model, pairs.clean.shape[1], "edges")
-    with pair_named(model, pairs):
-        return call(model, _lens, pairs.without_text(), rows, progress=progress)["logit_diff"]
+    rows = rows_per_chunk(model, len(pairs), pairs.clean.shape[1], "edges")
+    return _in_chunks(model, pairs, rows, _lens, progress)["logit_diff"]
 
 
 def _in_chunks(model, pairs: Pairs, rows: int, work, progress: Progress | None) -> dict[str, Tensor]:
-    found = []
-    for first in range(0, len(pairs), rows):
-        found.append(work(model, pairs[first : first + rows]))
-        if progress:
-            progress(min(first + rows, len(pairs)), len(pairs))
+    bare = pairs.without_text()
+    chunks = [(bare[first : first + rows],) for first in range(0, len(pairs), rows)]
+    with pair_named(model, pairs):
+        found = each_chunk(model, work, chunks, progress=progress)
     return {name: torch.cat([each[name] for each in found], -1) for name in found[0]}
 
 
-def _direct(model, pairs: Pairs, rows: int, *, progress: Progress | None = None) -> dict[str, Tensor]:
+def _direct(model, pairs: Pairs, *, progress: Progress | None = None) -> dict[str, Tensor]:
     # Gradients are to be had inside torch.inference_mode too, from tensors that were made outside it.
     with torch.inference_mode(False):
-        return _in_chunks(model, pairs, rows, _direct_chunk, progress)
+        return _direct_chunk(model, replace(pairs, clean=pairs.clean.clone(), corrupted=pairs.corrupted.clone()))
 
 
 def _direct_chunk(model, pairs: Pairs) -> dict[str, Tensor]:
@@ -132,11 +131,7 @@ def _direct_chunk(model, pairs: Pairs) -> dict[str, Tensor]:
         )
 
 
-def _lens(model, pairs: Pairs, rows: int, *, progress: Progress | None = None) -> dict[str, Tensor]:
-    return _in_chunks(model, pairs, rows, _lens_chunk, progress)
-
-
-def _lens_chunk(model, pairs: Pairs) -> dict[str, Tensor]:
+def _lens(model, pairs: Pairs, *, progress: Progress | None = None) -> dict[str, Tensor]:
     n_layers = sizes_of(model).n_layers
     streams = [f"blocks.{layer}.hook_resid_post" for layer in range(n_layers)]
     found = []

@@ -14,6 +14,7 @@ A flow is scored by gradient, for all at once, or exactly, each patched alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
@@ -23,8 +24,8 @@ from torch import Tensor
 from ioi_mamba.circuits.scoring import check_one_layout
 from ioi_mamba.errors import InputError
 from ioi_mamba.model.families import family_of, layers_with, mixer_layer, sizes_of
-from ioi_mamba.model.jobs import call, device_of
-from ioi_mamba.model.memory import rows_per_pass
+from ioi_mamba.model.jobs import call, device_of, each_chunk
+from ioi_mamba.model.memory import rows_per_chunk
 from ioi_mamba.model.portable import portable
 from ioi_mamba.passes.forward import Start, forward
 from ioi_mamba.passes.intervals import mean_interval
@@ -128,10 +129,14 @@ def flow_scores(
 ) -> Tensor:
     """As `token_flow`, of pairs that all have a range: Float[layer, head or 1, target, source, pair]."""
     if pairs_per_pass is None:
-        pairs_per_pass = min(64, rows_per_pass(model, pairs.clean.shape[1], "flows"))
-    work = _by_gradient if method == "eap" else _each_alone
+        pairs_per_pass = min(64, rows_per_chunk(model, len(pairs), pairs.clean.shape[1], "flows"))
+    work, bare = _gradient_chunk if method == "eap" else _each_alone, pairs.without_text()
+    chunks = [
+        (bare[first : first + pairs_per_pass], list(layers), heads, pairs_per_pass)
+        for first in range(0, len(pairs), pairs_per_pass)
+    ]
     with pair_named(model, pairs):
-        return call(model, work, pairs.without_text(), list(layers), heads, pairs_per_pass, progress=progress)
+        return torch.cat(each_chunk(model, work, chunks, progress=progress), -1)
 
 
 def patch_flow(model: Any, pairs: Pairs, flows: Iterable[Flow | Sequence[int]]) -> Tensor:
@@ -223,22 +228,18 @@ def _difference(pairs: Pairs, logits: Tensor) -> Tensor:
     return logit_diff(scores, pairs.answer.to(scores.device), pairs.wrong.to(scores.device))
 
 
-def _by_gradient(
+def _gradient_chunk(
     model, pairs: Pairs, layers: list[int], heads: bool, pairs_per_pass: int, *, progress: Progress | None = None
 ) -> Tensor:
-    chunks = []
-    for first in range(0, len(pairs), pairs_per_pass):
-        # Gradients are to be had inside torch.inference_mode too, from tensors that were made outside it.
-        with torch.inference_mode(False):
-            part = pairs[first : first + pairs_per_pass]
-            chunks.append(_gradient_chunk(model, part, layers, heads))
-        if progress:
-            progress(min(first + pairs_per_pass, len(pairs)), len(pairs))
-    return torch.cat(chunks, -1)
-
-
-def _gradient_chunk(model, pairs: Pairs, layers: list[int], heads: bool) -> Tensor:
     """Scores [layer, head or 1, target, source, pair] of one chunk."""
+    # Gradients are to be had inside torch.inference_mode too, from tensors that were made outside it.
+    with torch.inference_mode(False):
+        return _gradients(
+            model, replace(pairs, clean=pairs.clean.clone(), corrupted=pairs.corrupted.clone()), layers, heads
+        )
+
+
+def _gradients(model, pairs: Pairs, layers: list[int], heads: bool) -> Tensor:
     mixer, corrupted = family_of(model).mixer, _corrupted(model, pairs, layers)
     at_y: dict[int, Tensor] = {}
     now: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
@@ -283,34 +284,32 @@ def _gradient_chunk(model, pairs: Pairs, layers: list[int], heads: bool) -> Tens
 def _each_alone(
     model, pairs: Pairs, layers: list[int], heads: bool, pairs_per_pass: int, *, progress: Progress | None = None
 ) -> Tensor:
+    """The same, each flow patched alone: a pass has as many flows as fill it."""
     L, n_heads = pairs.clean.shape[1], sizes_of(model).letters.get("H", 1) if heads else 1
     places = [(head, t, s) for head in range(n_heads) for t in range(L) for s in range(t + 1)]
     found = torch.zeros(len(layers), n_heads, L, L, len(pairs))
-    done = 0
-    for first in range(0, len(pairs), pairs_per_pass):
-        part = pairs[first : first + pairs_per_pass]
-        corrupted = _corrupted(model, part, layers)
-        streams = {layer: f"blocks.{layer}.hook_resid_pre" for layer in layers}
-        with torch.no_grad():
-            clean = forward(model, part.clean, reads=list(streams.values()), logits_at=part.read_at, own_scan=True)
-        ends = [_difference(part, run["hook_logits"]) for run in (clean, corrupted)]
-        sets = max(1, pairs_per_pass // len(part))
-        for i, layer in enumerate(layers):
-            for begin in range(0, len(places), sets):
-                group = places[begin : begin + sets]
-                weight = torch.zeros(len(group), n_heads, L, L)
-                for row, (head, t, s) in enumerate(group):
-                    weight[row, head, t, s] = 1
-                n = len(group)
-                start = Start(layer, clean[streams[layer]].repeat(n, 1, 1), {}, {})
-                tokens = part.clean.to(device_of(model)).repeat(n, 1)
-                options = {"start": start, "logits_at": part.read_at.repeat(n, 1)}
-                logits = _run_with(model, tokens, corrupted, {layer: weight}, **options)
-                moved = _difference(part, logits.unflatten(0, (n, -1)))
-                effects = (normalized_logit_diff(moved, *ends) - normalized_logit_diff(ends[0], *ends)).cpu()
-                for row, (head, t, s) in enumerate(group):
-                    found[i, head, t, s, first : first + len(part)] = effects[row]
-                done += n * len(part)
-                if progress:
-                    progress(done, len(places) * len(layers) * len(pairs))
+    corrupted = _corrupted(model, pairs, layers)
+    streams = {layer: f"blocks.{layer}.hook_resid_pre" for layer in layers}
+    with torch.no_grad():
+        clean = forward(model, pairs.clean, reads=list(streams.values()), logits_at=pairs.read_at, own_scan=True)
+    ends = [_difference(pairs, run["hook_logits"]) for run in (clean, corrupted)]
+    sets, done = max(1, pairs_per_pass // len(pairs)), 0
+    for i, layer in enumerate(layers):
+        for begin in range(0, len(places), sets):
+            group = places[begin : begin + sets]
+            weight = torch.zeros(len(group), n_heads, L, L)
+            for row, (head, t, s) in enumerate(group):
+                weight[row, head, t, s] = 1
+            n = len(group)
+            start = Start(layer, clean[streams[layer]].repeat(n, 1, 1), {}, {})
+            tokens = pairs.clean.to(device_of(model)).repeat(n, 1)
+            options = {"start": start, "logits_at": pairs.read_at.repeat(n, 1)}
+            logits = _run_with(model, tokens, corrupted, {layer: weight}, **options)
+            moved = _difference(pairs, logits.unflatten(0, (n, -1)))
+            effects = (normalized_logit_diff(moved, *ends) - normalized_logit_diff(ends[0], *ends)).cpu()
+            for row, (head, t, s) in enumerate(group):
+                found[i, head, t, s] = effects[row]
+            done += n
+            if progress:
+                progress(done, len(places) * len(layers))
     return found

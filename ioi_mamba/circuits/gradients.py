@@ -172,23 +172,22 @@ def scores(
     parts: bool,
     positions: bool,
     per_pair: bool,
-    pairs_per_pass: int,
+    first: int,
     *,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """As `_chunk_scores`, of all pairs; without `positions` summed, without `per_pair` averaged, to length 1."""
-    chunks = []
-    for first in range(0, len(pairs), pairs_per_pass):
-        # Gradients are to be had inside torch.inference_mode too, from tensors that were made outside it.
-        with torch.inference_mode(False):
-            part = pairs[first : first + pairs_per_pass]
-            part = replace(part, clean=part.clean.clone(), corrupted=part.corrupted.clone())
-            chunks.append(_chunk_scores(model, part, alphas, steps, variant, parts))
-        if progress:
-            progress(min(first + pairs_per_pass, len(pairs)), len(pairs))
-    found = {name: torch.cat([chunk[name] for chunk in chunks]).cpu() for name in chunks[0]}
+    """As `_chunk_scores`, on the CPU; summed to length 1 without `positions`, and, in float64, without `per_pair`.
+
+    A function for `each_chunk`.
+    first: the number of the first of these pairs among all.
+    """
+    # Gradients are to be had inside torch.inference_mode too, from tensors that were made outside it.
+    with torch.inference_mode(False):
+        own = replace(pairs, clean=pairs.clean.clone(), corrupted=pairs.corrupted.clone())
+        found = {name: score.cpu() for name, score in _chunk_scores(model, own, alphas, steps, variant, parts).items()}
+    for score in found.values():
+        pairs.check_finite("scores", score.movedim(0, -1), first)
     for name, score in found.items():
-        pairs.check_finite("scores", score.movedim(0, -1))
         score = score if positions else score.sum(-1, keepdim=True)
-        found[name] = score if per_pair else score.mean(0, keepdim=True)
+        found[name] = score if per_pair else score.double().sum(0, keepdim=True)
     return found

@@ -13,8 +13,8 @@ from ioi_mamba.circuits import gradients
 from ioi_mamba.circuits.graph import Item, Universe
 from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.circuits.variants import Variant, variant_of
-from ioi_mamba.model.jobs import call
-from ioi_mamba.model.memory import rows_per_pass
+from ioi_mamba.model.jobs import each_chunk
+from ioi_mamba.model.memory import rows_per_chunk
 from ioi_mamba.passes.sweep import Progress, pair_named
 from ioi_mamba.registry import named
 from ioi_mamba.tasks.base import Pairs
@@ -100,10 +100,14 @@ def _by_gradients(
     _, variant, _, positions, parts, per_pair, pairs_per_pass = options
     if pairs_per_pass is None:
         kind = "part gradients" if parts else "gradients"
-        pairs_per_pass = min(64, rows_per_pass(model, pairs.clean.shape[1], kind))
-    passes = (alphas, steps, variant_of(variant), parts, positions, per_pair, pairs_per_pass)
+        pairs_per_pass = min(64, rows_per_chunk(model, len(pairs), pairs.clean.shape[1], kind))
+    passes, bare = (alphas, steps, variant_of(variant), parts, positions, per_pair), pairs.without_text()
+    chunks = [(bare[first : first + pairs_per_pass], *passes, first) for first in range(0, len(pairs), pairs_per_pass)]
     with pair_named(model, pairs):
-        scores = call(model, gradients.scores, pairs.without_text(), *passes, progress=progress)
+        found = each_chunk(model, gradients.scores, chunks, progress=progress)
+    scores = {name: torch.cat([chunk[name] for chunk in found]) for name in found[0]}
+    if not per_pair:
+        scores = {name: (score.sum(0, keepdim=True) / len(pairs)).float() for name, score in scores.items()}
     columns = [scores["edges"][:, i, j - 1] for i, j in universe.edges()]
     mixers = [w for w, (*_, name) in enumerate(universe.writers) if name == "mamba"]
     columns += [scores["parts"][:, w, k] for w in mixers for k in range(len(universe.inside))]

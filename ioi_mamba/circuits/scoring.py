@@ -14,11 +14,12 @@ from torch import Tensor
 from ioi_mamba.circuits.graph import Item, Masks, Universe, masks_of
 from ioi_mamba.circuits.patching import corrupted_run, kept_floats, patched_run
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.jobs import call, runs_here
-from ioi_mamba.model.memory import rows_per_pass
+from ioi_mamba.model.jobs import conduct, each_chunk, runs_here
+from ioi_mamba.model.memory import rows_per_chunk, rows_per_pass
 from ioi_mamba.passes import metrics
 from ioi_mamba.passes.ranges import has_range, no_range
 from ioi_mamba.passes.sweep import Progress
+from ioi_mamba.remote.store import Scratch
 from ioi_mamba.tasks.base import Pairs, check_pairs
 
 SCORES = (
@@ -60,9 +61,11 @@ class Evaluator:
         if universe.n_positions is not None:
             check_one_layout(pairs)
         self.model, self.pairs, self.universe, self.resume = model, pairs, universe, resume
-        self.rows = rows or rows_per_pass(model, pairs.clean.shape[1], "parts" if universe.parts else "edges")
+        n_positions, kind = pairs.clean.shape[1], "parts" if universe.parts else "edges"
+        self.rows = rows or rows_per_pass(model, n_positions, kind)
+        self.size = min(rows or len(pairs), rows_per_chunk(model, len(pairs), n_positions, kind))
         self.keeps = 4 * kept_floats(model, universe, pairs.clean.shape[1]) * len(pairs) <= keep_mib * 2**20
-        self._memory: dict | None = {} if runs_here(model) and self.keeps else None
+        self._memory: Scratch | None = Scratch() if runs_here(model) and self.keeps else None
         self._ends: Tensor | None = None
         self._kept: Tensor | None = None
 
@@ -73,8 +76,8 @@ class Evaluator:
         """
         masks = masks_of([list(items) for items in patched], self.universe, self.pairs.clean.shape[1])
         pairs = self.pairs.without_text()
-        options = (self.universe.parts, self.rows, self._memory, self.resume)
-        found = call(self.model, _scores, pairs, masks, *options, progress=progress)
+        options = (self.universe.parts, self.rows, self.size, self._memory, self.resume)
+        found = conduct(self.model, _scores, pairs, masks, *options, progress=progress)
         kept = self._kept = found.pop(USABLE).nonzero()[:, 0]
         if len(kept) == 0:
             raise InputError(no_range(len(self.pairs)))
@@ -134,7 +137,7 @@ def smallest_size(n_items: int, above: Callable[[int, int, int], bool]) -> int:
 def chosen_sizes(
     evaluator: Evaluator, samples: Sequence[Tensor], orders: Sequence[Sequence[Item]], target: float
 ) -> list[int]:
-    """How many first items of each order are enough for an accuracy above `target` on its sample, as one job.
+    """How many first items of each order are enough for an accuracy above `target` on its sample; a sample is a chunk.
 
     samples: Int64[row], some of the evaluator's pairs, one for each order of the same items.
     """
@@ -148,34 +151,33 @@ def chosen_sizes(
         powers = torch.tensor([2.0**digit for digit in digits])
         ranks.append(Masks(*(torch.tensordot(powers, mask, 1)[None] for mask in masks)))
     parts = [pairs[rows].without_text() for rows in samples]
-    options = (len(orders[0]), target, evaluator.rows, universe.parts, evaluator.keeps)
-    return call(evaluator.model, _sizes, parts, ranks, *options).tolist()
+    options = (len(orders[0]), target, evaluator.rows, evaluator.size, universe.parts, evaluator.keeps)
+    chunks = [(part, rank, *options) for part, rank in zip(parts, ranks, strict=True)]
+    return each_chunk(evaluator.model, _smallest, chunks)
 
 
-def _sizes(
+def _smallest(
     model,
-    samples: list[Pairs],
-    ranks: list[Masks],
+    pairs: Pairs,
+    rank: Masks,
     n_items: int,
     target: float,
     rows: int,
+    size: int,
     parts: bool,
     keeps: bool,
     *,
     progress=None,
-) -> Tensor:
-    """Int64[sample], what `chosen_sizes` gives; ranks: of each item, from 1, 0 for what is kept always."""
-    found = []
-    for pairs, rank in zip(samples, ranks, strict=True):
-        memory: dict | None = {} if keeps else None
+) -> int:
+    """What `chosen_sizes` gives of one sample; rank: of each item, from 1, 0 for what is kept always."""
+    memory: Scratch | None = Scratch() if keeps else None
 
-        def above(size: int, low: int, high: int, pairs=pairs, rank=rank, memory=memory) -> bool:
-            masks = Masks(*((each > size).float() for each in rank))
-            scores = _scores(model, pairs, masks, parts, rows, memory, True)
-            return float(scores["accuracy"][0, scores[USABLE]].mean()) > target
+    def above(n: int, low: int, high: int) -> bool:
+        masks = Masks(*((each > n).float() for each in rank))
+        scores = _scores(model, pairs, masks, parts, rows, size, memory, True)
+        return float(scores["accuracy"][0, scores[USABLE]].mean()) > target
 
-        found.append(smallest_size(n_items, above))
-    return torch.tensor(found)
+    return smallest_size(n_items, above)
 
 
 def check_one_layout(pairs: Pairs) -> None:
@@ -194,50 +196,65 @@ def _scores(
     masks: Masks,
     parts: bool,
     rows: int,
-    memory: dict | None,
+    size: int,
+    memory: Scratch | None,
     resume: bool,
     *,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Scores [set, pair] by name, the logit differences of ENDS [pair], and USABLE [pair], whether a pair has a range.
 
-    Pairs without a range have scores of 0. The logits of few sets live at a time.
+    Pairs without a range have scores of 0. rows: in a pass; size: pairs of a chunk.
     parts: whether later calls may patch parts, so that what is kept in `memory` must serve them.
     """
-    n_sets, size = masks.edges.shape[0], min(rows, len(pairs))
-    found: dict[str, list[Tensor]] = {name: [] for name in (*SCORES, *ENDS, USABLE)}
-    for k, first in enumerate(range(0, len(pairs), size)):
-        chunk = pairs[first : first + size]
-        values = None if memory is None else memory.get(k)
-        if values is None:
-            corrupted = corrupted_run(model, chunk, parts=bool(masks.parts.any()) if memory is None else parts)
-            nothing = Masks(*(torch.zeros_like(mask[:1]) for mask in masks))
-            logits, last_run = patched_run(model, chunk, corrupted, nothing)
-            values = (corrupted, logits[0], last_run)
-            for name, logits in zip(ENDS, (values[1], corrupted.logits), strict=True):
-                chunk.check_finite(f"logits of its {name} prompt", logits.sum(-1), first)
-        corrupted, clean, last_run = values
-        ends = (clean, corrupted.logits)
-        usable = has_range(*(metrics.answer_logits(logits, *_answers(chunk, logits)) for logits in ends))
-        step = max(1, rows // len(chunk))
-        of_sets: dict[str, list[Tensor]] = {name: [] for name in SCORES}
-        for begin in range(0, n_sets, step):
-            group = Masks(*(mask[begin : begin + step] for mask in masks))
-            logits, last_run = patched_run(model, chunk, corrupted, group, last_run if resume else None)
-            for name, score in _score(chunk, logits.float(), *(each.float() for each in ends)).items():
-                score = torch.where(usable, score, 0.0)
-                chunk.check_finite(f"a {name} when patched", score, first)
-                of_sets[name].append(score.cpu())
-            if progress:
-                progress(first * n_sets + min(begin + step, n_sets) * len(chunk), len(pairs) * n_sets)
-        if memory is not None:
-            memory[k] = (corrupted, clean, last_run)
-        for name, scores in of_sets.items():
-            found[name].append(torch.cat(scores))
-        for name, logits in zip(ENDS, ends, strict=True):
-            found[name].append(metrics.logit_diff(logits.float(), *_answers(chunk, logits)).cpu())
-        found[USABLE].append(usable.cpu())
-    return {name: torch.cat(parts_, dim=-1) for name, parts_ in found.items()}
+    chunks = [
+        (pairs[first : first + size], masks, parts, rows, first, memory, resume) for first in range(0, len(pairs), size)
+    ]
+    found = each_chunk(model, _chunk_scores, chunks, progress=progress)
+    return {name: torch.cat([chunk[name] for chunk in found], dim=-1) for name in found[0]}
+
+
+def _chunk_scores(
+    model,
+    pairs: Pairs,
+    masks: Masks,
+    parts: bool,
+    rows: int,
+    first: int,
+    memory: Scratch | None,
+    resume: bool,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """The same of the pairs from number `first` on. The logits of few sets live at a time."""
+    n_sets, step = masks.edges.shape[0], max(1, rows // len(pairs))
+    values = None if memory is None else memory.get(first)
+    if values is None:
+        corrupted = corrupted_run(model, pairs, parts=bool(masks.parts.any()) if memory is None else parts)
+        nothing = Masks(*(torch.zeros_like(mask[:1]) for mask in masks))
+        logits, last_run = patched_run(model, pairs, corrupted, nothing)
+        values = (corrupted, logits[0], last_run)
+        for name, logits in zip(ENDS, (values[1], corrupted.logits), strict=True):
+            pairs.check_finite(f"logits of its {name} prompt", logits.sum(-1), first)
+    corrupted, clean, last_run = values
+    ends = (clean, corrupted.logits)
+    usable = has_range(*(metrics.answer_logits(logits, *_answers(pairs, logits)) for logits in ends))
+    of_sets: dict[str, list[Tensor]] = {name: [] for name in SCORES}
+    for begin in range(0, n_sets, step):
+        group = Masks(*(mask[begin : begin + step] for mask in masks))
+        logits, last_run = patched_run(model, pairs, corrupted, group, last_run if resume else None)
+        for name, score in _score(pairs, logits.float(), *(each.float() for each in ends)).items():
+            score = torch.where(usable, score, 0.0)
+            pairs.check_finite(f"a {name} when patched", score, first)
+            of_sets[name].append(score.cpu())
+        if progress:
+            progress(min(begin + step, n_sets), n_sets)
+    if memory is not None:
+        memory[first] = (corrupted, clean, last_run)
+    found = {name: torch.cat(scores) for name, scores in of_sets.items()}
+    for name, logits in zip(ENDS, ends, strict=True):
+        found[name] = metrics.logit_diff(logits.float(), *_answers(pairs, logits)).cpu()
+    return found | {USABLE: usable.cpu()}
 
 
 def _answers(pairs: Pairs, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,13 @@ import torch
 
 from ioi_mamba.errors import InputError
 from ioi_mamba.model.families import family_of, sizes_of
-from ioi_mamba.model.jobs import device_of
+from ioi_mamba.model.jobs import chunks_wanted, device_of
 
 MIB = 2**20
+CHUNKS = 16
+"""Of a pass over pairs, unless they would be too small: a run that is cut off loses about a sixteenth of it."""
+BUSY = 2e9
+"""Multiply-adds of a pass beside which the time for setting it up, milliseconds a layer, does not count on a CPU core."""
 PASSES = ("sweep", "edges", "parts", "gradients", "part gradients", "flows")
 """Kinds of pass: resumed with rolled states; edges patched, or edges and parts; the same with gradients kept; flows."""
 
@@ -28,6 +32,27 @@ def rows_per_pass(model, n_positions: int, kind: str = "sweep", budget_mib: floa
     if budget_mib is None:
         budget_mib = 1024 if torch.device(device_of(model)).type == "cpu" else 8192
     return max(1, int(budget_mib / row_mib(model, n_positions, kind)))
+
+
+def chunk_count(model, n_rows: int) -> int:
+    """How many chunks so many pairs are to be cut into, if that is worth the while: as asked for, or 16."""
+    return min(n_rows, chunks_wanted(model) or CHUNKS)
+
+
+def rows_per_chunk(model, n_rows: int, n_positions: int, kind: str = "sweep") -> int:
+    """How many of `n_rows` pairs make a chunk, as few as keep a pass busy and at most as many as fit into one.
+
+    A chunk is what a worker gets, and what a run that is cut off loses. The number does not depend on how many workers
+    there are, so that results are the same bits whoever computes them, unless a number of chunks is asked for.
+    """
+    fits = min(n_rows, rows_per_pass(model, n_positions, kind))
+    rows = -(-n_rows // chunk_count(model, n_rows))
+    if chunks_wanted(model) is None:
+        size, on_cpu = sizes_of(model), torch.device(device_of(model)).type in ("cpu", "meta")
+        # The weights of a layer, nearly: in and out of a width that is about twice that of the stream.
+        per_row = 6 * size.letters["D"] ** 2 * size.n_layers * n_positions
+        rows = max(rows, int((BUSY if on_cpu else 100 * BUSY) / per_row))
+    return max(1, min(fits, rows))
 
 
 def needed_mib(model, n_pairs: int, n_positions: int, kind: str) -> float:

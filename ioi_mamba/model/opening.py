@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,10 +16,11 @@ from ioi_mamba.files import EMBEDDED
 from ioi_mamba.model import compiled_scan
 from ioi_mamba.model.families import FAMILIES, check_labels
 from ioi_mamba.model.mamba import checkpoints
+from ioi_mamba.remote.workers import RayJobs, Workers
 
 KNOWN = (*EMBEDDED, *(name for family in FAMILIES.values() for name in family.published))
 """The embedded models and published ones, to be named where an unknown name is near."""
-BACKENDS = ("local", "ndif", "local-serialized")
+BACKENDS = ("local", "ray", "ndif", "local-serialized")
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -99,6 +102,7 @@ def open_model(
     dtype: str | torch.dtype = "float32",
     backend: str = "local",
     host: str | None = None,
+    workers: Workers | None = None,
     any_architecture: bool = False,
 ):
     """An nnsight `TransformersModel` ready for `read`, `run`, `mixer` and every experiment. Parameters are frozen.
@@ -107,7 +111,8 @@ def open_model(
     mamba_ssm (`mamba/checkpoints.py`); without a tokenizer, prompts are token ids. device: "cpu", "cuda", ...; default a GPU
     if there is one. dtype: float32, float64, bfloat16 or float16, by name or as torch has it; the scan itself never runs below float32.
     any_architecture: accept causal language models that are no Mamba too (for `layer-removal`, which needs none).
-    backend: "local"; "ndif", the model stays on an NDIF server (`host`, default nnsight's setting; dtype and device
+    backend: "local"; "ray", `workers` that Ray runs hold the model once each and share the work (`model.jobs.close()`
+    ends them); "ndif", the model stays on an NDIF server (`host`, default nnsight's setting; dtype and device
     are the server's, and a directory must be there under the same path); "local-serialized", everything a server
     would be sent is serialised and run here.
     Raises InputError for an unknown model, a directory without config or weights, and a model that is not a Mamba.
@@ -118,6 +123,8 @@ def open_model(
 
     if backend not in BACKENDS:
         raise InputError(f"backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}.")
+    if workers is not None and backend != "ray":
+        raise InputError(f"--address and --workers are for backend 'ray', not {backend!r}: leave them out.")
     if host is not None and backend != "ndif":
         raise InputError(f"--host {host} is for backend 'ndif', not {backend!r}: leave it out.")
     dtype = str(dtype).removeprefix("torch.")
@@ -135,6 +142,13 @@ def open_model(
                 f"{name!r} is in the layout of mamba_ssm, which a server cannot open: use its -hf version."
             )
         model = _on_a_server(path, local, name, config, host)
+    elif backend == "ray":
+        opened = partial(open_model, name, device=device, dtype=dtype, any_architecture=any_architecture)
+        weights = checkpoints.without_weights(path, original, getattr(torch, dtype))
+        tokenizer = _tokenizer(path, name, original, weights.config.vocab_size)
+        model = TransformersModel(weights, task="text-generation", tokenizer=tokenizer, device="meta")
+        workers = workers or Workers()
+        model.jobs = RayJobs(opened, replace(workers, gpus=0) if device == "cpu" else workers)
     else:
         weights = _weights(path, name, original, device, dtype)
         if weights.device.type == "cpu":
@@ -190,7 +204,7 @@ def _on_a_server(path: str, local: bool, name: str, config: dict, host: str | No
     from nnsight import TransformersModel
     from nnsight.modeling import huggingface
 
-    from ioi_mamba.remote.client import Jobs, host_of
+    from ioi_mamba.remote.client import ServerJobs, host_of
 
     host = host_of(host)
     # So that a trace with remote=True on this model goes there too.
@@ -200,6 +214,6 @@ def _on_a_server(path: str, local: bool, name: str, config: dict, host: str | No
         huggingface._ID_CACHE[path] = path
     tokenizer = _tokenizer(path, name, None, config["vocab_size"])
     model = TransformersModel(path, task="text-generation", tokenizer=tokenizer)
-    model.jobs = Jobs(model.to_model_key(), host)
+    model.jobs = ServerJobs(model.to_model_key(), host)
     model.sent_config = model.config
     return model

@@ -43,31 +43,22 @@ def _rows_per_pass(model, pairs: Pairs) -> int:
     return max(1, budget // (4 * held))
 
 
-def searches(
-    model,
-    groups: list[Pairs],
-    threshold: float,
-    rows: int | None,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Tensor]:
-    """Of each group, Float64[candidate, 6]: step, layer or -1, accuracy, probability, variance of accuracy, chosen."""
-    per_group = layer_count(model) * (layer_count(model) + 1) // 2
-    found = []
+def search(
+    model, pairs: Pairs, threshold: float, rows: int | None, *, progress: Callable[[int, int], None] | None = None
+) -> Tensor:
+    """Float64[candidate, 6]: step, layer or -1, accuracy, probability, variance of accuracy, chosen; a function for `each_chunk`."""
+    total = layer_count(model) * (layer_count(model) + 1) // 2
+
+    def report(done: int) -> None:
+        if progress is not None:
+            progress(done, total)
+
     with torch.no_grad():
-        for number, group in enumerate(groups):
-
-            def report(done: int, before: int = number * per_group) -> None:
-                if progress is not None:
-                    progress(before + done, len(groups) * per_group)
-
-            found.append(_greedy(model, group, threshold, rows or _rows_per_pass(model, group), report))
-            report(per_group)
-    return found
+        return _greedy(model, pairs, threshold, rows or _rows_per_pass(model, pairs), report)
 
 
 def _greedy(model, pairs: Pairs, threshold: float, rows: int, report: Callable[[int], None]) -> Tensor:
-    """The search in one group; see `searches` for what is returned."""
+    """The search in one group; see `search` for what is returned."""
     clusters = pairs.clusters
     parts = [pairs[index] for index in torch.arange(len(pairs)).split(rows)]
     left, circuit, records = list(range(layer_count(model))), [], []

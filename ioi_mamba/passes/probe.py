@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -13,6 +12,7 @@ import torch
 from ioi_mamba.errors import InputError, ServerError
 from ioi_mamba.model.jobs import call, runs_here
 from ioi_mamba.passes.forward import forward
+from ioi_mamba.remote.store import weights_digest
 
 KERNELS = ("mamba_ssm", "causal_conv1d")
 
@@ -59,18 +59,6 @@ def weights_of(model) -> str:
     Whatever is kept of a model is kept with this: after an edit of its weights it is made anew.
     """
     return weights_digest(model._module.state_dict()) if runs_here(model) else "on a server"
-
-
-def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256, in hex, of a state dict's names, dtypes, shapes and values; of mamba-370m in float32 about a second."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().reshape(-1)
-        # A piece at a time, so that a model on a GPU is not copied to memory whole.
-        for piece in flat.split(1 << 24):
-            digest.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _gradients(model, *, progress=None) -> bool:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.jobs import call
-from ioi_mamba.model.memory import rows_per_pass
+from ioi_mamba.model.jobs import conduct, each_chunk
+from ioi_mamba.model.memory import rows_per_chunk
 from ioi_mamba.passes.metrics import logit_diff
 from ioi_mamba.passes.sweep import choice_scores
 from ioi_mamba.tasks.base import Pairs, check_pairs
@@ -56,7 +56,7 @@ def usable(model, pairs: Pairs) -> Usable:
 
 def usable_of(model, sets: Sequence[Pairs]) -> list[Usable]:
     """As `usable`, of several sets of pairs, all as one job."""
-    ends = call(model, _ends, [check_pairs(pairs).without_text() for pairs in sets])
+    ends = conduct(model, _ends, [check_pairs(pairs).without_text() for pairs in sets])
     found = []
     for pairs, logits in zip(sets, ends, strict=True):
         for name, side in logits.items():
@@ -92,15 +92,26 @@ def left_out_sentence(table) -> list[str]:
 
 def _ends(model, sets: list[Pairs], *, progress=None) -> list[dict[str, Tensor]]:
     """Of each set the logits of (answer, wrong), [pair, 2], of its clean and corrupted prompts, in the model's dtype."""
-    found = []
+    chunks, of_set = [], []
+    for k, pairs in enumerate(sets):
+        for rows in torch.arange(len(pairs)).split(rows_per_chunk(model, len(pairs), pairs.clean.shape[1])):
+            chunks.append((pairs[rows],))
+            of_set.append(k)
+    found = each_chunk(model, _ends_chunk, chunks, progress=progress)
+    return [
+        {
+            name: torch.cat([ends[name] for ends, own in zip(found, of_set, strict=True) if own == k])
+            for name in found[0]
+        }
+        for k in range(len(sets))
+    ]
+
+
+def _ends_chunk(model, pairs: Pairs, *, progress=None) -> dict[str, Tensor]:
+    found = {}
     with torch.no_grad():
-        for pairs in sets:
-            ends: dict[str, list[Tensor]] = {"clean": [], "corrupted": []}
-            for rows in torch.arange(len(pairs)).split(rows_per_pass(model, pairs.clean.shape[1])):
-                part = pairs[rows]
-                for name, logits in ends.items():
-                    last = choice_scores(model, part, getattr(part, name))
-                    answers = torch.stack([part.answer, part.wrong], 1).to(last.device)
-                    logits.append(last.gather(1, answers).cpu())
-            found.append({name: torch.cat(logits) for name, logits in ends.items()})
+        for name in ("clean", "corrupted"):
+            last = choice_scores(model, pairs, getattr(pairs, name))
+            answers = torch.stack([pairs.answer, pairs.wrong], 1).to(last.device)
+            found[name] = last.gather(1, answers).cpu()
     return found

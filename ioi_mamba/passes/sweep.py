@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ioi_mamba.errors import InputError
 from ioi_mamba.model.families import attends, family_of, hooks_of, layers_with, open_layer, sizes_of
-from ioi_mamba.model.jobs import call, device_of
-from ioi_mamba.model.memory import rows_per_pass
+from ioi_mamba.model.jobs import conduct, device_of, each_chunk
+from ioi_mamba.model.memory import chunk_count, rows_per_chunk
 from ioi_mamba.model.portable import portable
 from ioi_mamba.passes.ablations import RESAMPLE, Ablation, AblationName, ablation_of
 from ioi_mamba.passes.forward import Start, forward
@@ -34,6 +34,7 @@ from ioi_mamba.passes.metrics import answer_logits, logit_diff
 from ioi_mamba.tasks.base import Pairs, check_pairs
 
 Progress = Callable[[int, int], None]
+LAYERS_OF_A_CHUNK = 4  # at least, where a sweep is cut up by layers: each chunk rolls the states forward once more
 STATE_AND_CONV = "h_and_conv"  # a layer's whole memory: its state and the conv inputs the next tokens still see
 
 
@@ -114,16 +115,23 @@ def pair_named(model, pairs: Pairs) -> Iterator[None]:
     except InputError:
         # Asked only now, since it takes two passes.
         for name in ("clean", "corrupted"):
-            logits = call(model, plain_scores, pairs.without_text(), getattr(pairs, name))
+            logits = conduct(model, plain_scores, pairs.without_text(), getattr(pairs, name))
             pairs.check_finite(f"logits of its {name} prompt", logits.movedim(0, -1))
         raise
 
 
 def plain_scores(model, pairs: Pairs, tokens: Tensor, *, progress: Progress | None = None) -> Tensor:
-    """`choice_scores` of many pairs, on the CPU; a function for `call`."""
-    rows = torch.arange(len(pairs)).split(rows_per_pass(model, tokens.shape[1]))
+    """`choice_scores` of many pairs, on the CPU; a function for `conduct`."""
+    rows, bare = (
+        torch.arange(len(pairs)).split(rows_per_chunk(model, len(pairs), tokens.shape[1])),
+        pairs.without_text(),
+    )
+    return torch.cat(each_chunk(model, _plain_chunk, [(bare[part], tokens[part]) for part in rows], progress=progress))
+
+
+def _plain_chunk(model, pairs: Pairs, tokens: Tensor, *, progress: Progress | None = None) -> Tensor:
     with torch.no_grad():
-        return torch.cat([choice_scores(model, pairs[part], tokens[part]).cpu() for part in rows])
+        return choice_scores(model, pairs, tokens).cpu()
 
 
 def resample_sweep(
@@ -150,7 +158,9 @@ def resample_sweep(
     """
     layers, positions = _checked(model, pairs, site, layers, positions)
     with pair_named(model, pairs):
-        logits = call(model, _sweep, pairs, site, layers, positions, _kind(ablation, site), resume, progress=progress)
+        logits = conduct(
+            model, _sweep, pairs, site, layers, positions, _kind(ablation, site), resume, progress=progress
+        )
     pairs.check_finite("logits", logits.movedim(-1, 0))
     return logits
 
@@ -195,7 +205,7 @@ def swept_logit_diffs(
     """
     layers, positions = _checked(model, pairs, site, layers, positions)
     kind = _kind(ablation, site)
-    return call(model, _logit_diffs, pairs, site, layers, positions, kind, resume, progress=progress)
+    return conduct(model, _logit_diffs, pairs, site, layers, positions, kind, resume, progress=progress)
 
 
 def _kind(ablation: str | Ablation, site: str) -> Ablation:
@@ -218,16 +228,11 @@ def _logit_diffs(
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     diffs: dict[str, Tensor] = {}
-    rows = rows_per_pass(model, pairs.clean.shape[1])
-    with torch.no_grad():
-        for name, tokens in (("clean", pairs.clean), ("corrupted", pairs.corrupted)):
-            parts = [
-                logit_diff(choice_scores(model, pairs[part], tokens[part]), pairs.answer[part], pairs.wrong[part])
-                for part in torch.arange(len(pairs)).split(rows)
-            ]
-            diffs[name] = torch.cat(parts).cpu()
-            # Before the sweep, which would refuse to write the value of such a pair without knowing whose it is.
-            pairs.check_finite(f"logits of its {name} prompt", diffs[name])
+    for name in ("clean", "corrupted"):
+        scores = plain_scores(model, pairs, getattr(pairs, name))
+        diffs[name] = logit_diff(scores, pairs.answer, pairs.wrong)
+        # Before the sweep, which would refuse to write the value of such a pair without knowing whose it is.
+        pairs.check_finite(f"logits of its {name} prompt", diffs[name])
     diffs["patched"] = logit_diff(_sweep(model, pairs, site, layers, positions, ablation, resume, progress=progress))
     pairs.check_finite("logits when patched", diffs["patched"])
     return diffs
@@ -244,20 +249,32 @@ def _sweep(
     *,
     progress: Progress | None = None,
 ) -> Tensor:
-    out: list[Tensor] = []
-    chunk = _rows(model, pairs, site, layers)
-    done, total = 0, len(positions) * len(layers) * len(pairs)
-    with torch.no_grad():
-        spread = {} if ablation.name == RESAMPLE.name else _spread(model, pairs, site, layers, max(positions) + 1)
-        for first in range(0, len(pairs), chunk):
-            rows = slice(first, min(first + chunk, len(pairs)))
-            part = pairs[rows]
-            report = (lambda n, base=done: progress(base + n, total)) if progress else None
-            out.append(
-                _sweep_chunk(model, part, site, layers, positions, ablation, spread, first, resume, report).cpu()
-            )
-            done += len(positions) * len(layers) * len(part)
-    return torch.cat(out, dim=2)
+    rows, n_groups = _cut(model, pairs, site, layers)
+    spread = {} if ablation.name == RESAMPLE.name else _spread(model, pairs, site, layers, max(positions) + 1)
+    groups = [layers[k * len(layers) // n_groups : (k + 1) * len(layers) // n_groups] for k in range(n_groups)]
+    bare = pairs.without_text()
+    chunks = [
+        (bare[first : first + rows], site, group, positions, ablation, _of_layers(spread, group), first, resume)
+        for first in range(0, len(pairs), rows)
+        for group in groups
+    ]
+    found = each_chunk(model, _sweep_chunk, chunks, progress=progress)
+    # [layer, position, pair, 2]: groups of layers first, then pairs.
+    return torch.cat([torch.cat(found[k : k + n_groups]) for k in range(0, len(found), n_groups)], dim=2)
+
+
+def _cut(model, pairs: Pairs, site: str, layers: Sequence[int]) -> tuple[int, int]:
+    """How many pairs make a chunk of a sweep, and into how many groups its layers are cut where the pairs are few."""
+    n_positions = pairs.clean.shape[1]
+    rows = rows_per_chunk(model, len(pairs), n_positions)
+    if attends(model):
+        # The values of all positions are kept at once.
+        record = family_of(model).sites["h" if site == STATE_AND_CONV else site.split(".")[0]]
+        held_mib = 8 * len(layers) * math.prod(sizes_of(model).shape(record, 1, n_positions)) / 2**20
+        rows = max(1, min(rows, int(1024 / held_mib)))
+    wanted = chunk_count(model, len(pairs) * len(layers))
+    n_groups = min(wanted // -(-len(pairs) // rows), len(layers) // LAYERS_OF_A_CHUNK)
+    return rows, max(1, n_groups)
 
 
 Spread = dict[tuple[int, int], tuple[Tensor, Tensor]]
@@ -266,17 +283,13 @@ Spread = dict[tuple[int, int], tuple[Tensor, Tensor]]
 
 def _spread(model, pairs: Pairs, site: str, layers, n_positions: int) -> Spread:
     """Of the pairs that reach a position; in float64, so that how pairs are cut into passes changes nothing that counts."""
-    chunk = _rows(model, pairs, site, layers)
+    rows, _ = _cut(model, pairs, site, layers)
+    bare = pairs.without_text()
+    chunks = [(bare[first : first + rows], site, layers, n_positions) for first in range(0, len(pairs), rows)]
     sums: dict[tuple[int, int], list[Tensor]] = {}
-    for first in range(0, len(pairs), chunk):
-        part = pairs[first : first + chunk]
-        last = part.last.to(device_of(model))
-        for moment in _moments(model, part.clean.to(device_of(model)), site, layers, n_positions):
-            p = moment.position
-            for layer in layers:
-                value = moment.values[layer][p <= last].double()
-                found = torch.stack([value.sum(0), value.square().sum(0), torch.full_like(value.sum(0), len(value))])
-                sums.setdefault((layer, p), []).append(found)
+    for found in each_chunk(model, _sums, chunks):
+        for place, value in found.items():
+            sums.setdefault(place, []).append(value)
     spread: Spread = {}
     for place, parts in sums.items():
         total, squares, n = sum(parts)  # type: ignore[misc]
@@ -284,6 +297,25 @@ def _spread(model, pairs: Pairs, site: str, layers, n_positions: int) -> Spread:
         deviation = (squares / n.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
         spread[place] = (mean[None].float(), deviation[None].float())
     return spread
+
+
+def _of_layers(spread: Spread, layers: Sequence[int]) -> Spread:
+    return {place: value for place, value in spread.items() if place[0] in layers}
+
+
+def _sums(
+    model, pairs: Pairs, site: str, layers: Sequence[int], n_positions: int, *, progress: Progress | None = None
+) -> dict[tuple[int, int], Tensor]:
+    """Of the clean values of some pairs: their sum, the sum of squares and their number, by (layer, position)."""
+    last, found = pairs.last.to(device_of(model)), {}
+    with torch.no_grad():
+        for moment in _moments(model, pairs.clean.to(device_of(model)), site, layers, n_positions):
+            p = moment.position
+            for layer in layers:
+                value = moment.values[layer][p <= last].double()
+                count = torch.full_like(value.sum(0), len(value))
+                found[layer, p] = torch.stack([value.sum(0), value.square().sum(0), count]).cpu()
+    return found
 
 
 def _noise(like: Tensor, numbers: Tensor, layer: int, position: int) -> Tensor:
@@ -305,9 +337,26 @@ def _sweep_chunk(
     spread: Spread,
     first: int,
     resume: bool,
-    report,
+    *,
+    progress: Progress | None = None,
 ) -> Tensor:
-    """The cells of some pairs, of which the first is number `first` of all."""
+    """The cells of some pairs, of which the first is number `first` of all, in some layers."""
+    with torch.no_grad():
+        return _cells(model, pairs, site, layers, positions, ablation, spread, first, resume, progress).cpu()
+
+
+def _cells(
+    model,
+    pairs: Pairs,
+    site: str,
+    layers,
+    positions,
+    ablation: Ablation,
+    spread: Spread,
+    first: int,
+    resume: bool,
+    progress: Progress | None,
+) -> Tensor:
     clean, corrupted = pairs.clean.to(device_of(model)), pairs.corrupted.to(device_of(model))
     n = len(pairs)
     read_at = pairs.read_at.to(device_of(model))
@@ -345,9 +394,9 @@ def _sweep_chunk(
                 found = answer_logits(own.scores(logits), pairs.answer[rows], pairs.wrong[rows])
                 for column in (column for column, position in enumerate(positions) if position == p):
                     out[k, column, alive] = found
-            done += n
-            if report:
-                report(done)
+            done += 1
+            if progress:
+                progress(done, len(positions) * len(layers))
     return out
 
 
@@ -398,17 +447,6 @@ def _kept_moments(
 def _from_layer(layer: int, resid_pre: Tensor, rows: Tensor) -> Start:
     """A pass that begins at a layer, and at the first position."""
     return Start(layer, resid_pre, {}, {})
-
-
-def _rows(model, pairs: Pairs, site: str, layers: Sequence[int]) -> int:
-    """How many pairs go into a pass: fewer where the values of all positions are kept at once."""
-    n_positions = pairs.clean.shape[1]
-    rows = rows_per_pass(model, n_positions)
-    if not attends(model):
-        return rows
-    record = family_of(model).sites["h" if site == STATE_AND_CONV else site.split(".")[0]]
-    held_mib = 8 * len(layers) * math.prod(sizes_of(model).shape(record, 1, n_positions)) / 2**20
-    return max(1, min(rows, int(1024 / held_mib)))
 
 
 def _conv_weights(model, layers) -> dict[int, Tensor]:

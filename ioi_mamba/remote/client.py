@@ -7,7 +7,6 @@ read without unpickling anything else.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
 import pkgutil
@@ -15,8 +14,7 @@ import re
 import sys
 import time
 from collections import ChainMap
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -27,17 +25,18 @@ from nnsight.intervention.backends.local import LocalSimulationBackend
 from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
 from nnsight.intervention.serialization import CustomCloudPickler
 from nnsight.schema.response import ResponseModel, Status
-from torch import Tensor
 
 from ioi_mamba.errors import InputError, ServerError, Submitted
 from ioi_mamba.files import written_whole
+from ioi_mamba.remote.jobs import Done, Jobs, Progress, in_turn
+from ioi_mamba.remote.store import PACKAGE
 
-PACKAGE = "ioi_mamba"
 IN_A_TRACE = ("mixer", "InputError")
 """What of the package itself, `im`, goes along with a block that mentions it: all that can be used inside a trace."""
 _MODULE = CustomCloudPickler.dispatch_table[ModuleType]
 """How nnsight sends any other module."""
 MIB = 2**20
+POLL_SECONDS = 0.5
 
 _TRANSIENT = (
     "submitting request to model deployment",
@@ -87,7 +86,7 @@ def _reduced(module: ModuleType) -> tuple:
 class _Courier(RemoteBackend):
     """nnsight's own client, which also counts bytes and seconds and loads tensors only."""
 
-    def __init__(self, jobs: Jobs, record: dict[str, Any], **options: Any):
+    def __init__(self, jobs: ServerJobs, record: dict[str, Any], **options: Any):
         super().__init__(jobs.model_key, host=jobs.host, **options)
         self.jobs, self.record, self.seen = jobs, record, {}
         # Two progress displays on one terminal overwrite each other; `study` has its own.
@@ -139,24 +138,29 @@ class _Courier(RemoteBackend):
         }
 
 
-class Jobs:
+class ServerJobs(Jobs):
     """What `call` sends requests through; `model.jobs` of a model opened with a backend.
 
-    store: a directory in which finished results are kept, so that a run that was cut off sends nothing twice.
-    wait: False, with a store, hands a request over and raises `Submitted`; the next run with the same store fetches it.
+    wait: False, with a store, hands requests over and raises `Submitted`; the next run with the same store fetches them.
+    in_flight: how many requests may be at the server at a time. With one, work that cuts itself into chunks is cut up
+    there and is one request; with more, each chunk is a request of its own.
     records: for each request its work, bytes up and down, and seconds in the queue, running and on the way.
     backend: its name, for the record.
     """
 
     backend = "ndif"
+    here = False
 
     def __init__(self, model_key: str, host: str | None):
+        super().__init__()
         self.model_key, self.host = model_key, host
         self.limit()
-        self.wait, self.busy = True, False
-        self.store: Path | None = None
-        self.records: list[dict[str, Any]] = []
+        self.wait, self.in_flight = True, 1
         _send_by_value()
+
+    @property
+    def plans_here(self) -> bool:
+        return self.in_flight > 1
 
     def limit(self, max_upload_mib: float = 64, max_download_mib: float = 256, retries: int = 5) -> None:
         """Set how large a request and a result may be, and how often a request is tried again.
@@ -171,155 +175,147 @@ class Jobs:
         self.max_upload, self.max_download = int(max_upload_mib * MIB), int(max_download_mib * MIB)
         self.retries = retries
 
-    def __reduce__(self):
-        """None: the model is sent with all that hangs on it, and on the server there is nowhere to send jobs."""
-        return type(None), ()
-
-    def send(self, model, work: Callable[..., Any], args: tuple) -> Any:
+    def one(self, model, work: Callable[..., Any], args: tuple, progress: Progress | None = None) -> Any:
         """The result of `work(model, *args)` from the server, or from the store.
 
         Raises ServerError when the server cannot be reached or the job fails there, InputError for what the job itself
         found wrong with its arguments or for a request over the limits, Submitted where it is not waited for.
         """
+        key = self.store.key(work, args) if self.store else None
+        kept = self.store.get(key) if self.store else None
+        if kept is not None:
+            return kept
+        request = _Request(self, work, args, self.store.ticket(key) if self.store and key else None)
+        result = request.result(model)
+        if self.store:
+            self.store.put(key, result)
+        return result
+
+    def compute(self, model, work: Callable[..., Any], chunks, keys, progress: Progress) -> Done:
+        """Each chunk as a request of its own, so many at a time; with one in flight, all of them as one request."""
+        if not chunks:
+            return
+        if not self.plans_here:
+            yield from zip(chunks, self.one(model, in_turn, (work, list(chunks.values()))), strict=True)
+            return
+        waiting = {
+            k: _Request(self, work, chunk, self.store.ticket(key) if self.store and (key := keys[k]) else None)
+            for k, chunk in chunks.items()
+        }
+        submitted = []
+        while waiting:
+            for k in list(waiting)[: self.in_flight if self.wait else None]:
+                result = waiting[k].step(model)
+                if result is not None:
+                    del waiting[k]
+                    yield k, result
+                elif not self.wait:
+                    submitted.append(waiting.pop(k).job)
+            if waiting:
+                time.sleep(POLL_SECONDS)
+        if submitted:
+            raise Submitted(", ".join(submitted))
+
+    def sent(self, model, work: Callable[..., Any], args: tuple, backend) -> Any:
+        """What is saved by a session, on that backend, whose block is the work."""
         if work.__module__.split(".")[0] != PACKAGE:
             nnsight.register(work.__module__)  # an experiment from a file or another package
-        key = self._key(work, args)
-        kept = self.store / f"{key}.pt" if self.store and key else None
-        if kept is not None and kept.is_file():
-            return torch.load(kept, weights_only=True)
-        record: dict[str, Any] = {"work": f"{work.__module__}.{work.__name__}", "bytes_up": 0, "bytes_down": 0}
-        result = self._persist(lambda: self._once(model, work, args, record, kept), record)
-        self.records.append(record)
-        if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with written_whole(kept) as path:
-                torch.save(result, path)
-            kept.with_suffix(".job").unlink(missing_ok=True)
+        with self.at_work(), model.session(backend=backend):
+            result = nnsight.save(work(model, *args))
         return result
 
-    @staticmethod
-    def forget(store: Path) -> None:
-        """Delete the kept results of a directory: those of an analysis whose table is written are not needed again."""
-        if store.is_dir():
-            for path in [*store.glob("*.pt"), *store.glob("*.job")]:
-                path.unlink()
-            store.rmdir()
 
-    def _persist(self, once: Callable[[], Any], record: dict[str, Any]) -> Any:
-        for attempt in range(self.retries + 1):
-            try:
-                return once()
-            except (RemoteError, OSError, _connection_errors()) as error:
-                wrong = _from_the_job(error)
-                if wrong is not None:
-                    raise wrong from None
-                if attempt == self.retries or not _may_pass(error):
-                    raise ServerError(in_plain_words(error, self.host)) from None
-                record["retries"] = attempt + 1
-                time.sleep(min(30, 2**attempt))
-        raise AssertionError("unreachable: the last attempt returns or raises")
+class _Request:
+    """A piece of work on its way to a server and back, tried again after failures that may pass.
 
-    def _once(self, model, work, args, record: dict[str, Any], kept: Path | None) -> Any:
-        ticket = kept.with_suffix(".job") if kept else None
-        if ticket is None or (self.wait and not ticket.is_file()):
-            courier = _Courier(self, record)
-            result = self._session(model, work, args, courier)
-            record.update(courier.times())
-            return result
-        return self._submit_or_fetch(model, work, args, record, ticket)
+    ticket: a file for the id of a request that is not waited for in one go, so that another process can fetch it.
+    """
 
-    def _session(self, model, work, args, backend) -> Any:
-        self.busy = True
-        try:
-            with model.session(backend=backend):
-                result = nnsight.save(work(model, *args))
-        finally:
-            self.busy = False
+    def __init__(self, jobs: ServerJobs, work: Callable[..., Any], args: tuple, ticket: Path | None):
+        self.jobs, self.work, self.args, self.ticket = jobs, work, args, ticket
+        self.record: dict[str, Any] = {"work": f"{work.__module__}.{work.__name__}", "bytes_up": 0, "bytes_down": 0}
+        self.attempt, self.not_before = 0, 0.0
+        self._courier: _Courier | None = None
+
+    @property
+    def job(self) -> str:
+        """The server's id of it."""
+        assert self._courier is not None
+        assert self._courier.job_id is not None
+        return self._courier.job_id
+
+    def result(self, model) -> Any:
+        """What the server gives, waited for unless requests are handed over: then `Submitted` is raised."""
+        jobs = self.jobs
+        while True:
+            if self.ticket is not None and (not jobs.wait or self.ticket.is_file()):
+                result = self.step(model)
+                if result is None and not jobs.wait:
+                    raise Submitted(self.job)
+            else:
+                result = self._tried(lambda: self._waited_for(model))
+            if result is not None:
+                return result
+            time.sleep(max(POLL_SECONDS, self.not_before - time.monotonic()))
+
+    def _waited_for(self, model) -> Any:
+        courier = None if self.jobs.host is None else _Courier(self.jobs, self.record)
+        result = self.jobs.sent(model, self.work, self.args, courier or LocalSimulationBackend(model))
+        if courier is not None:
+            self.record.update(courier.times())
+        self.jobs.records.append(self.record)
         return result
 
-    def _submit_or_fetch(self, model, work, args, record: dict[str, Any], ticket: Path) -> Any:
-        job = ticket.read_text().strip() if ticket.is_file() else None
-        courier = _Courier(self, record, blocking=False, job_id=job)
-        if job is None:
-            self.busy = True
-            try:
-                with model.session(backend=courier):
-                    result = nnsight.save(work(model, *args))
-            finally:
-                self.busy = False
-            assert courier.job_id is not None
-            ticket.parent.mkdir(parents=True, exist_ok=True)
-            with written_whole(ticket) as path:
-                path.write_text(courier.job_id)
-            raise Submitted(courier.job_id)
-        try:
-            while (saved := courier.poll()) is None:
-                if not self.wait:
-                    raise Submitted(job)
-                time.sleep(0.5)
-        except RemoteError:
-            ticket.unlink()
-            raise
-        record.update(courier.times())
+    def step(self, model) -> Any:
+        """Hand it over where it is not at the server, else ask for its result; None while there is none."""
+        return None if time.monotonic() < self.not_before else self._tried(lambda: self._handed_over_or_fetched(model))
+
+    def _handed_over_or_fetched(self, model) -> Any:
+        if self._courier is None:
+            known = self.ticket is not None and self.ticket.is_file()
+            job = self.ticket.read_text().strip() if self.ticket is not None and known else None
+            self._courier = courier = _Courier(self.jobs, self.record, blocking=False, job_id=job)
+            if job is None:
+                self.jobs.sent(model, self.work, self.args, courier)
+                if self.ticket is not None:
+                    self.ticket.parent.mkdir(parents=True, exist_ok=True)
+                    with written_whole(self.ticket) as path:
+                        path.write_text(self.job)
+                return None
+        saved = self._courier.poll()
+        if saved is None:
+            return None
+        self.record.update(self._courier.times())
+        self.jobs.records.append(self.record)
         (result,) = saved.values()
         return result
 
-    def _key(self, work: Callable, args: tuple) -> str | None:
-        """The name under which a result is kept: the same work of the same code on the same arguments and model."""
-        digest = hashlib.sha256()
+    def _tried(self, once: Callable[[], Any]) -> Any:
+        """What `once` gives; None after a failure that may pass, and then it is not tried again before a while."""
         try:
-            for item in (self.model_key, _code_hash(), work.__module__, work.__qualname__, *args):
-                _feed(digest, item)
-        except TypeError:
+            return once()
+        except (RemoteError, OSError, _connection_errors()) as error:
+            if isinstance(error, RemoteError) and self.ticket is not None:
+                self.ticket.unlink(missing_ok=True)
+            self._courier = None
+            wrong = _from_the_job(error)
+            if wrong is not None:
+                raise wrong from None
+            if self.attempt == self.jobs.retries or not _may_pass(error):
+                raise ServerError(in_plain_words(error, self.jobs.host)) from None
+            self.not_before = time.monotonic() + min(30, 2**self.attempt)
+            self.attempt += 1
+            self.record["retries"] = self.attempt
             return None
-        return digest.hexdigest()[:24]
 
 
-class SerializedJobs(Jobs):
+class SerializedJobs(ServerJobs):
     """The same without a server: the job is serialised, its local modules are hidden, and it is run here."""
 
     backend = "local-serialized"
 
     def __init__(self, model_key: str):
         super().__init__(model_key, None)
-
-    def _once(self, model, work, args, record: dict[str, Any], kept: Path | None) -> Any:
-        return self._session(model, work, args, LocalSimulationBackend(model))
-
-
-@cache
-def _code_hash() -> str:
-    digest = hashlib.sha256()
-    root = Path(sys.modules[PACKAGE].__file__ or "").parent
-    # Each room by itself: from the sources, that of the experiments is a link, which `rglob` from above does not follow.
-    rooms = [room for room in root.iterdir() if room.is_dir()]
-    for path in sorted([*root.glob("*.py"), *(file for room in rooms for file in room.rglob("*.py"))]):
-        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _feed(digest, item: Any) -> None:
-    """Add a value to a hash. Raises TypeError for one that has no content to hash, such as a function."""
-    if isinstance(item, Tensor):
-        digest.update(f"{item.dtype}{tuple(item.shape)}".encode())
-        digest.update(item.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    elif hasattr(item, "hash"):
-        digest.update(item.hash().encode())
-    elif item is None or isinstance(item, bool | int | float | str):
-        digest.update(f"{type(item).__name__}:{item!r};".encode())
-    elif isinstance(item, Mapping):
-        for name in sorted(item):
-            _feed(digest, name)
-            _feed(digest, item[name])
-    elif isinstance(item, list | tuple | range):
-        digest.update(f"[{len(item)}".encode())
-        for one in item:
-            _feed(digest, one)
-    elif hasattr(item, "__dataclass_fields__"):
-        for name in item.__dataclass_fields__:
-            _feed(digest, getattr(item, name))
-    else:
-        raise TypeError(f"{type(item).__name__} has no content to hash")
 
 
 def _connection_errors() -> type[Exception]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ioi_mamba.experiments.experiment import Experiment
 from ioi_mamba.experiments.needs import Need
-from ioi_mamba.model.jobs import call, device_of
+from ioi_mamba.model.jobs import conduct, device_of, each_chunk
 from ioi_mamba.passes.metrics import accuracy
 from ioi_mamba.passes.sweep import plain_scores
 from ioi_mamba.tasks.base import Pairs
@@ -32,7 +32,7 @@ def clean_accuracies(model, sets: Sequence[Pairs]) -> list[dict[str, Any]]:
     there are none), in 0..1; n: how many prompts, at most 200, evenly spaced; bound: half way between guessing and 1.
     """
     samples = [pairs[:: -(-len(pairs) // MAX_PAIRS)].without_text() for pairs in sets]
-    found = call(model, _accuracies, samples)
+    found = conduct(model, _accuracies, samples)
     return [
         {"accuracy": float(right.double().mean()), "n": len(right), "bound": round((1 + _guessing(pairs)) / 2, 4)}
         for right, pairs in zip(found, samples, strict=True)
@@ -43,7 +43,7 @@ def clean_means(model, pairs: Pairs, measures: Callable[[Tensor, Pairs, Any], di
     """Means over pairs of a task's own measures of the unpatched model; `measures` as in `tasks`."""
     parts = [pairs[rows] for rows in torch.arange(len(pairs)).split(ROWS_OF_LOGITS)]
     found = [
-        measures(call(model, plain_scores, part.without_text(), part.clean), part, model.tokenizer) for part in parts
+        measures(conduct(model, plain_scores, part.without_text(), part.clean), part, model.tokenizer) for part in parts
     ]
     return {name: float(torch.cat([each[name] for each in found]).mean()) for name in found[0]}
 
@@ -78,14 +78,16 @@ def _guessing(pairs: Pairs) -> float:
 
 def _accuracies(model, sets: list[Pairs], *, progress=None) -> list[Tensor]:
     """Float32[pair] of each set, 1 where the answer wins. Any causal language model, so it is traced as one."""
-    found = []
-    for pairs in sets:
-        parts = []
-        for rows in torch.arange(len(pairs)).split(ROWS):
-            part = pairs[rows]
-            with torch.no_grad(), model.trace(part.clean.to(device_of(model)), use_cache=False):
-                logits = model.output.logits
-                read = nnsight.save(logits[torch.arange(len(rows))[:, None], part.read_at.to(logits.device)])
-            parts.append(accuracy(part.scores(read.float().cpu()), part.answer, part.choices))
-        found.append(torch.cat(parts))
-    return found
+    parts = [torch.arange(len(pairs)).split(ROWS) for pairs in sets]
+    chunks = [(pairs[rows],) for pairs, own in zip(sets, parts, strict=True) for rows in own]
+    found = torch.cat(each_chunk(model, _accuracy, chunks, progress=progress))
+    return list(found.split([len(pairs) for pairs in sets]))
+
+
+def _accuracy(model, pairs: Pairs, *, progress=None) -> Tensor:
+    """Float32[pair] of some prompts."""
+    rows = torch.arange(len(pairs))[:, None]
+    with torch.no_grad(), model.trace(pairs.clean.to(device_of(model)), use_cache=False):
+        logits = model.output.logits
+        read = nnsight.save(logits[rows, pairs.read_at.to(logits.device)])
+    return accuracy(pairs.scores(read.float().cpu()), pairs.answer, pairs.choices)

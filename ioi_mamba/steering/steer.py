@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ioi_mamba.errors import InputError
 from ioi_mamba.model.families import blocks_of, head_of, open_layer, sizes_of
-from ioi_mamba.model.jobs import call, device_of
-from ioi_mamba.model.memory import rows_per_pass
+from ioi_mamba.model.jobs import call, conduct, device_of, each_chunk
+from ioi_mamba.model.memory import rows_per_chunk
 from ioi_mamba.model.portable import portable
 from ioi_mamba.passes.forward import forward
 from ioi_mamba.passes.probe import weights_of
@@ -122,7 +122,7 @@ def averages(
     weight = times[:, None] * present
     read_at = (at.clamp(min=0) + offset).clamp(max=width - 1)
     n_cells = len(names) * len(slots)
-    total = call(model, _totals, prompts, read_at, cell, weight, n_cells, layer, progress=progress)
+    total = conduct(model, _totals, prompts, read_at, cell, weight, n_cells, layer, progress=progress)
     count = torch.zeros(n_cells, dtype=torch.int64).index_add_(0, cell.flatten(), weight.flatten())
     mean = (total / count.clamp(min=1)[:, None]).float()
     shape = (len(names), len(slots))
@@ -134,16 +134,18 @@ def _totals(
 ) -> Tensor:
     """Float64[cell, E]: the sum of `ssm_input` at `read_at` [prompt, slot], times `weight`, by `cell`."""
     total = torch.zeros(n_cells, sizes_of(model).letters["E"], dtype=torch.float64)
-    done = 0
-    with torch.no_grad():
-        for rows in torch.arange(len(prompts)).split(rows_per_pass(model, prompts.shape[1])):
-            x = read_up_to(model, prompts[rows], layer, "ssm_input").cpu()
-            values = x[torch.arange(len(rows))[:, None], read_at[rows]].double() * weight[rows][..., None]
-            total.index_add_(0, cell[rows].flatten(), values.flatten(0, 1))
-            done += len(rows)
-            if progress is not None:
-                progress(done, len(prompts))
+    parts = torch.arange(len(prompts)).split(rows_per_chunk(model, len(prompts), prompts.shape[1]))
+    found = each_chunk(model, _values, [(prompts[rows], read_at[rows], layer) for rows in parts], progress=progress)
+    for rows, values in zip(parts, found, strict=True):
+        total.index_add_(0, cell[rows].flatten(), (values.double() * weight[rows][..., None]).flatten(0, 1))
     return total
+
+
+def _values(model, prompts: Tensor, read_at: Tensor, layer: int, *, progress=None) -> Tensor:
+    """`ssm_input` [prompt, slot, E] of some prompts, on the CPU."""
+    with torch.no_grad():
+        x = read_up_to(model, prompts, layer, "ssm_input").cpu()
+    return x[torch.arange(len(x))[:, None], read_at]
 
 
 def steering_edit(

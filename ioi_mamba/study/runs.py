@@ -33,9 +33,10 @@ from ioi_mamba.experiments.options import options_of
 from ioi_mamba.files import EMBEDDED, sha256_of, written_whole
 from ioi_mamba.model import compiled_scan
 from ioi_mamba.model.families import FAMILIES
-from ioi_mamba.model.jobs import config_of, runs_here
+from ioi_mamba.model.jobs import chunks_wanted, config_of, keeping, runs_here
 from ioi_mamba.model.memory import check_fits
 from ioi_mamba.passes.probe import probe
+from ioi_mamba.remote.store import Store
 from ioi_mamba.report import pages
 from ioi_mamba.results import stored
 from ioi_mamba.results.baseline import clean_accuracies, clean_means
@@ -88,8 +89,9 @@ def run_study(
     replaced, or of another that is not of this run (`results.origin`), pairs that do not fit the model, and an
     experiment on names with pairs that have none; and later for a disk that is full. An experiment that fails leaves
     the tables finished before it, and a report of them.
-    With a model on a server, finished requests are kept in `out_dir/jobs` until their experiment is done. Raises
-    ServerError for a server that fails, and Submitted where requests were handed over and not waited for.
+    Finished chunks of an experiment, or requests to a server, are kept in `out_dir/chunks` until its table is written;
+    with resume they are not computed again. Raises ServerError for a server or workers that fail, and Submitted where
+    requests were handed over and not waited for.
     """
     if not experiments:
         raise InputError("No experiment is named: give at least one, `ioi-mamba run --help` lists them.")
@@ -127,17 +129,18 @@ def _run_plans(
     # A server that does not show its weights is taken at its word: one name, one model.
     weights = found["weights_sha256"] or hashlib.sha256(model.jobs.model_key.encode()).hexdigest()
     about = describe_model(model, model_id) | {"weights_sha256": weights}
+    store = Store(out / "chunks", found | {"weights_sha256": weights})
     # Asked for by the first experiment that is not finished yet, and then for all of them at once.
     clean = cache(lambda: _clean_scores(model, task, plans))
-    run = _Run(model, out, about, found, task, clean, asked, seed, resume, overwrite, progress)
+    run = _Run(model, out, about, found, store, task, clean, asked, seed, resume, overwrite, progress)
     run.make_room(plans)
-    if not resume and not runs_here(model):
-        model.jobs.forget(out / "jobs")
-    done, waiting = False, []
+    if not resume:
+        store.forget()
+    done, whole, waiting = False, True, []
     try:
-        for plan in plans:
+        for number, plan in enumerate(plans):
             try:
-                manifest = run.one(plan, waiting)
+                manifest = run.one(plan, plans[number + 1 :], waiting)
                 done = True
                 if finished is not None:
                     finished(manifest)
@@ -147,11 +150,14 @@ def _run_plans(
                 if failed is None:
                     raise
                 failed(plan.experiment.name, error)
+                whole = False
     finally:
         if done:
             pages.write_report(out)
     if waiting:
         raise Submitted("; ".join(f"{name}: {job}" for name, job in waiting))
+    if whole:
+        store.forget()
     return out / pages.PAGE
 
 
@@ -197,7 +203,7 @@ def _examples(pairs: Pairs, tokenizer) -> list[dict[str, Any]]:
 class _Run:
     """What the experiments of one call of `run_study` have in common.
 
-    found: what `probe` gives. clean: what the unpatched model does, by experiment, from a request of its own. asked: as a
+    found: what `probe` gives. store: of finished chunks. clean: what the unpatched model does, by experiment, from a request of its own. asked: as a
     manifest keeps it (`results.origin`), without options.
     """
 
@@ -205,6 +211,7 @@ class _Run:
     out: Path
     about: dict[str, Any]
     found: dict[str, Any]
+    store: Store
     task: Task
     clean: Callable[[], dict[str, dict[str, Any]]]
     asked: dict[str, Any]
@@ -281,8 +288,11 @@ class _Run:
             "replaces it; or choose another out directory."
         )
 
-    def one(self, plan: Plan, waiting: list[tuple[str, str]]) -> dict[str, Any]:
-        """Run one experiment and write its table and manifest, which it gives. waiting: (name, job) of those not finished."""
+    def one(self, plan: Plan, later: Sequence[Plan], waiting: list[tuple[str, str]]) -> dict[str, Any]:
+        """Run one experiment and write its table and manifest, which it gives.
+
+        later: the experiments that follow. waiting: (name, job) of those not finished.
+        """
         experiment = plan.experiment
         if plan.needs_layer and any(name == "layer-ablation" for name, _ in waiting):
             raise Submitted("waits for layer-ablation, which finds its layer")
@@ -297,12 +307,12 @@ class _Run:
             kind = "part gradients" if Need.GRADIENTS in experiment.needs else "sweep"
             check_fits(self.model, len(plan.pairs), plan.pairs.clean.shape[1], kind, experiment.name)
         started = time.perf_counter()
-        with _progress_bar(experiment.name, self.progress) as advance, self._jobs() as requests:
+        with _progress_bar(experiment.name, self.progress) as advance, self._counted() as counts:
             table = experiment.table(
                 Context(self.model, plan.pairs, options, plan.held_out, self.seed, advance, self.attributions)
             )
         seconds = time.perf_counter() - started
-        with self._jobs():
+        with self._counted():
             clean = self.clean()[experiment.name]
         on_this_cpu = runs_here(self.model) and self.found["device"] == "cpu"
         manifest = identity | {
@@ -325,8 +335,7 @@ class _Run:
             "peak_memory_mib": _peak_memory_mib(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        if requests:
-            manifest["requests"] = _sums(requests)
+        manifest |= counts
         if torch.cuda.is_available():
             manifest["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -336,24 +345,25 @@ class _Run:
             manifest["table_sha256"] = sha256_of(path)
         with written_whole(self.out / f"{experiment.name}.json") as path:
             path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        if not runs_here(self.model):
-            self.model.jobs.forget(self.out / "jobs")
+        # Experiments with gradients share attributions: a run that is taken up again finds them for the next one.
+        if Need.GRADIENTS not in experiment.needs or not any(Need.GRADIENTS in e.experiment.needs for e in later):
+            self.store.forget()
         return manifest
 
     @contextmanager
-    def _jobs(self) -> Iterator[list[dict[str, Any]]]:
-        """The requests sent inside the block; their results are kept in the out directory."""
-        requests: list[dict[str, Any]] = []
-        if runs_here(self.model):
-            yield requests
-            return
-        jobs = self.model.jobs
-        before, jobs.store = len(jobs.records), self.out / "jobs"
-        try:
-            yield requests
-        finally:
-            requests += jobs.records[before:]
-            jobs.store = None
+    def _counted(self) -> Iterator[dict[str, Any]]:
+        """What is done inside the block, for a manifest: chunks, which the store keeps, and requests to a server."""
+        counts: dict[str, Any] = {}
+        with keeping(self.model, self.store) as jobs:
+            computed, kept, sent = jobs.computed, jobs.kept, len(jobs.records)
+            yield counts
+            counts["chunks"] = {
+                "computed": jobs.computed - computed,
+                "kept": jobs.kept - kept,
+                "wanted": chunks_wanted(self.model),
+            }
+            if jobs.records[sent:]:
+                counts["requests"] = _sums(jobs.records[sent:])
 
     def _without_gradients(self, plan: Plan) -> dict[str, Any]:
         """On a server that gives no gradients: the method that needs none, unless the user named one."""

@@ -131,6 +131,17 @@ def load_weights(path: str, original: MambaConfig | Mamba2Config | None, dtype: 
     return model
 
 
+def without_weights(path: str, original: MambaConfig | Mamba2Config | None, dtype: torch.dtype):
+    """The module tree of the model at `path` and its config, without a single weight (on torch's device "meta")."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path) if original is None else original
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.config._name_or_path = str(path)
+    return model.requires_grad_(False).eval()
+
+
 def _original_tensors(path: str, tied: bool) -> dict[str, Tensor]:
     """The tensors of a mamba_ssm `pytorch_model.bin` by their transformers names; of a tied pair only one."""
     file = _file(path, "pytorch_model.bin")
