@@ -23,7 +23,7 @@ from ioi_mamba.experiments.experiment import Column, Context, Experiment
 from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import option
 from ioi_mamba.model.jobs import each_chunk
-from ioi_mamba.passes.cross_talk import NO_LAYER
+from ioi_mamba.passes.cross_talk import NO_LAYER, search
 from ioi_mamba.passes.intervals import share_ends
 from ioi_mamba.passes.ranges import left_out_sentence, usable
 from ioi_mamba.tasks import ioi

@@ -132,6 +132,11 @@ def output_ablation() -> str:
     return f"```python\n{Path(shortest.__file__).read_text(encoding='utf-8')}```"
 
 
+def slurm() -> str:
+    """The script for Slurm."""
+    return f"```bash\n{(Path(__file__).parent / 'slurm.sh').read_text()}```"
+
+
 PARTS = {
     part.__name__: part
     for part in (
@@ -146,6 +151,7 @@ PARTS = {
         task_table,
         greater_than,
         output_ablation,
+        slurm,
     )
 }
 

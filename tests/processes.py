@@ -12,6 +12,8 @@ import torch
 
 from ioi_mamba import analyses, files
 from ioi_mamba.cli import main
+from ioi_mamba.model import memory
+from ioi_mamba.remote import store
 from ioi_mamba.report import pages
 from ioi_mamba.study import runs
 
@@ -40,7 +42,10 @@ def start_server():
 
 
 class Command:
-    """A run of the command line. dies: the number of the file at whose renaming it is killed, "before" or "after" it.
+    """A run of the command line.
+
+    dies: the number of the file at whose renaming it is killed, "before" or "after" it, and how the names of those files
+    that are counted end ("": all but chunks).
 
     largest_file: bytes, a file that would grow larger cannot be written. `printed` is there once it has ended.
     """
@@ -87,10 +92,13 @@ def _run(writer, arguments, dies, largest_file, set_up):
     os._exit(code)
 
 
-def _die_at(number, when):
+def _die_at(number, when, ending=""):
     replace, seen = os.replace, []
 
     def dying(source, target):
+        name = str(target)
+        if not (name.endswith(ending) if ending else not name.endswith(store.SUFFIX)):
+            return replace(source, target)
         seen.append(target)
         if len(seen) == number and when == "before":
             os.truncate(source, os.path.getsize(source) // 2)
@@ -100,6 +108,11 @@ def _die_at(number, when):
             os.kill(os.getpid(), signal.SIGKILL)
 
     files.os.replace = dying
+
+
+def small_chunks():
+    """However small the model: every pass over pairs is cut into five chunks."""
+    memory.BUSY, memory.CHUNKS = 0, 5
 
 
 def clock_runs_backwards():

@@ -25,7 +25,7 @@ from ioi_mamba.circuits.scoring import check_one_layout
 from ioi_mamba.errors import InputError
 from ioi_mamba.model.families import family_of, layers_with, mixer_layer, sizes_of
 from ioi_mamba.model.jobs import call, device_of, each_chunk
-from ioi_mamba.model.memory import rows_per_chunk
+from ioi_mamba.model.memory import rows_per_chunk, rows_per_pass
 from ioi_mamba.model.portable import portable
 from ioi_mamba.passes.forward import Start, forward
 from ioi_mamba.passes.intervals import mean_interval
@@ -129,12 +129,12 @@ def flow_scores(
 ) -> Tensor:
     """As `token_flow`, of pairs that all have a range: Float[layer, head or 1, target, source, pair]."""
     if pairs_per_pass is None:
-        pairs_per_pass = min(64, rows_per_chunk(model, len(pairs), pairs.clean.shape[1], "flows"))
+        rows = min(64, rows_per_pass(model, pairs.clean.shape[1], "flows"))
+        size = min(rows, rows_per_chunk(model, len(pairs), pairs.clean.shape[1], "flows"))
+    else:
+        rows = size = pairs_per_pass
     work, bare = _gradient_chunk if method == "eap" else _each_alone, pairs.without_text()
-    chunks = [
-        (bare[first : first + pairs_per_pass], list(layers), heads, pairs_per_pass)
-        for first in range(0, len(pairs), pairs_per_pass)
-    ]
+    chunks = [(bare[first : first + size], list(layers), heads, rows) for first in range(0, len(pairs), size)]
     with pair_named(model, pairs):
         return torch.cat(each_chunk(model, work, chunks, progress=progress), -1)
 
@@ -229,7 +229,7 @@ def _difference(pairs: Pairs, logits: Tensor) -> Tensor:
 
 
 def _gradient_chunk(
-    model, pairs: Pairs, layers: list[int], heads: bool, pairs_per_pass: int, *, progress: Progress | None = None
+    model, pairs: Pairs, layers: list[int], heads: bool, rows: int, *, progress: Progress | None = None
 ) -> Tensor:
     """Scores [layer, head or 1, target, source, pair] of one chunk."""
     # Gradients are to be had inside torch.inference_mode too, from tensors that were made outside it.
@@ -282,7 +282,7 @@ def _gradients(model, pairs: Pairs, layers: list[int], heads: bool) -> Tensor:
 
 
 def _each_alone(
-    model, pairs: Pairs, layers: list[int], heads: bool, pairs_per_pass: int, *, progress: Progress | None = None
+    model, pairs: Pairs, layers: list[int], heads: bool, rows: int, *, progress: Progress | None = None
 ) -> Tensor:
     """The same, each flow patched alone: a pass has as many flows as fill it."""
     L, n_heads = pairs.clean.shape[1], sizes_of(model).letters.get("H", 1) if heads else 1
@@ -293,7 +293,7 @@ def _each_alone(
     with torch.no_grad():
         clean = forward(model, pairs.clean, reads=list(streams.values()), logits_at=pairs.read_at, own_scan=True)
     ends = [_difference(pairs, run["hook_logits"]) for run in (clean, corrupted)]
-    sets, done = max(1, pairs_per_pass // len(pairs)), 0
+    sets, done = max(1, rows // len(pairs)), 0
     for i, layer in enumerate(layers):
         for begin in range(0, len(places), sets):
             group = places[begin : begin + sets]

@@ -54,17 +54,20 @@ def each_chunk(
 
 
 @contextmanager
-def keeping(model, store: Store) -> Iterator[Jobs]:
-    """Inside the block finished chunks are kept in `store`. Gives what does the work of this model."""
+def keeping(model, store: Store, chunks: int | None = None) -> Iterator[Jobs]:
+    """Inside the block finished chunks are kept in `store`. Gives what does the work of this model.
+
+    chunks: about how many a pass over pairs is cut into; None: as `memory.rows_per_chunk` finds best.
+    """
     jobs = getattr(model, "jobs", None)
     own = jobs is None
     if own:
         jobs = model.jobs = Jobs()
-    jobs.store = store
+    jobs.store, jobs.chunks = store, chunks
     try:
         yield jobs
     finally:
-        jobs.store = None
+        jobs.store = jobs.chunks = None
         if own:
             model.jobs = None
 

@@ -34,10 +34,6 @@ class Ablation:
     written: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     like_corrupted: bool = False
 
-    def hash(self) -> str:
-        """What tells it from others, for results that are kept; one of your own is told by its name."""
-        return f"ablation {self.name}"
-
 
 def _resampled(clean: Tensor, corrupted: Tensor, mean: Tensor, deviation: Tensor, noise: Tensor) -> Tensor:
     return corrupted

@@ -191,7 +191,7 @@ class ServerJobs(Jobs):
             self.store.put(key, result)
         return result
 
-    def compute(self, model, work: Callable[..., Any], chunks, keys, progress: Progress) -> Done:
+    def compute(self, model, work: Callable[..., Any], chunks, keys, under_way) -> Done:
         """Each chunk as a request of its own, so many at a time; with one in flight, all of them as one request."""
         if not chunks:
             return

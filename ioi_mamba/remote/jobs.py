@@ -15,16 +15,22 @@ Done = Iterator[tuple[int, Any]]
 
 def in_turn(model, work: Callable[..., Any], chunks: Sequence[tuple], *, progress: Progress | None = None) -> list[Any]:
     """`work(model, *chunk, progress=...)` of every chunk, one after the other in this process."""
-    found = []
+    sizes, found = [size_of(chunk) for chunk in chunks], []
     for k, chunk in enumerate(chunks):
 
-        def heard(done: int, total: int, before: int = k) -> None:
+        def heard(done: int, total: int, before: int = sum(sizes[:k]), size: int = sizes[k]) -> None:
             if progress is not None:
-                progress(1000 * before + 1000 * done // total, 1000 * len(chunks))
+                progress(before + size * done // total, sum(sizes))
 
         found.append(work(model, *chunk, progress=heard))
         heard(1, 1)
     return found
+
+
+def size_of(chunk: tuple) -> int:
+    """What progress counts of a chunk: its pairs, where these come first, else the chunk itself."""
+    first = chunk[0] if chunk else None
+    return len(first) if hasattr(first, "clean") else 1
 
 
 class Jobs:
@@ -68,19 +74,24 @@ class Jobs:
         left = {k: chunk for k, chunk in enumerate(chunks) if k not in found}
         self.kept += len(found)
 
-        def heard(done: int, total: int) -> None:
-            """Progress inside of a chunk, in thousandths of it."""
+        sizes = [size_of(chunk) for chunk in chunks]
+
+        def heard(under_way: float) -> None:
+            """under_way: how many chunks those that are not finished amount to."""
             if progress is not None:
-                progress(1000 * len(found) + 1000 * done // total, 1000 * len(chunks))
+                finished = sum(sizes[k] for k in found)
+                progress(
+                    finished + int(under_way * (sum(sizes) - finished) / max(1, len(chunks) - len(found))), sum(sizes)
+                )
 
         if found:
-            heard(0, 1)
+            heard(0)
         for k, result in self.compute(model, work, left, {k: keys[k] for k in left}, heard):
             self.computed += 1
             if store:
                 store.put(keys[k], result)
             found[k] = result
-            heard(0, 1)
+            heard(0)
         return [found[k] for k in range(len(chunks))]
 
     def one(self, model, work: Callable[..., Any], args: tuple, progress: Progress | None = None) -> Any:
@@ -96,12 +107,12 @@ class Jobs:
         work: Callable[..., Any],
         chunks: Mapping[int, tuple],
         keys: Mapping[int, str | None],
-        progress: Progress,
+        under_way: Callable[[float], None],
     ) -> Done:
-        """Do these chunks. keys: their names in the store. progress: heard from the chunk that is under way."""
+        """Do these chunks. keys: their names in the store. under_way: told how many chunks the unfinished amount to."""
         for k, chunk in chunks.items():
             with self.at_work():
-                result = work(model, *chunk, progress=progress)
+                result = work(model, *chunk, progress=lambda done, total: under_way(done / total))
             yield k, result
 
     @contextmanager

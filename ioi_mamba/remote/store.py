@@ -20,7 +20,7 @@ from torch import Tensor
 from ioi_mamba.files import remove_parts, written_whole
 
 PACKAGE = "ioi_mamba"
-_SUFFIX = ".chunk"
+SUFFIX = ".chunk"
 
 
 class Scratch(dict):
@@ -84,12 +84,12 @@ class Store:
         if not self.directory.is_dir():
             return
         remove_parts(self.directory)
-        for path in [*self.directory.glob(f"*{_SUFFIX}"), *self.directory.glob("*.job")]:
+        for path in [*self.directory.glob(f"*{SUFFIX}"), *self.directory.glob("*.job")]:
             path.unlink()
         self.directory.rmdir()
 
     def _path(self, key: str | None) -> Path:
-        return self.directory / f"{key}{_SUFFIX}"
+        return self.directory / f"{key}{SUFFIX}"
 
 
 @cache

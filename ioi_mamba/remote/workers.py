@@ -7,11 +7,9 @@ tensors, and they are put together in order. A worker that ends is replaced and 
 from __future__ import annotations
 
 import atexit
-import itertools
 import logging
 import os
 import sys
-import time
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,6 +22,7 @@ from ioi_mamba.errors import InputError, ServerError
 from ioi_mamba.remote.jobs import Done, Jobs, Progress
 from ioi_mamba.remote.store import PACKAGE, weights_digest
 
+ASKED = "asked"  # the group of an actor's methods that answers while another one is at work
 TRIES = 3  # of a chunk whose worker ends each time
 START_SECONDS = 600  # a worker may take to start and to open its model
 HEARD_SECONDS = 0.5  # from one look at what workers say of their progress to the next
@@ -58,21 +57,24 @@ class _Loaded(NamedTuple):
 class _Worker:
     """The actor."""
 
+    share = 0.0
+
     def open(self, opened: Callable[[], Any], threads: int) -> _Loaded:
         torch.set_num_threads(threads)
         self.model = opened()
         return _Loaded(os.getpid(), weights_digest(self.model._module.state_dict()), str(self.model.device))
 
-    def do(self, work: Callable[..., Any], chunk: tuple, number: int, heard_by: Any) -> Any:
-        last = time.monotonic()
+    def do(self, work: Callable[..., Any], chunk: tuple) -> Any:
+        self.share = 0.0
 
         def heard(done: int, total: int) -> None:
-            nonlocal last
-            if time.monotonic() - last > HEARD_SECONDS:
-                last = time.monotonic()
-                heard_by.put_nowait((number, done / total))
+            self.share = done / total
 
         return work(self.model, *chunk, progress=heard)
+
+    def done(self) -> float:
+        """The share of its chunk that is done, 0..1; asked while `do` is at it."""
+        return self.share
 
 
 class RayJobs(Jobs):
@@ -92,16 +94,12 @@ class RayJobs(Jobs):
         self.pids: list[int] = []
         self.replaced = 0
         self._weights: str | None = None
-        self._numbers = itertools.count()
         self._ray = _connected(workers)
         self._started_here = workers.address is None
         # Also where the program ends without a word to us.
         atexit.register(self.close)
-        from ray.util.queue import Queue
-
         try:
             count, self._gpus = self._shares()
-            self._heard = Queue(actor_options={"num_cpus": 0})
             self._starting: dict[Any, Any] = {}
             self._idle: deque[tuple[Any, int]] = deque()
             for _ in range(count):
@@ -123,7 +121,8 @@ class RayJobs(Jobs):
         return count, min(1.0, gpus / count) if wanted.gpus is None else wanted.gpus
 
     def _start(self) -> None:
-        actor = self._ray.remote(num_cpus=self.workers.threads, num_gpus=self._gpus)(_Worker).remote()
+        options = {"num_cpus": self.workers.threads, "num_gpus": self._gpus, "concurrency_groups": {ASKED: 1}}
+        actor = self._ray.remote(**options)(_Worker).remote()
         self._starting[actor.open.remote(self.opened, self.workers.threads)] = actor
 
     def _wait(self, refs: list[Any], seconds: float) -> list[Any]:
@@ -163,28 +162,30 @@ class RayJobs(Jobs):
 
     def one(self, model, work: Callable[..., Any], args: tuple, progress: Progress | None = None) -> Any:
         """The whole of `work` on one worker."""
-        heard = progress if progress is not None else lambda done, total: None
+
+        def heard(share: float) -> None:
+            if progress is not None:
+                progress(int(1000 * share), 1000)
+
         ((_, result),) = self.compute(model, work, {0: args}, {0: None}, heard)
         return result
 
-    def compute(self, model, work: Callable[..., Any], chunks, keys, progress: Progress) -> Done:
+    def compute(self, model, work: Callable[..., Any], chunks, keys, under_way) -> Done:
         ray = self._ray
         _send_by_value(work)
         waiting, running, tries = deque(chunks.items()), {}, Counter()
-        shares: dict[int, float] = {}  # how far a chunk is, by the number it was given out with
         while waiting or running:
             while waiting and self._idle:
                 k, chunk = waiting.popleft()
                 actor, pid = self._idle.popleft()
-                number = next(self._numbers)
-                running[actor.do.remote(work, chunk, number, self._heard)] = (k, number, actor, pid)
+                running[actor.do.remote(work, chunk)] = (k, actor, pid)
             seconds = HEARD_SECONDS if running else START_SECONDS
             ready = self._wait([*running, *self._starting], seconds)
             self._greet([ref for ref in ready if ref in self._starting])
             for ref in ready:
                 if ref not in running:
                     continue
-                k, _, actor, pid = running.pop(ref)
+                k, actor, pid = running.pop(ref)
                 try:
                     result = ray.get(ref)
                 except ray.exceptions.RayTaskError as error:
@@ -204,9 +205,17 @@ class RayJobs(Jobs):
                     self._idle.append((actor, pid))
                     yield k, result
             if running and not ready:
-                shares |= dict(self._heard.get_nowait_batch(self._heard.qsize()))
-                share = sum(shares.get(number, 0.0) for _, number, _, _ in running.values())
-                progress(int(1000 * share), 1000)
+                under_way(self._share([actor for _, actor, _ in running.values()]))
+
+    def _share(self, actors: list[Any]) -> float:
+        """How many chunks are done, counting the share of each that is under way."""
+        asked = [actor.done.options(concurrency_group=ASKED).remote() for actor in actors]
+        answered, _ = self._ray.wait(asked, num_returns=len(asked), timeout=HEARD_SECONDS)
+        found = 0.0
+        for ref in answered:
+            with suppress(self._ray.exceptions.RayError):  # one that ended is noticed by its chunk
+                found += self._ray.get(ref)
+        return found
 
     def close(self) -> None:
         """End the workers, and Ray where it was started here. Nothing is left running."""
@@ -230,24 +239,32 @@ def _connected(workers: Workers) -> Any:
         raise InputError("The backend 'ray' needs Ray: install ioi-mamba[ray], or use the backend 'local'.") from None
     if ray.is_initialized():
         raise InputError("This process is connected to Ray already: end that with ray.shutdown() first.")
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    try:
-        if workers.address is None:
-            ray.init(
-                address="local",
-                num_cpus=(workers.count * workers.threads) if workers.count else None,
-                include_dashboard=False,
-                object_store_memory=STORE_BYTES,
-                _node_ip_address="127.0.0.1",
-                **quiet,
-            )
-        else:
-            ray.init(address=workers.address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"No Ray cluster at --address {workers.address}: start one with `ray start` ({said})."
-        ) from None
+    if workers.address is None:
+        options = {
+            "address": "local",
+            "num_cpus": workers.count * workers.threads if workers.count else None,
+            "include_dashboard": False,
+            "object_store_memory": STORE_BYTES,
+            "_node_ip_address": "127.0.0.1",
+            # Else its workers give way to everything else on the machine.
+            "_system_config": {"worker_niceness": 0},
+        }
+    else:
+        options = {"address": workers.address}
+    for attempt in range(TRIES):
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+            break
+        except Exception as error:  # Ray raises whatever it likes, also Exception itself
+            ray.shutdown()
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if workers.address is not None:
+                raise InputError(
+                    f"No Ray cluster at --address {workers.address}: start one with `ray start` ({said})."
+                ) from None
+            # A busy machine takes longer than the 30 seconds that Ray allows its own processes.
+            if attempt == TRIES - 1:
+                raise ServerError(f"Ray did not start on this machine: {said}") from None
     return ray
 
 

@@ -33,7 +33,7 @@ from ioi_mamba.experiments.options import options_of
 from ioi_mamba.files import EMBEDDED, sha256_of, written_whole
 from ioi_mamba.model import compiled_scan
 from ioi_mamba.model.families import FAMILIES
-from ioi_mamba.model.jobs import chunks_wanted, config_of, keeping, runs_here
+from ioi_mamba.model.jobs import config_of, keeping, runs_here
 from ioi_mamba.model.memory import check_fits
 from ioi_mamba.passes.probe import probe
 from ioi_mamba.remote.store import Store
@@ -69,6 +69,7 @@ def run_study(
     model_id: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    chunks: int | None = None,
     progress: bool = True,
     finished: Callable[[dict[str, Any]], None] | None = None,
     failed: Callable[[str, Exception], None] | None = None,
@@ -90,7 +91,8 @@ def run_study(
     experiment on names with pairs that have none; and later for a disk that is full. An experiment that fails leaves
     the tables finished before it, and a report of them.
     Finished chunks of an experiment, or requests to a server, are kept in `out_dir/chunks` until its table is written;
-    with resume they are not computed again. Raises ServerError for a server or workers that fail, and Submitted where
+    with resume they are not computed again. chunks: about how many a pass over pairs is cut into (None: 16, fewer where
+    they would be too small to be worth it); the last bits of a table depend on it. Raises ServerError for a server or workers that fail, and Submitted where
     requests were handed over and not waited for.
     """
     if not experiments:
@@ -107,7 +109,7 @@ def run_study(
     }
     with only_run(out):
         return _run_plans(
-            model, plans, out, chosen, asked, seed, model_id, resume, overwrite, progress, finished, failed
+            model, plans, out, chosen, asked, seed, model_id, resume, overwrite, chunks, progress, finished, failed
         )
 
 
@@ -121,6 +123,7 @@ def _run_plans(
     model_id: str | None,
     resume: bool,
     overwrite: bool,
+    chunks: int | None,
     progress: bool,
     finished: Callable[[dict[str, Any]], None] | None,
     failed: Callable[[str, Exception], None] | None,
@@ -132,7 +135,7 @@ def _run_plans(
     store = Store(out / "chunks", found | {"weights_sha256": weights})
     # Asked for by the first experiment that is not finished yet, and then for all of them at once.
     clean = cache(lambda: _clean_scores(model, task, plans))
-    run = _Run(model, out, about, found, store, task, clean, asked, seed, resume, overwrite, progress)
+    run = _Run(model, out, about, found, store, task, clean, asked, seed, resume, overwrite, chunks, progress)
     run.make_room(plans)
     if not resume:
         store.forget()
@@ -218,6 +221,7 @@ class _Run:
     seed: int
     resume: bool
     overwrite: bool
+    chunks: int | None
     progress: bool
     attributions: dict[Any, Any] = field(default_factory=dict)
 
@@ -354,13 +358,13 @@ class _Run:
     def _counted(self) -> Iterator[dict[str, Any]]:
         """What is done inside the block, for a manifest: chunks, which the store keeps, and requests to a server."""
         counts: dict[str, Any] = {}
-        with keeping(self.model, self.store) as jobs:
+        with keeping(self.model, self.store, self.chunks) as jobs:
             computed, kept, sent = jobs.computed, jobs.kept, len(jobs.records)
             yield counts
             counts["chunks"] = {
                 "computed": jobs.computed - computed,
                 "kept": jobs.kept - kept,
-                "wanted": chunks_wanted(self.model),
+                "wanted": self.chunks,
             }
             if jobs.records[sent:]:
                 counts["requests"] = _sums(jobs.records[sent:])

@@ -73,7 +73,7 @@ def test_noise_has_the_spread_of_the_values_and_its_own_numbers(tiny_mamba, pair
 @pytest.mark.parametrize("kind", ABLATIONS)
 def test_how_pairs_are_cut_into_passes_changes_nothing(tiny_mamba, pairs, monkeypatch, kind):
     whole = resample_sweep(tiny_mamba, pairs, "layer_input", ablation=kind)
-    monkeypatch.setattr(sweep, "rows_per_pass", lambda *_: 2)
+    monkeypatch.setattr(sweep, "rows_per_chunk", lambda *_: 2)
     split = resample_sweep(tiny_mamba, pairs, "layer_input", ablation=kind)
     torch.testing.assert_close(split, whole, rtol=0, atol=logit_rounding(tiny_mamba, pairs.clean, pairs.corrupted))
 

@@ -97,13 +97,13 @@ def test_ragged_pairs_are_swept_as_each_pair_alone_would_be(resume):
 def test_the_number_of_rows_in_a_pass_changes_nothing(monkeypatch):
     model, pairs = golden.model(), golden.golden_pairs()
     whole = resample_sweep(model, pairs, "h", layers=[1], positions=[3, 9])
-    monkeypatch.setattr(sweep, "rows_per_pass", lambda *_: 2)
+    monkeypatch.setattr(sweep, "rows_per_chunk", lambda *_: 2)
     split = resample_sweep(model, pairs, "h", layers=[1], positions=[3, 9])
     torch.testing.assert_close(split, whole, rtol=0, atol=rounding(model, pairs))
 
 
 def test_progress_counts_up_to_its_total(monkeypatch):
-    monkeypatch.setattr(sweep, "rows_per_pass", lambda *_: 2)
+    monkeypatch.setattr(sweep, "rows_per_chunk", lambda *_: 2)
     calls = []
     resample_sweep(
         golden.odd_model(),
@@ -114,7 +114,7 @@ def test_progress_counts_up_to_its_total(monkeypatch):
         progress=lambda *c: calls.append(c),
     )
     done, totals = zip(*calls, strict=True)
-    assert set(totals) == {2 * 2 * 4}
+    assert set(totals) == {4}
     assert list(done) == sorted(done)
     assert done[-1] == totals[-1]
 

@@ -28,6 +28,7 @@ from ioi_mamba.errors import InputError, ServerError
 from ioi_mamba.experiments.needs import Need
 from ioi_mamba.model import compiled_scan
 from ioi_mamba.passes.probe import probe
+from ioi_mamba.remote import client
 from ioi_mamba.study import runs
 from ioi_mamba.tasks import ioi
 
@@ -325,24 +326,24 @@ def test_a_run_goes_on_after_the_server_comes_back_and_computes_nothing_twice(fr
     model = im.open_model("mini", backend="ndif", host=fragile.url)
     model.jobs.limit(retries=0)
     sent = []
-    once = type(model.jobs)._once
+    once = client._Request._waited_for
 
-    def counted(jobs, model, work, args, record, kept):
+    def counted(request, model):
         if len(sent) == 4:  # the probe's two and conv-shift's first two
             fragile.kill("api")
-        out = once(jobs, model, work, args, record, kept)
-        sent.append(kept)
+        out = once(request, model)
+        sent.append(request.ticket)
         return out
 
-    monkeypatch.setattr(type(model.jobs), "_once", counted)
+    monkeypatch.setattr(client._Request, "_waited_for", counted)
     with pytest.raises(ServerError, match="No answer"):
         runs.run_study(model, ["conv-shift"], tmp_path, n_pairs=2, options={"layer": 6}, progress=False)
-    kept = {path.stem for path in (tmp_path / "jobs").glob("*.pt")}
+    kept = {path.stem for path in (tmp_path / "chunks").glob("*.chunk")}
     assert len(kept) == 2
     fragile.restart("api")
     model.jobs.limit(retries=8)
     finished = len(sent)
-    monkeypatch.setattr(type(model.jobs), "_once", lambda *a: sent.append(a[-1]) or once(*a))
+    monkeypatch.setattr(client._Request, "_waited_for", lambda r, m: sent.append(r.ticket) or once(r, m))
     runs.run_study(model, ["conv-shift"], tmp_path, n_pairs=2, options={"layer": 6}, resume=True, progress=False)
     assert not kept & {path.stem for path in sent[finished:] if path is not None}
     here = im.open_model("mini", device="cpu")
