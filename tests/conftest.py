@@ -6,6 +6,7 @@ import os
 # Read when transformers is imported, so set before any test module imports it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["USE_HUB_KERNELS"] = "0"
+os.environ["OMP_NUM_THREADS"] = "1"  # models so small that a second thread only waits
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig
 import ioi_mamba as im
 from ioi_mamba.model.opening import _token_ids_tokenizer
 
-torch.set_num_threads(1)  # models so small that a second thread only waits
+torch.set_num_threads(1)
 
 VOCAB = 40
 

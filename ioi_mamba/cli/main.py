@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 from ioi_mamba.errors import InputError, ServerError, Submitted
+from ioi_mamba.model.threads import wait_passively
 
 CODES = (
     "Exit codes: 0 done; 1 the doctor found something, or a part of a study failed; 2 bad input; 3 the server failed; "
@@ -48,6 +49,7 @@ for _name, _help in COMMANDS.items():
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; its exit codes are CODES."""
+    wait_passively()
     given = list(sys.argv[1:] if argv is None else argv)
     try:
         try:

@@ -72,6 +72,13 @@ def keeping(model, store: Store, chunks: int | None = None) -> Iterator[Jobs]:
             model.jobs = None
 
 
+def close(model) -> None:
+    """End the workers of a model, if it has any."""
+    jobs = getattr(model, "jobs", None)
+    if jobs is not None:
+        jobs.close()
+
+
 def runs_here(model) -> bool:
     """Whether `call` runs its work in this process with this model, so that what it keeps is there the next time."""
     jobs = getattr(model, "jobs", None)

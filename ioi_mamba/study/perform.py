@@ -10,15 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ioi_mamba import analyses, tasks
 from ioi_mamba.errors import InputError, Submitted
 from ioi_mamba.experiments.experiment import Experiment
 from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import made, options_of, read_option
 from ioi_mamba.files import written_whole
+from ioi_mamba.model.jobs import close
 from ioi_mamba.model.opening import open_model
+from ioi_mamba.model.threads import use_threads
+from ioi_mamba.remote.workers import Workers
 from ioi_mamba.results.lock import only_run
 from ioi_mamba.results.study import FILE
 from ioi_mamba.study import runs
@@ -83,19 +84,22 @@ def _value(experiments: Sequence[Experiment], key: str, value: Any) -> Any:
 
 
 def opened(settings: Settings, any_architecture: bool) -> Any:
-    """The model of a run. Raises InputError as `open_model`."""
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    """The model of a run, to be ended by `jobs.close`. Raises InputError as `open_model`."""
+    shared = settings.backend == "ray"
+    # What is left to do here of a run by workers is little.
+    use_threads(1 if shared else settings.threads)
     model = open_model(
         settings.model,
         device=settings.device,
         dtype=settings.dtype,
         backend=settings.backend,
         host=settings.host,
+        workers=Workers(settings.address, settings.workers, settings.threads or 1) if shared else None,
         any_architecture=any_architecture,
     )
     if settings.backend == "ndif":
         model.jobs.limit(settings.max_upload, settings.max_download, settings.retries)
+        model.jobs.in_flight = settings.jobs
     return model
 
 
@@ -122,6 +126,7 @@ def run(model: Any, request: Request, out: Path, **others: Any) -> Path:
         seed=settings.seed,
         options=request.options,
         model_id=settings.model,
+        chunks=settings.chunks,
         **others,
     )
 
@@ -167,6 +172,8 @@ def run_cells(
 
             try:
                 if held is None or held[0] != _of_model(cell):
+                    if held is not None:
+                        close(held[1])
                     held = None  # before the next one is opened, so that two never take memory at once
                     held = (_of_model(cell), opened(cell.settings, request.any_architecture))
                 run(
@@ -184,6 +191,8 @@ def run_cells(
             except Exception as error:  # whatever is wrong with one cell, the others go on
                 failures[cell.name] = _said(error)
                 logger.error("%s failed: %s", cell.name, _said(error), exc_info=_trace(error))
+        if held is not None:
+            close(held[1])
     return failures
 
 
@@ -193,7 +202,8 @@ def _with_cell(finished: Callable[[dict[str, Any]], None], cell: str, manifest: 
 
 def _of_model(cell: Cell) -> tuple[str, ...]:
     settings = cell.settings
-    return tuple(map(str, (settings.model, settings.dtype, settings.device, settings.backend, settings.host)))
+    names = ("model", "dtype", "device", "backend", "host", "address", "workers", "threads")
+    return tuple(str(getattr(settings, name)) for name in names)
 
 
 def _said(error: Exception) -> str:

@@ -50,14 +50,22 @@ class Settings(BaseModel):
     seed: int = Field(27, description="of the prompts drawn; 27 as in the paper")
     device: str | None = Field(None, description="cpu, cuda, ... (default: a GPU if there is one)")
     dtype: str = Field("float32", description="of the weights")
-    threads: int | None = Field(1, ge=1, description="CPU threads: small models are no faster with more")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads (default: OMP_NUM_THREADS, or the cores that are ours; of a worker: 1)"
+    )
+    chunks: int | None = Field(None, ge=1, description="about how many a pass is cut into (default: 16 at most)")
     no_resume_points: Annotated[bool, Parameter(negative=(), show_default=False)] = Field(
         False, description="run every pass in full: slower, same values"
     )
     backend: str = Field(
         "local",
-        description="local; ndif: the model is on a server; local-serialized: here, as if sent to a server",
+        description="local; ray: workers share the work; ndif: the model is on a server; local-serialized: here, as if sent to a server",
     )
+    workers: int | None = Field(None, ge=1, description="with --backend ray: how many (default: one a GPU, or a core)")
+    address: str | None = Field(
+        None, description="with --backend ray: of a running cluster, or auto (default: one is started here)"
+    )
+    jobs: int = Field(1, ge=1, description="with --backend ndif: requests in flight")
     host: str | None = Field(None, description="the NDIF server (default: nnsight's setting)")
     max_upload: float = Field(64, gt=0, description="MiB of one request")
     max_download: float = Field(256, gt=0, description="MiB of one result")
@@ -74,6 +82,9 @@ class Settings(BaseModel):
             raise ValueError("--pairs and --n-pairs do not go together: give prompts or how many to draw")
         if self.held_out is not None and self.pairs is None:
             raise ValueError("--held-out goes with --pairs: without it, held-out prompts are drawn")
+        for name, backend in (("workers", "ray"), ("address", "ray"), ("jobs", "ndif")):
+            if name in self.model_fields_set and self.backend != backend:
+                raise ValueError(f"--{name} is for --backend {backend}: leave it out")
         if self.pairs is not None and self.task != "ioi":
             raise ValueError(f"--pairs reads prompts with names, not those of {self.task}: give one of the two")
         return self

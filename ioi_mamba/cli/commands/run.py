@@ -79,6 +79,7 @@ def _run(
             raise InputError("--submit and --collect are for --backend ndif: leave them out.")
         place = out or default_out(settings.model, settings.task)
 
+        from ioi_mamba.model.jobs import close
         from ioi_mamba.study import perform, runs
 
         request = perform.requested(experiments, settings, options)
@@ -87,15 +88,18 @@ def _run(
         model = perform.opened(settings, request.any_architecture)
         if settings.backend == "ndif":
             model.jobs.wait = not submit
-        page = perform.run(
-            model,
-            request,
-            place,
-            resume=resume or collect,
-            overwrite=overwrite,
-            progress=not log.quiet,
-            finished=_printed if json_ else None,
-        )
+        try:
+            page = perform.run(
+                model,
+                request,
+                place,
+                resume=resume or collect,
+                overwrite=overwrite,
+                progress=not log.quiet,
+                finished=_printed if json_ else None,
+            )
+        finally:
+            close(model)
         if not json_:
             print(f"Report: {page}")
         return 0
