@@ -7,22 +7,32 @@ for mamba-2.8b counts multiplications and the bytes of `ioi_mamba.model.memory`;
 from __future__ import annotations
 
 import argparse
+import heapq
 import math
 import statistics
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
 
+from transformers import MambaConfig
+
 import ioi_mamba as im
 from ioi_mamba.circuits.attribution import Options, attributions
 from ioi_mamba.circuits.graph import universe_of
 from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.model.memory import PASSES, row_mib, rows_per_pass
-from ioi_mamba.passes.sweep import resample_sweep
+from ioi_mamba.passes.sweep import LAYERS_OF_A_CHUNK, resample_sweep
 
 from . import shapes, timing
 
 WIDTH = "small"
+RATE = 1e13
+"""Multiply-adds a second of one GPU in float32: an assumption, for hours to be read off; efficiency does not depend on it."""
+BOUNDS = (
+    "What bounds it: the longest chunk, which nobody can share (the lowest layers of one pair); passes of one row, whose "
+    "time is that of launching some 30 kernels a layer where the multiply-adds take less; the weights, 11 GiB to each "
+    "worker, which 64 read from one file system; not the results, half a MiB a pair."
+)
 LAYERS, POSITIONS, PAIRS, EDGES = (4, 8, 16), (10, 20, 40, 80), (8, 16, 32, 64), (8, 16, 32, 64)
 
 
@@ -100,19 +110,42 @@ def calculated(n_layers: int, width: int, vocab: int, positions: int, pairs: int
         "the same, plain": items,
     }
     lines = [f"| {what} | {c:,.0f} | {c * pairs * forward / 1e15:,.1f} |" for what, c in costs.items()]
-    config = SimpleNamespace(
-        hidden_size=width,
-        intermediate_size=E,
-        num_hidden_layers=n_layers,
-        state_size=N,
-        conv_kernel=K,
-        vocab_size=vocab,
-    )
+    config = MambaConfig(hidden_size=width, num_hidden_layers=n_layers, vocab_size=vocab)
     lines += ["", "| pass | MiB a pair | pairs in 1 GiB | in 8 GiB |", "|---|---|---|---|"]
     for kind in PASSES:
         model = SimpleNamespace(config=config, device="cpu")
         fits = [rows_per_pass(model, positions, kind, budget) for budget in (1024, 8192)]
         lines.append(f"| {kind} | {row_mib(model, positions, kind):,.0f} | {fits[0]} | {fits[1]} |")
+    return lines
+
+
+def shared_out(n_layers: int, width: int, positions: int, pairs: int, rate: float) -> list[str]:
+    """The layer x position sweep by so many workers: the share of their time that is used, and hours.
+
+    Chunks go, in order, to whichever worker is free; a chunk costs its passes and, once more, the rolling of its pairs'
+    states. rate: multiply-adds a second of a worker, which is assumed.
+    """
+    E, R, N, K = 2 * width, -(-width // 16), 16, 4
+    layer = 3 * width * E + E * (R + 2 * N) + R * E + E * (K + 4 * N)
+    lines = []
+    for workers, wanted in ((1, 16), (8, 32), (64, 16), (64, 64), (64, 256), (128, 512)):
+        rows = max(1, -(-pairs // min(wanted, pairs)))
+        n_chunks = -(-pairs // rows)
+        groups = max(1, min(wanted // n_chunks, n_layers // LAYERS_OF_A_CHUNK))
+        costs = []
+        for first in range(0, pairs, rows):
+            own = min(rows, pairs - first)
+            for k in range(groups):
+                cut = range(k * n_layers // groups, (k + 1) * n_layers // groups)
+                passes = sum(n_layers - each for each in cut) * positions * (positions + 1) / 2
+                rolled = 3 * n_layers * positions  # both prompts, and the clean run that passes start from
+                costs.append(own * layer * (passes + rolled))
+        free = [0.0] * workers
+        for cost in costs:
+            heapq.heapreplace(free, free[0] + cost / rate)
+        used = sum(costs) / rate / workers / max(free)
+        repeated = 1 - (sum(costs) - (groups - 1) * pairs * layer * 3 * n_layers * positions) / sum(costs)
+        lines.append(f"| {workers} | {wanted} | {len(costs)} | {max(free) / 3600:,.1f} | {used:.0%} | {repeated:.2%} |")
     return lines
 
 
@@ -131,6 +164,14 @@ def main() -> None:
         "| experiment | plain passes of all pairs | 10^15 multiply-adds |",
         "|---|---|---|",
         *calculated(64, 2560, 50280, 1000, 80),
+        "",
+        f"The sweep of it shared out, by calculation; a worker is assumed to do {RATE:.0e} multiply-adds a second:",
+        "",
+        "| workers | chunks asked for | chunks | hours | of the workers' time used | work done twice |",
+        "|---|---|---|---|---|---|",
+        *shared_out(64, 2560, 1000, 80, RATE),
+        "",
+        BOUNDS,
     ]
     print("\n".join(lines))
     if not arguments.no_write:

@@ -35,6 +35,13 @@ def opened(shape: str, *, layers: int | None = None) -> Iterator:
     if shape == "mini":
         yield im.open_model("mini", device="cpu")
         return
+    with saved(shape, layers=layers) as directory:
+        yield im.open_model(directory, device="cpu")
+
+
+@contextmanager
+def saved(shape: str, *, layers: int | None = None) -> Iterator[str]:
+    """A directory with random weights of that shape (with other `layers`, if given)."""
     n, width, vocab = SHAPES[shape]
     sizes = {"vocab_size": vocab, "hidden_size": width, "num_hidden_layers": layers or n}
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
@@ -45,7 +52,7 @@ def opened(shape: str, *, layers: int | None = None) -> Iterator:
     with TemporaryDirectory() as directory:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-        yield im.open_model(directory, device="cpu")
+        yield directory
 
 
 def stock(model):

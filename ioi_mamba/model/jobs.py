@@ -57,17 +57,18 @@ def each_chunk(
 def keeping(model, store: Store, chunks: int | None = None) -> Iterator[Jobs]:
     """Inside the block finished chunks are kept in `store`. Gives what does the work of this model.
 
-    chunks: about how many a pass over pairs is cut into; None: as `memory.rows_per_chunk` finds best.
+    chunks: about how many a pass over pairs is cut into; None: as is best for whoever does the work.
     """
     jobs = getattr(model, "jobs", None)
     own = jobs is None
     if own:
         jobs = model.jobs = Jobs()
-    jobs.store, jobs.chunks = store, chunks
+    before, jobs.store = jobs.chunks, store
+    jobs.chunks = chunks or before
     try:
         yield jobs
     finally:
-        jobs.store = jobs.chunks = None
+        jobs.store, jobs.chunks = None, before
         if own:
             model.jobs = None
 

@@ -23,6 +23,7 @@ from ioi_mamba.remote.jobs import Done, Jobs, Progress
 from ioi_mamba.remote.store import PACKAGE, weights_digest
 
 ASKED = "asked"  # the group of an actor's methods that answers while another one is at work
+CHUNKS_A_WORKER = 4  # at least, where there are many: the last chunk is done by one while the others have none
 TRIES = 3  # of a chunk whose worker ends each time
 START_SECONDS = 600  # a worker may take to start and to open its model
 HEARD_SECONDS = 0.5  # from one look at what workers say of their progress to the next
@@ -105,6 +106,8 @@ class RayJobs(Jobs):
             for _ in range(count):
                 self._start()
             self.count = count
+            if count * CHUNKS_A_WORKER > 16:
+                self.chunks = count * CHUNKS_A_WORKER
             while not self._idle:
                 self._greet(self._wait(list(self._starting), START_SECONDS))
         except BaseException:

@@ -364,7 +364,7 @@ class _Run:
             counts["chunks"] = {
                 "computed": jobs.computed - computed,
                 "kept": jobs.kept - kept,
-                "wanted": self.chunks,
+                "wanted": jobs.chunks,
             }
             if jobs.records[sent:]:
                 counts["requests"] = _sums(jobs.records[sent:])
