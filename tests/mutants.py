@@ -35,6 +35,7 @@ ATTRIBUTION, FAITHFULNESS = "tests/circuits/test_attribution.py", "tests/circuit
 PAIRS, IOI, EFFECTS = "tests/tasks/test_pairs.py", "tests/tasks/test_ioi.py", "tests/analyses/test_effects.py"
 FAMILIES, ZAMBA = "tests/families", "tests/families -k zamba"
 RELEVANCE, OPEN = "tests/circuits/test_relevance.py", "tests/analyses/test_open_questions.py"
+CHUNKS = "tests/study/test_chunks.py"
 EXTENSIONS, SURFACE = "tests/project/test_extensions.py", "tests/project/test_surface.py"
 
 FAULTS = (
@@ -49,6 +50,11 @@ FAULTS = (
         "self.state.baseline - score <= self.threshold",
         ACDC,
     ),
+    # chunks that are kept
+    Fault("ioi_mamba/remote/store.py", "hashlib.sha256(content).digest() != digest", "False", CHUNKS),
+    Fault("ioi_mamba/remote/store.py", "_feed(digest, [work, *args])", "_feed(digest, [work, *args[:1]])", CHUNKS),
+    Fault("ioi_mamba/remote/store.py", "[surroundings, code_hash()]", "[code_hash()]", CHUNKS),
+    Fault("ioi_mamba/remote/jobs.py", "in enumerate(chunks) if k not in found}", "in enumerate(chunks)}", CHUNKS),
     # the scan and the mixer
     Fault(
         "ioi_mamba/model/scan.py",

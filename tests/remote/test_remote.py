@@ -375,3 +375,26 @@ def test_an_interrupted_client_ends_with_130(ndif_server, tmp_path):
     assert run.returncode == 130
     assert b"interrupted" in errors
     assert list((tmp_path / "jobs").glob("*.pt"))
+
+
+def test_several_requests_in_flight_give_the_local_table(ndif_server, local, tmp_path, monkeypatch):
+    """Each chunk is a request of its own, and so many of them are at the server at a time."""
+    model, most = im.open_model("mini", backend="ndif", host=ndif_server.url), []
+    model.jobs.in_flight = 2
+    step, out = client._Request.step, set()
+
+    def counted(request, model):
+        result = step(request, model)
+        (out.discard if result is not None else out.add)(id(request))
+        most.append(len(out))
+        return result
+
+    monkeypatch.setattr(client._Request, "step", counted)
+    given = {"n_pairs": 4, "chunks": 4, "progress": False}
+    runs.run_study(model, ["layer-ablation"], tmp_path / "shared", **given)
+    runs.run_study(local, ["layer-ablation"], tmp_path / "local", **given)
+    assert max(most) == 2
+    tables = [(tmp_path / where / "layer-ablation.parquet").read_bytes() for where in ("shared", "local")]
+    assert tables[0] == tables[1]
+    manifest = json.loads((tmp_path / "shared" / "layer-ablation.json").read_text())
+    assert manifest["requests"]["count"] == manifest["chunks"]["computed"] > 4
