@@ -236,6 +236,9 @@ def _connected(workers: Workers) -> Any:
     # Nothing is reported to anybody, and a driver's log is ours alone.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if workers.address is None:
+        # Else Ray, when it is imported, decides to put the machine's address in place of 127.0.0.1.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     try:
         import ray
     except ImportError:

@@ -24,8 +24,8 @@ from ioi_mamba.results.stored import read_manifest
 from ioi_mamba.study import runs
 from ioi_mamba.tasks import ioi
 
-pytest.importorskip("ray")
-from ioi_mamba.remote.workers import Workers
+ray = pytest.importorskip("ray")
+from ioi_mamba.remote.workers import Workers  # noqa: E402
 
 FEW = {"compare_prompts": 0, "exact_prompts": 2, "part_prompts": 2, "steps": 2, "threshold": 0.9, "target": 0}
 FEW |= {"per_cell": 2}
@@ -74,6 +74,7 @@ def test_two_workers_make_the_local_table_and_leave_nothing_also_if_one_is_kille
     model = open_model(str(directory), device="cpu", backend="ray", workers=Workers(count=2))
     try:
         first, heard = set(model.jobs.pids), []
+        assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
 
         def kill_one():
             while not list((tmp_path / "shared" / "chunks").glob("*.chunk")):
