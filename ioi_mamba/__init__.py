@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ioi_mamba.analyses import register
     from ioi_mamba.circuits.attribution import attribute
+    from ioi_mamba.circuits.dictionaries import load_dictionary, save_dictionary, train_dictionary
     from ioi_mamba.circuits.faithfulness import evaluate
+    from ioi_mamba.circuits.features import features_at
     from ioi_mamba.circuits.flow import patch_flow, token_flow
     from ioi_mamba.circuits.graph import Circuit
     from ioi_mamba.circuits.patching import patch_edges
@@ -44,9 +46,11 @@ _HOMES = {
     "attribute": "circuits.attribution",
     "effect": "passes.effect",
     "evaluate": "circuits.faithfulness",
+    "features_at": "circuits.features",
     "greater_than": "tasks",
     "hidden_attention": "passes.unrolled",
     "ioi": "tasks",
+    "load_dictionary": "circuits.dictionaries",
     "mixer": "passes.forward",
     "open_model": "model.opening",
     "open_result": "results.stored",
@@ -58,8 +62,10 @@ _HOMES = {
     "read": "passes.forward",
     "register": "analyses",
     "run": "passes.forward",
+    "save_dictionary": "circuits.dictionaries",
     "steer": "steering.steer",
     "token_flow": "circuits.flow",
+    "train_dictionary": "circuits.dictionaries",
 }
 """Where each public name is; the block above says the same to type checkers."""
 
@@ -77,9 +83,11 @@ __all__ = [
     "attribute",
     "effect",
     "evaluate",
+    "features_at",
     "greater_than",
     "hidden_attention",
     "ioi",
+    "load_dictionary",
     "mixer",
     "open_model",
     "open_result",
@@ -91,8 +99,10 @@ __all__ = [
     "read",
     "register",
     "run",
+    "save_dictionary",
     "steer",
     "token_flow",
+    "train_dictionary",
 ]
 
 

@@ -135,13 +135,31 @@ def tables(n_layers, n_positions):
         rows += [("source", k, name, p, "state") for k in layers for p, name in at]
         rows += [("source", k, "out", n_positions, "D x") for k in layers]
         rows += [("lens", k, "out", n_positions, "stream") for k in layers]
+        rows += [("tuned lens", k, "out", n_positions, "stream") for k in layers]
         rows = [(*row, "") for row in rows]
+        rows += [("exchanged", k, "out", n_positions, "mamba", way) for k in layers for way in ("identity", "place")]
         ways = ("from bottleneck", "to output")
         rows += [("carried", k, "out", n_positions, "mamba", way) for k in layers[4:] for way in ways]
         columns = ["what", "layer", "position", "place", "part", "way"]
         table = pd.DataFrame(rows, columns=columns).astype({"layer": "Int64"})
         table = table.assign(contribution=[draw.uniform(-1, 1) for _ in rows], low=-1.0, high=1.0, n=80)
         return table.assign(bottleneck=3, left_out=0)
+
+    def of_features():
+        rows = []
+        for site in ("ssm_input", "out_proj"):
+            own = {"site": site, "item": "", "role": "", "word": "", "examples": "", "carries_name": False, "n": 80}
+            for way in ("features", "features, error clean", "components", "channels"):
+                left = {"what": "left", "way": way, "measure": "normalized logit diff"}
+                rows += [own | left | {"size": 2**k, "value": draw.random()} for k in range(14)]
+                item = {"what": "feature", "way": way, "word": "Mary", "alike": 0.9, "measure": "score", "offset": 1}
+                shown = range(1, 13) if way != "features, error clean" else ()
+                rows += [own | item | {"item": str(k), "rank": k, "value": draw.uniform(-1, 0)} for k in shown]
+            fit = {"what": "fit", "way": "features", "size": 512, "value": 0.1}
+            rows += [own | fit | {"measure": "unexplained, held-out prompts"}]
+        table = pd.DataFrame(rows).astype({name: "Int64" for name in ("size", "rank", "offset")})
+        table = table.assign(low=table["value"] - 0.1, high=table["value"] + 0.1, layer=3, left_out=0, method="eap")
+        return table
 
     return {
         "layer-ablation": effects(),
@@ -157,4 +175,5 @@ def tables(n_layers, n_positions):
         "positional-attribution": positional(),
         "token-flow": flows(),
         "decoding": reading(),
+        "features": of_features(),
     }

@@ -36,9 +36,39 @@ PAIRS, IOI, EFFECTS = "tests/tasks/test_pairs.py", "tests/tasks/test_ioi.py", "t
 FAMILIES, ZAMBA = "tests/families", "tests/families -k zamba"
 RELEVANCE, OPEN = "tests/circuits/test_relevance.py", "tests/analyses/test_open_questions.py"
 CHUNKS = "tests/study/test_chunks.py"
+FEATURES, DICTIONARIES = "tests/circuits/test_features.py", "tests/circuits/test_dictionaries.py"
 EXTENSIONS, SURFACE = "tests/project/test_extensions.py", "tests/project/test_surface.py"
 
 FAULTS = (
+    # features
+    Fault(
+        "ioi_mamba/circuits/features.py",
+        "change = self.decoded(moved) - found",
+        "change = self.decoded(moved - here)",
+        FEATURES,
+    ),
+    Fault(
+        "ioi_mamba/circuits/features.py",
+        "error = (values[1] - self.decoded(other)) - (values[0] - found)",
+        "error = values[1] - values[0]",
+        FEATURES,
+    ),
+    Fault("ioi_mamba/circuits/features.py", "at_features * (other - here)", "at_features * other", FEATURES),
+    Fault("ioi_mamba/circuits/patching.py", "if features[:, columns].any()]", "if False]", FEATURES),
+    Fault("ioi_mamba/circuits/dictionaries.py", "sums > self.threshold.to(value).relu()", "sums > 0", DICTIONARIES),
+    Fault(
+        "ioi_mamba/circuits/dictionaries.py",
+        'shift=None if transcodes else tensors["b_dec"]',
+        "shift=None",
+        DICTIONARIES,
+    ),
+    Fault(
+        "ioi_mamba/circuits/dictionaries.py",
+        "for sides in values for side in sides.values()",
+        "for sides in values for side in [sides['clean']]",
+        DICTIONARIES,
+    ),
+    Fault("ioi_mamba/model/scanned_layer.py", 'drive = self._values["ssm_write"].clone()', "pass", MIXER),
     # the three that survived once
     Fault(
         "ioi_mamba/passes/sweep.py", "(corrupted - clean)[:, ahead - 1 :]", "(clean - corrupted)[:, ahead - 1 :]", SWEEP

@@ -75,9 +75,10 @@ def _block(weight, at, stream, norm):
     A = at("A", A)
     A_bar = at("A_bar", torch.exp(delta[..., None] * A))
     B_bar = at("B_bar", delta[..., None] * B[:, :, None, :])
+    Bx = at("ssm_write", B_bar * x[..., None])
     h, y = at("h_start", x.new_zeros(len(x), *A.shape)), []
     for t in range(n_pos):
-        h = at(f"h.{t}", A_bar[:, t] * h + B_bar[:, t] * x[:, t, :, None])
+        h = at(f"h.{t}", A_bar[:, t] * h + Bx[:, t])
         y.append((h * C[:, t, None, :]).sum(-1))
     y = at("y", torch.stack(y, 1))
     y = at("after_skip", at("ssm_output", y + weight("mixer.D") * x) * F.silu(gate))

@@ -20,10 +20,14 @@ With `parts`, conv slices, ssm and skip are scored in the same passes. A conv sl
 its score is the gradient at the conv output times the change of the slice; ssm is the gradient at y times the change
 that the corrupted states bring; skip the gradient at the gate branch times its change. In the "paper" variant the
 path then interpolates the conv slices as well, as the published notebook does, so edge scores change a little.
+
+With `features`, so are the features and the error of dictionaries: the gradient at the site goes back through the decoder to
+the activations. No feature moves along the path by itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +35,7 @@ import pandas as pd
 from torch import Tensor
 
 from ioi_mamba.charts.notebook import shown
+from ioi_mamba.circuits.features import Features, check_features
 from ioi_mamba.circuits.graph import Circuit, Universe, items_of, universe_of
 from ioi_mamba.circuits.methods import Kind, Method, MethodName, Options, method_of
 from ioi_mamba.circuits.ranking import Ranking, places_of
@@ -53,6 +58,7 @@ def attribute(
     parts: bool = False,
     per_pair: bool = False,
     pairs_per_pass: int | None = None,
+    features: Iterable[Features] = (),
     progress: Progress | None = None,
 ) -> Attribution:
     """Attribution of every edge (and part); its `table` has columns source, target, position, part, score (and pair).
@@ -63,12 +69,13 @@ def attribute(
     slices, ssm and skip too; an edge has a null part. per_pair: one row a pair instead of the mean over pairs, `pair`
     being its number among those given. Pairs without a range (`ranges`) have no score and are in no mean: the table's
     `attrs` says how many were `left_out`.
-    pairs_per_pass: default what fits into 1 GiB, on an accelerator 8 GiB.
+    pairs_per_pass: default what fits into 1 GiB, on an accelerator 8 GiB. features: what `features_at` makes; their items
+    have parts such as "out_proj.12" and "out_proj.error".
     Score: normalized logit diff per unit of patching; negative = patching lowers the metric.
     Raises InputError for an unknown method or variant, steps < 2 with eap-ig, scores that are not finite, pairs of
     which none has a range, and pairs of several layouts where their scores at positions would be averaged.
     """
-    options = Options(method, variant, steps, positions, parts, per_pair, pairs_per_pass)
+    options = Options(method, variant, steps, positions, parts, per_pair, pairs_per_pass, check_features(features))
     found_by = _checked(options)
     if positions and not per_pair:
         check_one_layout(pairs)
@@ -76,7 +83,8 @@ def attribute(
     kinds, scores = attributions(model, found.pairs, options, progress)
     table = _to_frame(kinds, scores, positions, found.rows if per_pair else None)
     table.attrs = {"left_out": found.left_out}
-    universe = universe_of(model, parts=parts, n_positions=pairs.clean.shape[1] if positions else None)
+    n_positions = pairs.clean.shape[1] if positions else None
+    universe = universe_of(model, parts=parts, n_positions=n_positions, features=options.features)
     return Attribution(table, universe, found_by.label, len(found.pairs))
 
 
@@ -129,7 +137,7 @@ def attributions(
     """
     method = _checked(options)
     n_positions = pairs.clean.shape[1] if options.positions else None
-    universe = universe_of(model, parts=options.parts, n_positions=n_positions)
+    universe = universe_of(model, parts=options.parts, n_positions=n_positions, features=options.features)
     return universe.kinds(), method.run(model, pairs, universe, options, progress)
 
 

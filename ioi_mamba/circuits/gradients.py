@@ -11,8 +11,18 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.circuits import relevance
+from ioi_mamba.circuits.features import Features, columns_of
 from ioi_mamba.circuits.graph import Masks, Universe, universe_of
-from ioi_mamba.circuits.patching import CorruptedRun, Patch, corrupted_run, nodes_of, parts_of, sink_hooks
+from ioi_mamba.circuits.patching import (
+    CorruptedRun,
+    Patch,
+    corrupted_run,
+    edit_after,
+    node_of,
+    nodes_of,
+    parts_of,
+    sink_hooks,
+)
 from ioi_mamba.circuits.variants import Variant
 from ioi_mamba.model.jobs import device_of
 from ioi_mamba.model.portable import portable
@@ -27,8 +37,8 @@ from ioi_mamba.tasks.base import Pairs
 class _Point:
     """One pass on the path: the tensors that gradients are taken at, and the differences they are multiplied with."""
 
-    gradient_at: dict[tuple, Tensor]  # ("sink", j), or (site of a part, node)
-    values: dict[tuple[str, int], Tensor]  # (site, node): what parts are made from
+    gradient_at: dict[tuple, Tensor]  # ("sink", j), or (site of a part or of features, node)
+    values: dict[tuple[str, int], Tensor]  # (site, node): what parts and features are made from
 
 
 def _path_masks(universe: Universe, n_positions: int, alpha: float, parts: bool) -> Masks:
@@ -38,7 +48,8 @@ def _path_masks(universe: Universe, n_positions: int, alpha: float, parts: bool)
         grid[source, target - 1] = 1
     forward_edges = grid[None, :, :, None].expand(1, -1, -1, n_positions)
     on_path = torch.tensor([float(part.on_path and parts) for part in universe.of_layer])
-    return Masks(forward_edges * alpha, (on_path * alpha)[None, None, :, None].expand(1, n, -1, n_positions))
+    of_parts = (on_path * alpha)[None, None, :, None].expand(1, n, -1, n_positions)
+    return Masks(forward_edges * alpha, of_parts, torch.zeros(1, 0, n_positions))
 
 
 def _differentiable_pass(
@@ -48,7 +59,8 @@ def _differentiable_pass(
     nodes, of_layer = nodes_of(model), parts_of(model) if parts else ()
     universe = universe_of(model, parts=parts)
     masks = _path_masks(universe, pairs.clean.shape[1], alpha, parts and variant.parts_on_path)
-    patch = Patch(model, corrupted, masks, detach=variant.detached)
+    # On the path no feature is patched: what is upstream moves them.
+    patch = Patch(model, replace(corrupted, features=()), masks, detach=variant.detached)
     point = _Point({}, {})
 
     def leaf(key: tuple, then=None):
@@ -68,19 +80,22 @@ def _differentiable_pass(
         return observer
 
     edits, observe = patch.hooks()
+    fixed, seen = relevance.hooks(model, variant.rules)
+    # Rules come first: what a rule writes has no way back to what it is written over.
+    edits |= {name: edit_after(edits.get(name), edit) for name, edit in fixed.items()}
     edits["hook_embed"] = leaf(("embed",))
     for j, name in enumerate(sink_hooks(nodes)):
         edits[name] = leaf(("sink", j), edits.get(name))
     for w, node in enumerate(nodes):
-        for site in {part.site: None for part in of_layer if node.mixer}:
+        own = [each for each in corrupted.features if node_of(each, nodes) == w]
+        inside = of_layer if node.mixer else ()
+        for site in dict.fromkeys([*(part.site for part in inside), *(each.writes for each in own)]):
             name = f"blocks.{node.layer}.hook_{site}"
             edits[name] = leaf((site, w), edits.get(name))
-        for site in {site: None for part in of_layer if node.mixer for site in part.now}:
+        read = [each.reads for each in own if each.reads != each.writes]
+        for site in dict.fromkeys([*(site for part in inside for site in part.now), *read]):
             name = f"blocks.{node.layer}.hook_{site}"
             observe[name] = keep((site, w), observe.get(name))
-
-    fixed, seen = relevance.hooks(model, variant.rules)
-    edits |= {name: _both(edits.get(name), edit) for name, edit in fixed.items()}
     observe |= {name: _in_turn(observe.get(name), observer) for name, observer in seen.items()}
     with torch.enable_grad():
         return forward(
@@ -92,11 +107,6 @@ def _differentiable_pass(
             own_scan=True,
             reduce=lambda saved: score(pairs.scores(saved["hook_logits"]), patch, point),
         )
-
-
-def _both(first, then):
-    """Two edits of one value, one after the other; the first may be none."""
-    return then if first is None else lambda value: then(first(value))
 
 
 def _in_turn(first: Observer | None, then: Observer) -> Observer:
@@ -112,12 +122,18 @@ def _in_turn(first: Observer | None, then: Observer) -> Observer:
 
 
 def _chunk_scores(
-    model, pairs: Pairs, alphas: list[float], steps: int, variant: Variant, parts: bool
+    model,
+    pairs: Pairs,
+    alphas: list[float],
+    steps: int,
+    variant: Variant,
+    parts: bool,
+    features: tuple[Features, ...],
 ) -> dict[str, Tensor]:
-    """Scores of one chunk: edges [pair, source, target, pos]; parts [pair, node, part, pos]."""
+    """Scores of one chunk: edges [pair, source, target, pos]; parts [pair, node, part, pos]; features [pair, item, pos]."""
     nodes, of_layer = nodes_of(model), parts_of(model) if parts else ()
     n, (P, L) = len(nodes), pairs.clean.shape
-    corrupted = corrupted_run(model, pairs, parts=parts)
+    corrupted = corrupted_run(model, pairs, parts=parts, features=features)
     answer, wrong = pairs.answer.to(device_of(model)), pairs.wrong.to(device_of(model))
     from_corrupted = logit_diff(corrupted.logits, answer, wrong)
     clean: dict = {}
@@ -127,8 +143,9 @@ def _chunk_scores(
     total = {
         "edges": torch.zeros(P, n + 1, n + 1, L, **zeros),
         "parts": torch.zeros(P, n, len(of_layer), L, **zeros),
+        "features": torch.zeros(P, sum(each.n + 1 for each in features), L, **zeros),
     }
-    replaced = {part.site for part in of_layer if not part.is_term}
+    replaced = {part.site for part in of_layer if not part.is_term} | {each.writes for each in features}
     rows = torch.arange(P, device=device_of(model))
 
     def score(logits: Tensor, patch: Patch, point: _Point) -> dict[str, Tensor]:
@@ -156,6 +173,10 @@ def _chunk_scores(
                     made = there[part.own] if part.made is None else part.made(there, now, rows)
                     change = made.to(wide) - now[part.own]
                     total["parts"][:, i, k] += (gradient[part.site, i] * change).sum(-1)
+            for each, columns in zip(features, columns_of(features), strict=True):
+                i = node_of(each, nodes)
+                now = {site: value for (site, at), value in values.items() if at == i}
+                total["features"][:, columns] += each.scores(gradient[each.writes, i], now, corrupted.sites[i])
         return {}
 
     for alpha in alphas:
@@ -170,6 +191,7 @@ def scores(
     steps: int,
     variant: Variant,
     parts: bool,
+    features: tuple[Features, ...],
     positions: bool,
     per_pair: bool,
     first: int,
@@ -184,7 +206,8 @@ def scores(
     # Gradients are to be had inside torch.inference_mode too, from tensors that were made outside it.
     with torch.inference_mode(False):
         own = replace(pairs, clean=pairs.clean.clone(), corrupted=pairs.corrupted.clone())
-        found = {name: score.cpu() for name, score in _chunk_scores(model, own, alphas, steps, variant, parts).items()}
+        of_items = _chunk_scores(model, own, alphas, steps, variant, parts, features)
+        found = {name: score.cpu() for name, score in of_items.items()}
     for score in found.values():
         pairs.check_finite("scores", score.movedim(0, -1), first)
     for name, score in found.items():

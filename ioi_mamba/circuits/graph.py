@@ -3,7 +3,8 @@
 Nodes are `embed`, whatever adds to the residual stream, and `output`. In a block with one sub-block that is the layer
 (`0`, `1`, ...), else each of its sub-blocks (`0.mamba`, `0.attn`, `0.mlp`). The stream makes every earlier node an input
 of every later one (paper, appendix D), but for two that stand side by side in one block. Inside a layer there are the *parts* that the record of the model's family lists (of a Mamba-1 the
-conv slices, the state and the gate); a part is written as an item whose source and target are the layer.
+conv slices, the state and the gate); a part is written as an item whose source and target are the layer. Where a
+dictionary is given for a site of a node, its features and their error are parts of that node too (`features`).
 
 An item may hold at all positions or at one. A `Circuit` is the set of items kept clean; every other item of its
 `Universe` is patched with the corrupted run.
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from ioi_mamba.charts.notebook import shown
 from ioi_mamba.circuits.charts import circuit_matrices
+from ioi_mamba.circuits.features import Features, check_features
 from ioi_mamba.errors import InputError
 from ioi_mamba.files import read_table, written_whole
 from ioi_mamba.model.families import FAMILIES, block_of, family_of, sizes_of
@@ -52,7 +54,8 @@ class Universe(NamedTuple):
     """All items there are: the size of the model, whether layers have parts, whether positions are told apart.
 
     family: the name of the model's family, whose record says which parts a mixer has. layout: of each block its sub-blocks
-    by name ("mamba", "attn", "mlp"), those of an inner tuple side by side; None: one mixer in every block.
+    by name ("mamba", "attn", "mlp"), those of an inner tuple side by side; None: one mixer in every block. features: of
+    dictionaries at nodes.
     """
 
     n_layers: int
@@ -61,6 +64,7 @@ class Universe(NamedTuple):
     n_positions: int | None = None
     family: str = "mamba"
     layout: Layout | None = None
+    features: tuple[Features, ...] = ()
 
     @property
     def writers(self) -> list[tuple[int, int, str]]:
@@ -96,7 +100,7 @@ class Universe(NamedTuple):
         return tuple(part.name for part in self.of_layer) if self.parts else ()
 
     def items(self) -> list[Item]:
-        """Every item, edges first in order of target then source, then the parts by layer, then by position."""
+        """Every item, edges first in order of target then source, then parts by layer, then features; each by position."""
         positions = [None] if self.n_positions is None else range(self.n_positions)
         return [Item(s, t, p, part) for s, t, part in self.kinds() for p in positions]
 
@@ -104,17 +108,23 @@ class Universe(NamedTuple):
         """(source, target, part) of every item, in the order of `items`."""
         nodes = self.nodes
         found: list[tuple[str, str, str | None]] = [(nodes[i], nodes[j], None) for i, j in self.edges()]
-        return found + [(node, node, part) for node in self.mixers for part in self.inside]
+        found += [(node, node, part) for node in self.mixers for part in self.inside]
+        return found + [(node, node, part) for node, part in self.of_features()]
+
+    def of_features(self) -> list[tuple[str, str]]:
+        """(node, part) of every feature and error, in the order of masks."""
+        return [(each.node, part) for each in self.features for part in each.parts]
 
     def size(self) -> int:
         """How many items there are."""
-        n = len(self.edges()) + len(self.mixers) * len(self.inside)
+        n = len(self.edges()) + len(self.mixers) * len(self.inside) + sum(each.n + 1 for each in self.features)
         return n * (1 if self.n_positions is None else self.n_positions)
 
     def check(self, items: Iterable[Item]) -> None:
         """Raise InputError, naming it, for the first of the items that is not one of this graph's; makes no list."""
         nodes = {name: k for k, name in enumerate(self.nodes)}
         edges, inside, mixers = set(self.edges()), set(self.inside), set(self.mixers)
+        features = set(self.of_features())
         for item in items:
             if not isinstance(item, Item):
                 raise InputError(
@@ -126,15 +136,21 @@ class Universe(NamedTuple):
             else:
                 placed = _is_whole(position) and 0 <= position < self.n_positions  # type: ignore[operator]
             edge = (nodes.get(source, -1), nodes.get(target, -1))
-            there = edge in edges if part is None else part in inside and source == target and source in mixers
+            in_mixer = part in inside and source in mixers
+            there = edge in edges if part is None else source == target and (in_mixer or (source, part) in features)
             if not (there and placed):
                 raise InputError(f"{item} is not in this graph: {self._described()}.")
 
     def _described(self) -> str:
         where = "no positions (None)" if self.n_positions is None else f"positions 0 to {self.n_positions - 1}"
         inside = f"{', '.join(self.inside)} inside layers" if self.parts else "no parts inside layers"
+        inside += "".join(f", {each.parts[0]} to {each.parts[-1]} in node {each.node}" for each in self.features)
         nodes = self.nodes
         return f'it has edges forward among "embed", "{nodes[1]}" to "{nodes[-2]}" and "output", {inside}, {where}'
+
+    def described(self) -> dict[str, Any]:
+        """Its fields as a file keeps them; of dictionaries where they are, and a hash."""
+        return {**self._asdict(), "features": [each.described() for each in self.features]}
 
     def check_fits(self, model, n_positions: int) -> None:
         """Raise InputError unless this is a graph of the model, on prompts of so many positions if it has positions."""
@@ -145,6 +161,9 @@ class Universe(NamedTuple):
             )
         if self.writers != universe_of(model).writers and self.n_layers == sizes_of(model).n_layers:
             raise InputError("The circuit's graph has other sub-blocks than the model: take universe_of(model).")
+        for each in self.features:
+            if each.node not in self.nodes:
+                raise InputError(f"The features are of node {each.node}, which this model has not: make them for it.")
         sizes = {"layers": (self.n_layers, sizes_of(model).n_layers)}
         if self.parts:
             sizes["conv slices"] = (self.conv_width, sizes_of(model).conv_width)
@@ -157,15 +176,19 @@ class Universe(NamedTuple):
                 )
 
 
-def universe_of(model, *, parts: bool = False, n_positions: int | None = None) -> Universe:
-    """The universe of an open model; n_positions tells positions apart."""
+def universe_of(
+    model, *, parts: bool = False, n_positions: int | None = None, features: Iterable[Features] = ()
+) -> Universe:
+    """The universe of an open model; n_positions tells positions apart. features: what `features_at` makes.
+
+    Raises InputError for two dictionaries at one site.
+    """
     sizes = sizes_of(model)
     blocks = [block_of(model, i).writers for i in range(sizes.n_layers)]
     layout = tuple(tuple(tuple(writer.name for writer in group) for group in block) for block in blocks)
     plain = all(block == (("mamba",),) for block in layout)
-    return Universe(
-        sizes.n_layers, sizes.conv_width, parts, n_positions, family_of(model).name, None if plain else layout
-    )
+    name, found = family_of(model).name, check_features(features)
+    return Universe(sizes.n_layers, sizes.conv_width, parts, n_positions, name, None if plain else layout, found)
 
 
 @portable
@@ -174,10 +197,12 @@ class Masks(NamedTuple):
 
     edges: [set, source, target, pos], sources embed and the nodes after it, targets these and output. parts: [set, node,
     part, pos], nodes without embed and output, all parts that a mixer of the family has, in the order of the tables.
+    features: [set, item, pos], the features and the error of each dictionary in turn.
     """
 
     edges: Tensor
     parts: Tensor
+    features: Tensor
 
     def __mul__(self, factor: float) -> Masks:  # type: ignore[override]
         return Masks(*(mask * factor for mask in self))
@@ -192,8 +217,11 @@ def masks_of(sets: Sequence[Iterable[Item]], universe: Universe, n_positions: in
         raise InputError("There is no set of items to patch: give at least one; [] is the set that patches nothing.")
     n, edges, mixers = len(universe.writers), set(universe.edges()), set(universe.mixers)
     inside = {part.name: k for k, part in enumerate(universe.of_layer)}
+    features = {item: k for k, item in enumerate(universe.of_features())}
     masks = Masks(
-        torch.zeros(len(sets), n + 1, n + 1, n_positions), torch.zeros(len(sets), n, len(inside), n_positions)
+        torch.zeros(len(sets), n + 1, n + 1, n_positions),
+        torch.zeros(len(sets), n, len(inside), n_positions),
+        torch.zeros(len(sets), len(features), n_positions),
     )
     index = {name: i for i, name in enumerate(universe.nodes)}
     for s, items in enumerate(sets):
@@ -206,6 +234,9 @@ def masks_of(sets: Sequence[Iterable[Item]], universe: Universe, n_positions: in
                     f"{item} is not in this graph: nodes are {', '.join(_shortened(universe.nodes))}; positions below "
                     f"{n_positions}."
                 )
+            if item.part is not None and source == target and (item.source, item.part) in features:
+                masks.features[s, features[item.source, item.part], where] = 1
+                continue
             if item.part is not None and not universe.parts:
                 raise InputError(
                     f"{item} is a part of a layer, and this graph has none: take a universe with parts=True."
@@ -249,10 +280,11 @@ class Circuit:
         return cls(frozenset(universe.items()), universe)
 
     @classmethod
-    def from_frame(cls, table: pd.DataFrame, model) -> Circuit:
+    def from_frame(cls, table: pd.DataFrame, model, features: Iterable[Features] = ()) -> Circuit:
         """The items that a table of a model's items keeps, as `im.acdc` gives it.
 
         table: columns source, target, kept and, where told apart, position and part; every item of the graph is in it.
+        features: those whose items are in it.
         Raises InputError for what is no such table, and for items that the model does not have.
         """
         if not isinstance(table, pd.DataFrame) or not {"source", "target", "kept"} <= set(table.columns):
@@ -262,8 +294,9 @@ class Circuit:
             raise InputError(f"{what[:200]} is no circuit: give a Circuit, or a table with source, target and kept.")
         items = items_of(table)
         positions = [item.position for item in items if item.position is not None]
-        parts = any(item.part is not None for item in items)
-        universe = universe_of(model, parts=parts, n_positions=max(positions) + 1 if positions else None)
+        of_mixers = {part.name for part in universe_of(model).of_layer}
+        parts, n_positions = any(item.part in of_mixers for item in items), max(positions) + 1 if positions else None
+        universe = universe_of(model, parts=parts, n_positions=n_positions, features=features)
         kept = table["kept"].eq(True).tolist()
         return cls(frozenset(item for item, keep in zip(items, kept, strict=True) if keep), universe)
 
@@ -355,20 +388,28 @@ class Circuit:
     def save(self, path: str | Path) -> None:
         """Write `path`.parquet (the items) and `path`.json (the universe), each beside and then renamed."""
         path = Path(path)
-        universe = json.dumps({"universe": self.universe._asdict()}, indent=1).encode()
+        universe = json.dumps({"universe": self.universe.described()}, indent=1).encode()
         for suffix, data in zip(_SUFFIXES, (self.to_frame().to_parquet(), universe), strict=True):
             with written_whole(path.with_name(path.name + suffix)) as beside:
                 beside.write_bytes(data)
 
     @classmethod
-    def load(cls, path: str | Path) -> Circuit:
-        """Read what `save` wrote. Raises InputError for a missing or foreign file."""
+    def load(cls, path: str | Path, features: Iterable[Features] = ()) -> Circuit:
+        """Read what `save` wrote. Raises InputError for a missing or foreign file.
+
+        features: those that the circuit has items of, which a file only has a hash of. Raises InputError for others.
+        """
         path = Path(path)
         try:
             table = read_table(path.with_name(path.name + _SUFFIXES[0]))
             fields = json.loads(path.with_name(path.name + _SUFFIXES[1]).read_text())["universe"]
             if fields.get("layout") is not None:
                 fields["layout"] = tuple(tuple(map(tuple, block)) for block in fields["layout"])
+            fields["features"], stored = check_features(features), fields.get("features", [])
+            if [each.described() for each in fields["features"]] != stored:
+                raise InputError(
+                    f"{path} has items of {len(stored)} dictionaries: give the same ones, in order, as `features`."
+                )
             universe = Universe(**fields)
             return cls(frozenset(items_of(table)), universe)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -402,7 +443,7 @@ def _check_size(universe: Universe) -> None:
     """Raise InputError for sizes that no model has."""
     if not isinstance(universe, Universe):
         raise InputError(f"{universe!r} is no Universe: give universe_of(model), or a Universe.")
-    n_layers, conv_width, parts, n_positions, family, layout = universe
+    n_layers, conv_width, parts, n_positions, family, layout, _ = universe
     sizes = {"n_layers": n_layers, "conv_width": conv_width, "n_positions": 1 if n_positions is None else n_positions}
     for name, size in sizes.items():
         if type(size) is not int or not 1 <= size <= _LARGEST[name]:
@@ -436,9 +477,13 @@ def _each_once(items: Iterable[Item]) -> list[Item]:
 
 
 def kind_of(item: Item) -> str:
-    """embed->layer, layer->layer, layer->output, embed->output, or the name of the part; of sub-blocks by their names."""
+    """embed->layer, layer->layer, layer->output, embed->output, or the name of the part; of sub-blocks by their names.
+
+    The features of one dictionary are of one kind.
+    """
     if item.part is not None:
-        return item.part
+        name, _, which = item.part.rpartition(".")
+        return f"{name} features" if which.isdigit() else item.part
     return "->".join(
         node if node in ("embed", "output") else node.partition(".")[2] or "layer"
         for node in (item.source, item.target)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.circuits import gradients
+from ioi_mamba.circuits.features import Features, row_floats
 from ioi_mamba.circuits.graph import Item, Universe
 from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.circuits.variants import Variant, variant_of
@@ -34,6 +35,7 @@ class Options(NamedTuple):
     parts: bool = False
     per_pair: bool = True
     pairs_per_pass: int | None = None
+    features: tuple[Features, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,11 @@ def _by_gradients(
     steps: int,
     progress: Progress | None,
 ) -> Tensor:
-    _, variant, _, positions, parts, per_pair, pairs_per_pass = options
+    _, variant, _, positions, parts, per_pair, pairs_per_pass, features = options
     if pairs_per_pass is None:
-        kind = "part gradients" if parts else "gradients"
-        pairs_per_pass = min(64, rows_per_chunk(model, len(pairs), pairs.clean.shape[1], kind))
-    passes, bare = (alphas, steps, variant_of(variant), parts, positions, per_pair), pairs.without_text()
+        L, kind = pairs.clean.shape[1], "part gradients" if parts else "gradients"
+        pairs_per_pass = min(64, rows_per_chunk(model, len(pairs), L, kind, more=row_floats(features, L)))
+    passes, bare = (alphas, steps, variant_of(variant), parts, features, positions, per_pair), pairs.without_text()
     chunks = [(bare[first : first + pairs_per_pass], *passes, first) for first in range(0, len(pairs), pairs_per_pass)]
     with pair_named(model, pairs):
         found = each_chunk(model, gradients.scores, chunks, progress=progress)
@@ -111,6 +113,7 @@ def _by_gradients(
     columns = [scores["edges"][:, i, j - 1] for i, j in universe.edges()]
     mixers = [w for w, (*_, name) in enumerate(universe.writers) if name == "mamba"]
     columns += [scores["parts"][:, w, k] for w in mixers for k in range(len(universe.inside))]
+    columns += scores["features"].unbind(1)
     return torch.stack(columns).movedim(1, -1)
 
 

@@ -13,13 +13,14 @@ What is put in the place of a part inside a layer stands in the part's record (`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ioi_mamba.circuits.features import Features, columns_of
 from ioi_mamba.circuits.graph import Item, Masks, Universe, masks_of, universe_of
 from ioi_mamba.errors import InputError
 from ioi_mamba.model.families import block_of, family_of, sizes_of
@@ -67,13 +68,14 @@ def nodes_of(model) -> list[Node]:
 class CorruptedRun:
     """What patches are taken from.
 
-    outputs: per source node [pair, pos, D]. sites: per node the values by site that parts take from it; none where no part
-    is patched. logits: [pair, vocab] at the last position.
+    outputs: per source node [pair, pos, D]. sites: per node the values by site that parts and features take from it; none
+    where none is patched. logits: [pair, vocab] at the last position. features: those whose values are in `sites`.
     """
 
     outputs: list[Tensor]
     sites: list[dict[str, Tensor]]
     logits: Tensor
+    features: tuple[Features, ...] = ()
 
 
 @portable
@@ -89,14 +91,17 @@ class PatchedRun:
     masks: Masks
     outputs: list[Tensor]
     dropped: list[int]
+    features: tuple[Features, ...] = ()
 
     def agrees_below(self, masks: Masks) -> int:
         """The lowest layer into which, or in which, any of these sets patches other items; the last if none does."""
-        edges, parts = (mask != other for mask, other in zip(masks, self.masks, strict=True))
+        edges, parts, features = (mask != other for mask, other in zip(masks, self.masks, strict=True))
         differs = edges.any(3).any(1)[:, : parts.shape[1]] | parts.flatten(2).any(2)
         nodes = torch.nonzero(differs.any(0))[:, 0].tolist()
         needed = set(self.dropped) - set(dropped_nodes(masks, self.nodes))
-        return min(self.nodes[w].layer for w in (*nodes, *needed, len(self.nodes) - 1))
+        of_features = zip(self.features, columns_of(self.features), strict=True)
+        layers = [each.layer for each, columns in of_features if features[:, columns].any()]
+        return min([*layers, *(self.nodes[w].layer for w in (*nodes, *needed, len(self.nodes) - 1))])
 
 
 def dropped_nodes(masks: Masks, nodes: Sequence[Node]) -> list[int]:
@@ -140,21 +145,32 @@ def kept_floats(model, universe: Universe, n_positions: int) -> int:
     """How many numbers of one pair a corrupted run and a patched one keep."""
     sites, sizes = family_of(model).sites, sizes_of(model)
     inside = corrupted_sites(universe.of_layer) if universe.parts else ()
-    of_mixer = sum(math.prod(sizes.shape(sites[name.split(".")[0]], 1, n_positions)) for name in inside)
-    return 2 * len(universe.writers) * n_positions * sizes.letters["D"] + len(universe.mixers) * of_mixer
+    floats = lambda name: math.prod(sizes.shape(sites[name.split(".")[0]], 1, n_positions))
+    of_features = sum(floats(site) for each in universe.features for site in {each.reads, each.writes})
+    of_mixers = len(universe.mixers) * sum(map(floats, inside))
+    return 2 * len(universe.writers) * n_positions * sizes.letters["D"] + of_mixers + of_features
 
 
-def corrupted_run(model, pairs: Pairs, *, parts: bool) -> CorruptedRun:
-    """Run the corrupted prompts once and keep what edge patches need, and with `parts` what parts need."""
+def corrupted_run(model, pairs: Pairs, *, parts: bool, features: Sequence[Features] = ()) -> CorruptedRun:
+    """Run the corrupted prompts once and keep what edge patches need, with `parts` what parts need, and what features do."""
     nodes, sites = nodes_of(model), corrupted_sites(parts_of(model)) if parts else []
     sources = source_hooks(nodes)
     names = [{site: f"blocks.{node.layer}.hook_{site}" for site in sites if node.mixer} for node in nodes]
+    for each in features:
+        place = names[node_of(each, nodes)]
+        place |= {site: f"blocks.{each.layer}.hook_{site}" for site in (each.reads, each.writes)}
     reads = [*sources, *(name for each in names for name in each.values())]
     with torch.no_grad():
         kept = forward(model, pairs.corrupted, reads=reads, logits_at=pairs.read_at, own_scan=True)
     outputs = [kept[name] for name in sources]
     of_nodes = [{site: kept[name] for site, name in each.items()} for each in names]
-    return CorruptedRun(outputs, of_nodes, pairs.scores(kept["hook_logits"]))
+    return CorruptedRun(outputs, of_nodes, pairs.scores(kept["hook_logits"]), tuple(features))
+
+
+def node_of(features: Features, nodes: Sequence[Node]) -> int:
+    """The number of the node that features are of, among those between embed and output."""
+    name = features.node.partition(".")[2]
+    return next(w for w, node in enumerate(nodes) if node.layer == features.layer and name in ("", node.writer.name))
 
 
 class Patch:
@@ -202,6 +218,10 @@ class Patch:
                 edits[source_hooks(self.nodes)[w + 1]] = self.corrupted.outputs[w + 1].repeat(n_sets, 1, 1)
             elif self.nodes[w].mixer:
                 self._parts(w, edits, observe)
+        for each, columns in zip(self.corrupted.features, columns_of(self.corrupted.features), strict=True):
+            w = node_of(each, self.nodes)
+            if w >= first and w not in self._dropped and self.masks.features[:, columns].any():
+                self._features(each, columns, edits, observe)
         return edits, observe
 
     def _rows(self, mask: Tensor, value: Tensor) -> Tensor:
@@ -258,6 +278,20 @@ class Patch:
             else:
                 edits[name] = lambda x, patched=patched: self._patched(w, patched, x)
 
+    def _features(
+        self, features: Features, columns: slice, edits: dict[str, Edit], observe: dict[str, Observer]
+    ) -> None:
+        """The edit of the site whose features are patched, after what is written there already."""
+        w, mask = node_of(features, self.nodes), self.masks.features[:, columns]
+        name = f"blocks.{features.layer}.hook_{features.writes}"
+        if features.reads != features.writes:
+            observe[f"blocks.{features.layer}.hook_{features.reads}"] = self._keep(w, features.reads)
+
+        def patched(value: Tensor) -> Tensor:
+            return features.patched(mask, self._now[w] | {features.writes: value}, self.corrupted.sites[w])
+
+        edits[name] = edit_after(edits.get(name), patched)
+
     def _keep(self, w: int, site: str) -> Observer:
         return lambda value: self._now[w].__setitem__(site, value)
 
@@ -312,9 +346,21 @@ def patched_run(
     known = [corrupted.outputs[i] if i - 1 in dropped else output for i, output in enumerate(known)]
     patch = Patch(model, corrupted, masks, known=known, dropped=dropped)
     logits = _patched(model, pairs, masks, patch, False)
+    features = corrupted.features
     # Copies, so that the rows of the other sets are let go.
     own = [output[: len(pairs)].clone() for output in patch.outputs[len(known) :]]
-    return logits, PatchedRun(nodes, Masks(*(mask[:1] for mask in masks)), [*known, *own], dropped)
+    return logits, PatchedRun(nodes, Masks(*(mask[:1] for mask in masks)), [*known, *own], dropped, features)
+
+
+def edit_after(first: Edit | None, then: Callable[[Tensor], Tensor]) -> Edit:
+    """Two edits of one value, one after the other; the first may be none."""
+    if first is None:
+        return then
+    if isinstance(first, Given):
+        return Given(lambda: then(first.make()))
+    if callable(first):
+        return lambda value: then(first(value))
+    raise TypeError(f"{type(first).__name__} is no edit that another can follow")
 
 
 def _patched(model, pairs: Pairs, masks: Masks, patch: Patch, everywhere: bool) -> Tensor:
@@ -340,12 +386,20 @@ def _patched(model, pairs: Pairs, masks: Masks, patch: Patch, everywhere: bool) 
     return logits if everywhere else pairs.scores(logits)
 
 
-def patch_edges(model, pairs: Pairs, edges: Iterable[Sequence], positions: Sequence[int] | None = None) -> Tensor:
+def patch_edges(
+    model,
+    pairs: Pairs,
+    edges: Iterable[Sequence],
+    positions: Sequence[int] | None = None,
+    *,
+    features: Iterable[Features] = (),
+) -> Tensor:
     """Logits [pair, pos, vocab] of the clean prompts with these edges patched (equation 11).
 
     edges: (source, target), (source, target, position) or (source, target, position, part); nodes are "embed",
     "0".., "output"; parts, such as "conv-1" or "ssm", with source = target. positions: where edges without a
-    position are patched; default everywhere. Raises InputError for what is no edge of the model.
+    position are patched; default everywhere. features: those whose items may be patched, as parts such as "out_proj.12" and
+    "out_proj.error". Raises InputError for what is no edge of the model.
     """
     check_pairs(pairs)
     items = []
@@ -355,10 +409,11 @@ def patch_edges(model, pairs: Pairs, edges: Iterable[Sequence], positions: Seque
         item = Item(str(edge[0]), str(edge[1]), *edge[2:])
         spread = positions is not None and item.position is None
         items += [item._replace(position=p) for p in positions or ()] if spread else [item]
-    masks = masks_of([items], universe_of(model, parts=True), pairs.clean.shape[1])
-    return call(model, _patched_everywhere, pairs.without_text(), masks)
+    universe = universe_of(model, parts=True, features=features)
+    masks = masks_of([items], universe, pairs.clean.shape[1])
+    return call(model, _patched_everywhere, pairs.without_text(), masks, universe.features)
 
 
-def _patched_everywhere(model, pairs: Pairs, masks: Masks, *, progress=None) -> Tensor:
-    corrupted = corrupted_run(model, pairs, parts=bool(masks.parts.any()))
+def _patched_everywhere(model, pairs: Pairs, masks: Masks, features: tuple[Features, ...], *, progress=None) -> Tensor:
+    corrupted = corrupted_run(model, pairs, parts=bool(masks.parts.any()), features=features)
     return patched_logits(model, pairs, corrupted, masks, everywhere=True)[0]

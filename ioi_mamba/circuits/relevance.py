@@ -18,7 +18,7 @@ their gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 from ioi_mamba.errors import InputError
 from ioi_mamba.model.families import block_of, sizes_of
 from ioi_mamba.model.family import ATTENTION_WRITER
-from ioi_mamba.passes.forward import Edit, Observer
+from ioi_mamba.passes.forward import Observer
 
 RULES = {
     "norm": "the scale of the norm before a mixer, and of the last one, is held fixed",
@@ -86,10 +86,10 @@ def gated(value: Tensor, read_out: Tensor, gate: Tensor, share: float) -> Tensor
     return with_slopes(value, (scale * F.silu(z), o), (scale * o * torch.sigmoid(z), z))
 
 
-def hooks(model: Any, rules: Iterable[str]) -> tuple[dict[str, Edit], dict[str, Observer]]:
+def hooks(model: Any, rules: Iterable[str]) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, Observer]]:
     """The edits of a pass in which these rules hold, and the observers that they need, by hook name."""
     rules, seen = tuple(rules), {}
-    edits: dict[str, Edit] = {}
+    edits: dict[str, Callable[[Tensor], Tensor]] = {}
     observe: dict[str, Observer] = {}
 
     def kept(name: str) -> str:

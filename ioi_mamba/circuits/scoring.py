@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ioi_mamba.circuits.features import Features, row_floats
 from ioi_mamba.circuits.graph import Item, Masks, Universe, masks_of
 from ioi_mamba.circuits.patching import corrupted_run, kept_floats, patched_run
 from ioi_mamba.errors import InputError
@@ -62,8 +63,9 @@ class Evaluator:
             check_one_layout(pairs)
         self.model, self.pairs, self.universe, self.resume = model, pairs, universe, resume
         n_positions, kind = pairs.clean.shape[1], "parts" if universe.parts else "edges"
-        self.rows = rows or rows_per_pass(model, n_positions, kind)
-        self.size = min(rows or len(pairs), rows_per_chunk(model, len(pairs), n_positions, kind))
+        more = row_floats(universe.features, n_positions)
+        self.rows = rows or rows_per_pass(model, n_positions, kind, more=more)
+        self.size = min(rows or len(pairs), rows_per_chunk(model, len(pairs), n_positions, kind, more=more))
         self.keeps = 4 * kept_floats(model, universe, pairs.clean.shape[1]) * len(pairs) <= keep_mib * 2**20
         self._memory: Scratch | None = Scratch() if runs_here(model) and self.keeps else None
         self._ends: Tensor | None = None
@@ -76,7 +78,7 @@ class Evaluator:
         """
         masks = masks_of([list(items) for items in patched], self.universe, self.pairs.clean.shape[1])
         pairs = self.pairs.without_text()
-        options = (self.universe.parts, self.rows, self.size, self._memory, self.resume)
+        options = (self.universe.parts, self.universe.features, self.rows, self.size, self._memory, self.resume)
         found = conduct(self.model, _scores, pairs, masks, *options, progress=progress)
         kept = self._kept = found.pop(USABLE).nonzero()[:, 0]
         if len(kept) == 0:
@@ -151,7 +153,8 @@ def chosen_sizes(
         powers = torch.tensor([2.0**digit for digit in digits])
         ranks.append(Masks(*(torch.tensordot(powers, mask, 1)[None] for mask in masks)))
     parts = [pairs[rows].without_text() for rows in samples]
-    options = (len(orders[0]), target, evaluator.rows, evaluator.size, universe.parts, evaluator.keeps)
+    passes = (evaluator.rows, evaluator.size, universe.parts, universe.features, evaluator.keeps)
+    options = (len(orders[0]), target, *passes)
     chunks = [(part, rank, *options) for part, rank in zip(parts, ranks, strict=True)]
     return each_chunk(evaluator.model, _smallest, chunks)
 
@@ -165,6 +168,7 @@ def _smallest(
     rows: int,
     size: int,
     parts: bool,
+    features: tuple[Features, ...],
     keeps: bool,
     *,
     progress=None,
@@ -174,7 +178,7 @@ def _smallest(
 
     def above(n: int, low: int, high: int) -> bool:
         masks = Masks(*((each > n).float() for each in rank))
-        scores = _scores(model, pairs, masks, parts, rows, size, memory, True)
+        scores = _scores(model, pairs, masks, parts, features, rows, size, memory, True)
         return float(scores["accuracy"][0, scores[USABLE]].mean()) > target
 
     return smallest_size(n_items, above)
@@ -195,6 +199,7 @@ def _scores(
     pairs: Pairs,
     masks: Masks,
     parts: bool,
+    features: tuple[Features, ...],
     rows: int,
     size: int,
     memory: Scratch | None,
@@ -208,7 +213,8 @@ def _scores(
     parts: whether later calls may patch parts, so that what is kept in `memory` must serve them.
     """
     chunks = [
-        (pairs[first : first + size], masks, parts, rows, first, memory, resume) for first in range(0, len(pairs), size)
+        (pairs[first : first + size], masks, parts, features, rows, first, memory, resume)
+        for first in range(0, len(pairs), size)
     ]
     found = each_chunk(model, _chunk_scores, chunks, progress=progress)
     return {name: torch.cat([chunk[name] for chunk in found], dim=-1) for name in found[0]}
@@ -219,6 +225,7 @@ def _chunk_scores(
     pairs: Pairs,
     masks: Masks,
     parts: bool,
+    features: tuple[Features, ...],
     rows: int,
     first: int,
     memory: Scratch | None,
@@ -230,7 +237,8 @@ def _chunk_scores(
     n_sets, step = masks.edges.shape[0], max(1, rows // len(pairs))
     values = None if memory is None else memory.get(first)
     if values is None:
-        corrupted = corrupted_run(model, pairs, parts=bool(masks.parts.any()) if memory is None else parts)
+        needed = bool(masks.parts.any()) if memory is None else parts
+        corrupted = corrupted_run(model, pairs, parts=needed, features=features)
         nothing = Masks(*(torch.zeros_like(mask[:1]) for mask in masks))
         logits, last_run = patched_run(model, pairs, corrupted, nothing)
         values = (corrupted, logits[0], last_run)

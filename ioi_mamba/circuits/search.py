@@ -2,7 +2,8 @@
 
 Works back from the output. A *frontier* is all undecided items whose downstream items are decided: first the edges
 into the output, then for every layer from the last one down its parts (first those that reach the layer's output by
-themselves, ssm and skip, then those that lead to these, the conv slices), then the edges into it.
+themselves, ssm and skip, then those that lead to these, the conv slices), then the edges into it. The features of a
+dictionary are decided together, before the parts that are written at an earlier site.
 Each item, or set of items, of a frontier is patched on top of all that was removed before; if the metric (mean
 normalized logit diff) drops by at most `threshold` the set is removed, a single item that drops more is kept, a
 larger set is halved and tried again (appendix D.2). All sets of a round are rows of the same passes.
@@ -19,7 +20,7 @@ because D x carries them around the state.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ import pandas as pd
 
 from ioi_mamba.charts.notebook import shown
 from ioi_mamba.circuits.charts import circuit_matrices
+from ioi_mamba.circuits.features import Features
 from ioi_mamba.circuits.graph import Circuit, Item, Universe, frame_of, items_of, universe_of
 from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.errors import InputError
 from ioi_mamba.files import written_whole
+from ioi_mamba.model.families import FAMILIES
 from ioi_mamba.model.family import Part
 from ioi_mamba.passes.sweep import Progress
 from ioi_mamba.tasks.base import Pairs, check_pairs
@@ -98,10 +101,20 @@ def frontiers(universe: Universe) -> list[list[Item]]:
     for part in universe.of_layer:
         by_distance.setdefault(len(_way_out(part, universe.of_layer)), []).append(part.name)
     groups = [spread([(nodes[s], "output", None) for s in into[len(nodes) - 1]])]
+    place = {site.name: k for k, site in enumerate(FAMILIES[universe.family].mixer.sites)}
+    places = {part.name: place[part.site] for part in universe.of_layer}
     for target in reversed(range(1, len(nodes) - 1)):
         node = nodes[target]
+        # (how late in the pass, features before parts, names): what is decided first is what comes last.
+        inside = []
         if universe.parts and node in universe.mixers:
-            groups += [spread([(node, node, name) for name in names]) for _, names in sorted(by_distance.items())]
+            inside += [(max(map(places.__getitem__, names)), False, names) for names in by_distance.values()]
+        for each in universe.features:
+            if each.node == node:
+                before = each.writes in ("layer_input", "normalized_input")
+                inside.append((place.get(each.writes, -1 if before else len(place)), True, each.parts))
+        inside.sort(key=lambda group: group[:2], reverse=True)
+        groups += [spread([(node, node, name) for name in names]) for *_, names in inside]
         groups.append(spread([(nodes[s], node, None) for s in (*into[target][1:], 0)]))
     return groups
 
@@ -187,7 +200,7 @@ def _without_effect(state: _State, universe: Universe, paper: bool) -> set[Item]
     dead |= {item for item in alive if item.part and item.source not in nodes}
     if paper:
         leads_to = {part.name: part.leads_to for part in universe.of_layer}
-        dead |= {item for item in alive if item.part and item._replace(part=leads_to[item.part]) in state.removed}
+        dead |= {item for item in alive if item.part and item._replace(part=leads_to.get(item.part)) in state.removed}
     return dead
 
 
@@ -205,6 +218,7 @@ def acdc(
     checkpoint: str | Path | None = None,
     test_mode: bool = False,
     resume: bool = True,
+    features: Iterable[Features] = (),
     progress: Progress | None = None,
 ) -> Search:
     """Search for a circuit; its `table` has columns source, target, position, part, kept, drop, one row an item.
@@ -214,19 +228,19 @@ def acdc(
     same). drop: baseline minus metric with the item alone patched on top, null for removed items. checkpoint: a
     file written after every decision; an existing one is resumed. test_mode: recompute the baseline from scratch
     after every decision and compare. paper: prune as the published code does. resume: start each test at the layer it
-    is about (same values, faster).
+    is about (same values, faster). features: what `features_at` makes, if `start` is not given.
     The table's `attrs` has `score` (final metric), `tests`, `rounds`, and `left_out`, how many of the pairs have no
     range (`ranges`) and took no part. Raises InputError for a foreign checkpoint, where no pair has a range, and at
     positions for pairs of several layouts.
     """
     n_positions = check_pairs(pairs).clean.shape[1] if positions else None
-    universe = start.universe if start else universe_of(model, parts=parts, n_positions=n_positions)
+    universe = start.universe if start else universe_of(model, parts=parts, n_positions=n_positions, features=features)
     rollback = threshold if rollback is None else rollback
     evaluator = Evaluator(model, pairs, universe, resume=resume)
     path = Path(checkpoint) if checkpoint else None
     question = {
         "pairs": pairs.hash(),
-        "universe": universe._asdict(),
+        "universe": json.loads(json.dumps(universe.described())),
         "start": sorted(map(repr, start.items)) if start else None,
         "threshold": threshold,
         "rollback": rollback,

@@ -27,11 +27,16 @@ def row_mib(model, n_positions: int, kind: str) -> float:
     return 4 * family_of(model).mixer.row_floats(sizes_of(model), n_positions, kind) / MIB
 
 
-def rows_per_pass(model, n_positions: int, kind: str = "sweep", budget_mib: float | None = None) -> int:
-    """How many pairs keep a pass within the budget, by default 1 GiB, or 8 GiB on an accelerator; at least one."""
+def rows_per_pass(
+    model, n_positions: int, kind: str = "sweep", budget_mib: float | None = None, *, more: float = 0
+) -> int:
+    """How many pairs keep a pass within the budget, by default 1 GiB, or 8 GiB on an accelerator; at least one.
+
+    more: how many numbers a pair takes beyond those of the pass.
+    """
     if budget_mib is None:
         budget_mib = 1024 if torch.device(device_of(model)).type == "cpu" else 8192
-    return max(1, int(budget_mib / row_mib(model, n_positions, kind)))
+    return max(1, int(budget_mib / (row_mib(model, n_positions, kind) + 4 * more / MIB)))
 
 
 def chunk_count(model, n_rows: int) -> int:
@@ -39,13 +44,14 @@ def chunk_count(model, n_rows: int) -> int:
     return min(n_rows, chunks_wanted(model) or CHUNKS)
 
 
-def rows_per_chunk(model, n_rows: int, n_positions: int, kind: str = "sweep") -> int:
+def rows_per_chunk(model, n_rows: int, n_positions: int, kind: str = "sweep", *, more: float = 0) -> int:
     """How many of `n_rows` pairs make a chunk, as few as keep a pass busy and at most as many as fit into one.
 
     A chunk is what a worker gets, and what a run that is cut off loses. The number does not depend on how many workers
-    there are, so that results are the same bits whoever computes them, unless a number of chunks is asked for.
+    there are, so that results are the same bits whoever computes them, unless a number of chunks is asked for. more: as of
+    `rows_per_pass`.
     """
-    fits = min(n_rows, rows_per_pass(model, n_positions, kind))
+    fits = min(n_rows, rows_per_pass(model, n_positions, kind, more=more))
     rows = -(-n_rows // chunk_count(model, n_rows))
     if chunks_wanted(model) is None:
         size, on_cpu = sizes_of(model), torch.device(device_of(model)).type in ("cpu", "meta")

@@ -14,7 +14,7 @@ from ioi_mamba.model.family import Block, Family
 from ioi_mamba.model.layer_pass import LayerPass, base
 
 # What the scan's last state depends on, of all that can be written after its inputs were served.
-_MOVES_STATE = {"delta_2", "delta", "A", "A_bar", "B_bar", "h_start", "h"}
+_MOVES_STATE = {"delta_2", "delta", "A", "A_bar", "B_bar", "ssm_write", "h_start", "h"}
 
 
 class ScannedLayer(LayerPass):
@@ -100,8 +100,17 @@ class ScannedLayer(LayerPass):
     def _h_start(self) -> Tensor:
         return self._call.start
 
+    def _terms(self) -> tuple[Tensor, Tensor]:
+        """Decay and drive of every step."""
+        return self.family.mixer.recurrence_terms(self.get("A_bar"), self.get("B_bar"), self._scan_input())
+
+    def _ssm_write(self) -> Tensor:
+        return self._terms()[1]
+
     def _h(self) -> Tensor:
-        decay, drive = self.family.mixer.recurrence_terms(self.get("A_bar"), self.get("B_bar"), self._scan_input())
+        decay, drive = self._terms()
+        if "ssm_write" in self._values:
+            drive = self._values["ssm_write"].clone()  # the recurrence works in place
         # A written state forgets what came before it (decay 0) and is driven by the written value alone.
         for mask, value in self._state_writes:
             decay, drive = torch.where(mask, 0.0, decay), torch.where(mask, value, drive)
@@ -109,7 +118,7 @@ class ScannedLayer(LayerPass):
 
     def _by_states(self) -> bool:
         """Whether y is read off all states: they are written, made of what is written, or there anyway."""
-        return bool(self._written & {"A_bar", "B_bar", "h"}) or "h" in self._values
+        return bool(self._written & {"A_bar", "B_bar", "ssm_write", "h"}) or "h" in self._values
 
     def _y(self) -> Tensor:
         return self._read_out(self.get("h")) if self._by_states() else self._scanned()[0]

@@ -11,7 +11,8 @@ from families.tiny import CONFIGS, model_of, pairs_of
 import ioi_mamba as im
 from ioi_mamba import analyses
 from ioi_mamba.analyses._roles import OTHER, by_role, means
-from ioi_mamba.circuits.decoding import direct_attribution, logit_lens
+from ioi_mamba.analyses.decoding import exchanged_names
+from ioi_mamba.circuits.decoding import RIDGE, direct_attribution, exchanged, logit_lens, tuned_lens
 from ioi_mamba.circuits.graph import universe_of
 from ioi_mamba.circuits.patching import nodes_of, source_hooks
 from ioi_mamba.model.families import family_of, layers_with
@@ -160,6 +161,88 @@ def test_the_lens_reads_each_stream_as_if_it_were_the_last(family):
         assert torch.allclose(lens[layer], want, atol=1e-4)
 
 
+def through_the_end(model, streams, given):
+    """The logit difference of streams [pair, pos, D], read by the last norm and the head."""
+    norm = model._module.get_submodule(family_of(model).tree.last_norm)
+    logits = model._module.lm_head(norm(streams))[torch.arange(len(given)), given.last]
+    return logit_diff(logits, given.answer, given.wrong)
+
+
+def test_a_tuned_lens_reads_each_half_by_the_map_that_is_nearest_on_the_other():
+    model, given = golden.model(), golden.golden_pairs()
+    given = replace(given, lengths=torch.tensor([20, 18, 20, 20, 19]))
+    lens, n_layers = tuned_lens(model, given), model.config.num_hidden_layers
+    names = [f"blocks.{layer}.hook_resid_post" for layer in range(n_layers)]
+    streams = im.read(model, given.clean, names)
+    there = torch.arange(given.clean.shape[1]) <= given.last[:, None]
+    half, D = given.clusters % 2, model.config.hidden_size
+    for layer in (0, 2):
+        for own in (0, 1):
+            x, y = (streams[names[k]][half != own][there[half != own]].double() for k in (layer, n_layers - 1))
+            one = torch.cat((x, torch.ones(len(x), 1)), 1)
+            ridge = (RIDGE * x.pow(2).sum(0).mean()).sqrt() * torch.eye(D + 1)
+            solved = torch.linalg.lstsq(torch.cat((one, ridge)), torch.cat((y - x, torch.zeros(D + 1, D)))).solution
+            stream = streams[names[layer]][half == own].double()
+            mapped = (stream + stream @ solved[:D] + solved[D]).float()
+            want = through_the_end(model, mapped, given[half == own])
+            assert torch.allclose(lens[layer][half == own], want, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(lens[-1], logit_lens(model, given)[-1], atol=1e-4)
+    assert not torch.allclose(lens[0], logit_lens(model, given)[0], atol=1e-2)
+
+
+def test_a_tuned_lens_that_is_given_is_what_reads():
+    model, given = model_of("jamba"), pairs_of()
+    plain = tuned_lens(model, given, translate=lambda stream, layer: stream)
+    assert torch.equal(plain, logit_lens(model, given))
+    name = "blocks.1.hook_resid_post"
+    turned = tuned_lens(model, given, translate=lambda stream, layer: stream.flip(-1) * (layer + 1))
+    stream = im.read(model, given.clean, [name])[name]
+    assert torch.allclose(turned[1], through_the_end(model, stream.flip(-1) * 2, given), atol=1e-4)
+    with pytest.raises(im.InputError, match="give pairs of different prompts"):
+        tuned_lens(model, given[[0, 0]])
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_h1", "granitemoehybrid", "zamba"])
+def test_a_nodes_output_at_the_last_token_is_that_of_the_other_prompts_and_nothing_else(family):
+    model, given = model_of(family), pairs_of()
+    nodes = universe_of(model).nodes[1:-1]
+    names = source_hooks(nodes_of(model))[1:]
+    found = exchanged(model, given, given.corrupted, nodes)
+    there = im.read(model, given.corrupted, names)
+    runs = [im.run(model, given.clean), im.run(model, given.corrupted)]
+    for name in names:
+
+        def last(value, name=name):
+            value[:, -1] = there[name][:, -1]
+            return value
+
+        runs.append(im.run(model, given.clean, {name: last}))
+    for got, logits in zip(found, runs, strict=True):
+        want = logit_diff(logits[:, -1], given.answer, given.wrong)
+        assert torch.allclose(got, want, atol=1e-4 * float(want.abs().max()) + 1e-4)
+    assert float((found[2:] - found[0]).abs().max(1).values.min()) > 1e-3
+
+
+def test_exchanged_names_keep_the_place_or_the_answer(mini, pairs):
+    seen = 0
+    for part in pairs.layouts():
+        got = exchanged_names(part)
+        seen += len(got["rows"])
+        for k, row in enumerate(got["rows"].tolist()):
+            clean, answer, other = part.clean[row].tolist(), int(part.answer[row]), int(got["other name"][k])
+            assert clean.count(answer) == 1
+            assert clean.count(other) > 1
+            identity, place = got["identity"][k].tolist(), got["place"][k].tolist()
+            assert [{answer: other, other: answer}.get(token, token) for token in clean] == identity
+            assert identity.index(other) == clean.index(answer)
+            assert place.index(answer) == clean.index(other)
+            assert [a != b for a, b in zip(place, clean, strict=True)].count(True) == 2
+            assert place.count(answer) == 1
+    assert seen == len(pairs)
+    assert not len(exchanged_names(golden.golden_pairs())["rows"])
+    assert exchanged_names(golden.golden_pairs())["place"].shape == (0, 20)
+
+
 def test_decoding_of_mini_names_the_layer_that_writes_the_answer_and_who_reads_it(mini, pairs):
     experiment = analyses.load("decoding")
     table = experiment(mini, pairs)
@@ -173,6 +256,17 @@ def test_decoding_of_mini_names_the_layer_that_writes_the_answer_and_who_reads_i
     lost = want - float(logit_diff(patched, pairs.answer, pairs.wrong).mean())
     assert carried["contribution"].iloc[0] == pytest.approx(lost, rel=1e-3)
     assert any("layer 6" in sentence for sentence in experiment.findings(table))
+    moved = table[(table["what"] == "exchanged") & (table["part"] == "all")].set_index("way")["contribution"]
+    some = [exchanged_names(part) for part in pairs.layouts()]
+    ends = []
+    for part, got in zip(pairs.layouts(), some, strict=True):
+        for side in (part.clean[got["rows"]], got["identity"]):
+            logits = im.run(mini, side)[:, -1]
+            ends.append(logit_diff(logits, part.answer[got["rows"]], got["other name"]))
+    lost = torch.cat(ends[::2]) - torch.cat(ends[1::2])
+    assert moved["identity"] == pytest.approx(float(lost.mean()), rel=1e-3)
+    tuned = table[table["what"] == "tuned lens"]["contribution"]
+    assert tuned.iloc[-1] == pytest.approx(want, rel=1e-3)
     with pytest.raises(im.InputError, match="layer is 8"):
         experiment(mini, pairs, layer=8)
 

@@ -70,7 +70,8 @@ def test_masks_are_one_exactly_where_the_items_of_each_set_are():
         ],
         [],
     ]
-    edges, parts = masks_of(sets, Universe(3, 3, parts=True), 4)
+    edges, parts, features = masks_of(sets, Universe(3, 3, parts=True), 4)
+    assert features.shape == (len(sets), 0, 4)
     ones = lambda mask: {tuple(index) for index in torch.nonzero(mask).tolist()}
     assert (edges.shape, parts.shape) == ((3, 4, 4, 4), (3, 3, 5, 4))
     assert ones(edges) == {(0, 0, 0, p) for p in range(4)} | {(0, 2, 3, 2)}

@@ -102,20 +102,23 @@ def test_noise_at_every_value_moves_the_logits_and_nothing_before_it(family):
 def test_the_states_follow_the_recurrence_as_it_is_written_down(family):
     model, pairs = model_of(family), pairs_of()
     for layer in {layers_with(model, "h")[0], layers_with(model, "h")[-1]}:
-        sites = ("ssm_input", "C", "A_bar", "B_bar", "h", "y", "conv", "in_proj")
+        sites = ("ssm_input", "C", "A_bar", "B_bar", "ssm_write", "h", "y", "conv", "in_proj")
         got = im.read(model, pairs.clean, [f"blocks.{layer}.hook_{site}" for site in sites])
-        x, C, A_bar, B_bar, h, y, conv, u = (got[f"blocks.{layer}.hook_{site}"] for site in sites)
+        x, C, A_bar, B_bar, write, h, y, conv, u = (got[f"blocks.{layer}.hook_{site}"] for site in sites)
         state = torch.zeros_like(h[:, 0])
         for t in range(LENGTH):
             if h.dim() == 4:  # Mamba-1: [batch, E, N]
-                state = A_bar[:, t] * state + B_bar[:, t] * x[:, t, :, None]
+                driven = B_bar[:, t] * x[:, t, :, None]
+                state = A_bar[:, t] * state + driven
                 read = (state * of_channels(C[:, t], state)).sum(-1)
             else:  # Mamba-2: [batch, H, P, N]
                 H, G = A_bar.shape[2], C.shape[2]
                 by_head = x[:, t].unflatten(-1, (H, -1))
-                state = A_bar[:, t, :, None, None] * state + by_head[..., None] * B_bar[:, t, :, None, :]
+                driven = by_head[..., None] * B_bar[:, t, :, None, :]
+                state = A_bar[:, t, :, None, None] * state + driven
                 of_head = C[:, t][:, [head // (H // G) for head in range(H)]]
                 read = torch.einsum("bhpn,bhn->bhp", state, of_head).flatten(1)
+            close(write[:, t], driven)
             close(h[:, t], state)
             close(y[:, t], read)
         slices = [f"blocks.{layer}.hook_conv_slice.{s}" for s in range(1 - sizes_of(model).conv_width, 1)]

@@ -202,6 +202,8 @@ LATE = [
     ("y", "A_bar"),
     ("y", "h_start"),
     ("h", "B_bar"),
+    ("h", "ssm_write"),
+    ("ssm_write", "B_bar"),
     ("A_bar", "delta_2"),
     ("ssm_output", "y"),
     ("after_skip", "ssm_output"),

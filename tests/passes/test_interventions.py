@@ -140,6 +140,7 @@ def several(layers):
         "delta_1",
         "delta_2",
         "B_bar",
+        "ssm_write",
         "h.3",
         "h.6",
     )
@@ -214,7 +215,7 @@ def test_layer_input_reaches_its_layer_only_and_resid_pre_all_that_follows():
 
 
 @pytest.mark.parametrize(
-    "site", ["resid_pre", "skip", "conv_slice.-2", "C", "delta", "A_bar", "B_bar", "y", "out_proj"]
+    "site", ["resid_pre", "skip", "conv_slice.-2", "C", "delta", "A_bar", "B_bar", "ssm_write", "y", "out_proj"]
 )
 def test_nothing_before_the_edited_position_changes(site):
     model, tokens = golden.model(), golden.golden_pairs().clean

@@ -43,6 +43,13 @@ SITES = (
     Site("A", SCAN, "E N", f"{SCAN_OP}.inputs", "-exp(A_log)"),
     Site("A_bar", SCAN, "batch pos E N", f"from {SCAN_OP}.inputs", "exp(delta A) (equation 7)"),
     Site("B_bar", SCAN, "batch pos E N", f"from {SCAN_OP}.inputs", "delta B (equation 8)"),
+    Site(
+        "ssm_write",
+        SCAN,
+        "batch pos E N",
+        f"from {SCAN_OP}.inputs",
+        "B_bar x, what a token adds to the state (not in MambaLens)",
+    ),
     Site("h_start", SCAN, "batch E N", "not in the module: zeros", "the state before the first position"),
     Site(
         "h",

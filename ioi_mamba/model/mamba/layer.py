@@ -24,8 +24,9 @@ _FED_BY = {
     "delta": ("delta_2",),
     "A_bar": ("delta", "A"),
     "B_bar": ("delta",),
-    "h": ("A_bar", "B_bar", "h_start"),
-    "y": ("h", "A_bar", "B_bar", "h_start", "delta", "A"),
+    "ssm_write": ("B_bar", "delta"),
+    "h": ("A_bar", "B_bar", "ssm_write", "h_start"),
+    "y": ("h", "A_bar", "B_bar", "ssm_write", "h_start", "delta", "A"),
     "ssm_output": ("y",),
     "after_skip": ("ssm_output",),
 }

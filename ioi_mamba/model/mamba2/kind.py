@@ -38,6 +38,13 @@ SITES = (
     Site("A_bar", SCAN, "batch pos H", f"from {SCAN_OP}.inputs", "exp(delta A)"),
     Site("B_bar", SCAN, "batch pos H N", f"from {SCAN_OP}.inputs", "delta B of the head's group"),
     Site(
+        "ssm_write",
+        SCAN,
+        "batch pos H P N",
+        f"from {SCAN_OP}.inputs",
+        "x (outer) B_bar, what a token adds to the state",
+    ),
+    Site(
         "dual",
         SCAN,
         "batch H target source",

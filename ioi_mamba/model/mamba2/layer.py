@@ -21,8 +21,9 @@ _FED_BY = {
     "A_bar": ("delta", "A"),
     "B_bar": ("delta",),
     "dual": ("A_bar", "B_bar", "delta", "A"),
-    "h": ("A_bar", "B_bar", "h_start"),
-    "y": ("dual", "h", "A_bar", "B_bar", "h_start", "delta", "A"),
+    "ssm_write": ("B_bar", "delta"),
+    "h": ("A_bar", "B_bar", "ssm_write", "h_start"),
+    "y": ("dual", "h", "A_bar", "B_bar", "ssm_write", "h_start", "delta", "A"),
     "ssm_output": ("y",),
 }
 
@@ -102,9 +103,9 @@ class Mamba2Layer(ScannedLayer):
     def _y(self) -> Tensor:
         if "dual" not in self._written:
             return ScannedLayer._y(self)
-        if "h" in self._written:
+        for site in self._written & {"h", "ssm_write"}:
             raise InputError(
-                f"{self.name('dual')} and {self.name('h')} were both written, and either makes y: write one of them."
+                f"{self.name('dual')} and {self.name(site)} were both written, and either makes y: write one of them."
             )
         from_start = ssd.read_out(self.get("h_start")[:, None], self._call.C)  # [batch, pos, H, P]
         left = self.get("A_bar").cumprod(1)[..., None]
