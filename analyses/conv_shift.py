@@ -18,6 +18,7 @@ from ioi_mamba.charts.drawing import position_heatmap
 from ioi_mamba.experiments.experiment import Column, Context, Experiment
 from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import option
+from ioi_mamba.experiments.story import Kind, Told, cells
 from ioi_mamba.model.families import sizes_of
 from ioi_mamba.passes.ranges import left_out_sentence, usable
 from ioi_mamba.steering.bottleneck import find_layer
@@ -89,6 +90,14 @@ def findings(table: pd.DataFrame) -> list[str]:
     return sentences + left_out_sentence(table)
 
 
+def story(table: pd.DataFrame) -> Told:
+    """What the slices move, from the token that each takes from."""
+    told = cells(table, Kind.MOVES)
+    labels = dict(zip(table["position"], table["label"], strict=True))
+    source = [labels.get(position) for position in table["position"] + table["slice"]]
+    return Told(told.marks.assign(source_label=source).dropna(subset="source_label"))
+
+
 EXPERIMENT = Experiment(
     name="conv-shift",
     title="Conv slices of the bottleneck layer",
@@ -109,4 +118,5 @@ EXPERIMENT = Experiment(
     run=run,
     chart=chart,
     findings=findings,
+    story=story,
 )

@@ -18,6 +18,7 @@ import pandas as pd
 from ioi_mamba.analyses import _effects
 from ioi_mamba.experiments.experiment import Context, Experiment
 from ioi_mamba.experiments.options import option
+from ioi_mamba.experiments.story import Kind, Told, cells
 from ioi_mamba.passes.ablations import ABLATIONS
 from ioi_mamba.passes.ranges import usable
 from ioi_mamba.tasks import ioi
@@ -77,6 +78,11 @@ def findings(table: pd.DataFrame) -> list[str]:
     ]
 
 
+def story(table: pd.DataFrame) -> Told:
+    """What a layer reads at a token."""
+    return cells(table, Kind.READS)
+
+
 EXPERIMENT = Experiment(
     name="layer-ablation",
     title="Layer ablation by position",
@@ -94,4 +100,5 @@ EXPERIMENT = Experiment(
     run=run,
     chart=chart,
     findings=findings,
+    story=story,
 )

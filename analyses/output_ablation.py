@@ -10,6 +10,7 @@ import pandas as pd
 
 from ioi_mamba.analyses import _effects
 from ioi_mamba.experiments.experiment import Context, Experiment
+from ioi_mamba.experiments.story import Kind, Told, cells
 from ioi_mamba.passes.ranges import usable
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
@@ -36,6 +37,11 @@ def findings(table: pd.DataFrame) -> list[str]:
     return _effects.strongest(table)
 
 
+def story(table: pd.DataFrame) -> Told:
+    """What a layer writes at a token."""
+    return cells(table, Kind.WRITES)
+
+
 EXPERIMENT = Experiment(
     name="output-ablation",
     title="Layer output by position",
@@ -52,4 +58,5 @@ EXPERIMENT = Experiment(
     run=run,
     chart=chart,
     findings=findings,
+    story=story,
 )

@@ -29,6 +29,7 @@ from ioi_mamba.errors import InputError
 from ioi_mamba.experiments.experiment import Context, Experiment
 from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import option
+from ioi_mamba.experiments.story import MARKS, Kind, Told
 from ioi_mamba.model.families import sizes_of
 from ioi_mamba.passes.intervals import difference
 from ioi_mamba.tasks import ioi
@@ -175,6 +176,19 @@ def findings(table: pd.DataFrame) -> list[str]:
     return out + _missing_names.sentences(items, layer)
 
 
+def story(table: pd.DataFrame) -> Told:
+    """The kept edges, and what the circuit of them keeps of the accuracy."""
+    items = _circuits.item_rows(table)
+    kept = items[items["kept"]]
+    marks = kept.assign(kind=str(Kind.EDGE), corruption="", source_label=kept["label"], value=kept["score"])
+    accuracy = _circuits.of_circuit(table, "kept", "accuracy").iloc[0]
+    sure = (
+        f"{len(kept):,} of {len(items):,} edges by token are kept: accuracy {_circuits.interval_text(accuracy, '.0%')} on "
+        f"{accuracy['n']} held-out prompts"
+    )
+    return Told(marks[list(MARKS)].reset_index(drop=True), sure)
+
+
 EXPERIMENT = Experiment(
     name="positional-attribution",
     title="Edges by position",
@@ -201,4 +215,5 @@ EXPERIMENT = Experiment(
     run=run,
     chart=chart,
     findings=findings,
+    story=story,
 )

@@ -15,6 +15,7 @@ import pandas as pd
 from ioi_mamba.analyses import _effects
 from ioi_mamba.experiments.experiment import Context, Experiment
 from ioi_mamba.experiments.options import option
+from ioi_mamba.experiments.story import Kind, Told, cells
 from ioi_mamba.passes.ranges import usable
 from ioi_mamba.passes.sweep import STATE_AND_CONV
 from ioi_mamba.tasks import ioi
@@ -49,6 +50,11 @@ def findings(table: pd.DataFrame) -> list[str]:
     return _effects.strongest(table)
 
 
+def story(table: pd.DataFrame) -> Told:
+    """What a layer's state carries after a token."""
+    return cells(table, Kind.CARRIES)
+
+
 EXPERIMENT = Experiment(
     name="state-ablation",
     title="Hidden state by position",
@@ -66,4 +72,5 @@ EXPERIMENT = Experiment(
     run=run,
     chart=chart,
     findings=findings,
+    story=story,
 )

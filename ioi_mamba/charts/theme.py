@@ -10,8 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-BLUE, ORANGE = "#2f7fc1", "#dd6b20"
-CATEGORIES = (BLUE, ORANGE, "#8a63c9", "#2a9d8f", "#c0527f", "#8d8d3d")
+BLUE, ORANGE, PURPLE, TEAL, RED = "#2f7fc1", "#dd6b20", "#8a63c9", "#2a9d8f", "#c8372d"
+CATEGORIES = (BLUE, PURPLE, "#8d8d3d", "#c0527f", TEAL, ORANGE)
+EFFECT, HELPS, KEPT, HELD_OUT, FAILS = ORANGE, BLUE, TEAL, PURPLE, RED
+"""What a colour means, on the whole page: patching it takes the answer away, or brings it; it is in the circuit; it was measured
+on held-out prompts; it does not hold. Other series have the first of CATEGORIES."""
 DIVERGING = (BLUE, "rgba(47,127,193,0.5)", "rgba(128,128,128,0)", "rgba(221,107,32,0.5)", ORANGE)
 SEQUENTIAL = ("rgba(47,127,193,0.02)", "rgba(47,127,193,0.5)", BLUE)
 PLOT_WIDTH = 636

@@ -188,7 +188,7 @@ def _clean_scores(model, task: Task, plans: Sequence[Plan]) -> dict[str, dict[st
 
 
 def _examples(pairs: Pairs, tokenizer) -> list[dict[str, Any]]:
-    """Up to two pairs of each of five corruptions, for a report to show: tokens as text, and a label for each position."""
+    """Up to two pairs of each of five corruptions, for a report to show: tokens and answers as text, and a label for each position."""
     corruptions = pairs.labels.get("corruption", ("",) * len(pairs))
     found = []
     for corruption in list(dict.fromkeys(corruptions))[:5]:
@@ -198,8 +198,15 @@ def _examples(pairs: Pairs, tokenizer) -> list[dict[str, Any]]:
                 [tokenizer.decode([t]) for t in ids[0, :end].tolist()] for ids in (pair.clean, pair.corrupted)
             )
             labels = pair.position_labels()[:end]
-            found.append({"corruption": corruption, "positions": labels, "clean": clean, "corrupted": corrupted})
+            answer, wrong = (tokenizer.decode(_choice(pair, choice)) for choice in (pair.answer, pair.wrong))
+            example = {"corruption": corruption, "positions": labels, "clean": clean, "corrupted": corrupted}
+            found.append(example | {"answer": answer, "wrong": wrong})
     return found
+
+
+def _choice(pair: Pairs, choice: torch.Tensor) -> list[int]:
+    """The tokens of an answer of one pair, Int64[1]."""
+    return choice.tolist() if pair.readout is None else pair.readout.tokens[0, int(choice)].tolist()
 
 
 @dataclass(frozen=True)
@@ -321,7 +328,7 @@ class _Run:
         on_this_cpu = runs_here(self.model) and self.found["device"] == "cpu"
         manifest = identity | {
             "paper": experiment.paper,
-            "task_texts": {"title": self.task.title, "varies": self.task.varies},
+            "task_texts": {"title": self.task.title, "varies": self.task.varies, "roles": dict(self.task.roles)},
             "clean": clean,
             "examples": _examples(plan.pairs, self.model.tokenizer),
             "backend": "local" if runs_here(self.model) else self.model.jobs.backend,
