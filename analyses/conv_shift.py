@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ioi_mamba.analyses import _effects
-from ioi_mamba.charts.drawing import position_heatmap
+from ioi_mamba.charts.drawing import position_heatmap, position_panels
 from ioi_mamba.experiments.experiment import Column, Context, Experiment
 from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import option
@@ -67,15 +67,21 @@ def _peaks(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def chart(table: pd.DataFrame):
-    """Slice by position at the layer with the largest effect, one panel a corruption."""
+    """Slice by position at the layer with the largest effect, of one corruption."""
     layer = int(table.loc[table["effect"].abs().idxmax(), "layer"])
     return position_heatmap(
         table[table["layer"] == layer],
         y="slice",
         title=f"Effect of resampling one conv slice, layer {layer}",
-        color_title="effect: 0 acts clean, 1 acts corrupted",
         tooltip=("low", "high"),
     )
+
+
+def more(table: pd.DataFrame) -> dict[str, object]:
+    """All corruptions beside each other, on one scale."""
+    layer = int(table.loc[table["effect"].abs().idxmax(), "layer"])
+    own, several = table[table["layer"] == layer], table["corruption"].nunique() > 1
+    return {"All corruptions": position_panels(own, y="slice", tooltip=("low", "high"))} if several else {}
 
 
 def findings(table: pd.DataFrame) -> list[str]:
@@ -102,7 +108,7 @@ EXPERIMENT = Experiment(
     name="conv-shift",
     title="Conv slices of the bottleneck layer",
     paper="4.2, Fig 8",
-    question="Does the convolution move {varies} to the next position?",
+    question="Does the convolution move {varies} on?",
     look_for=(
         "The row that holds the effect: in row -1, one column to the right of what was changed, the convolution shifts it."
     ),
@@ -118,5 +124,6 @@ EXPERIMENT = Experiment(
     run=run,
     chart=chart,
     findings=findings,
+    more=more,
     story=story,
 )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ioi_mamba.analyses._roles import by_role, means
 from ioi_mamba.charts.drawing import check_size, position_heatmap
-from ioi_mamba.charts.theme import BLUE, ORANGE, PLOT_WIDTH
+from ioi_mamba.charts.theme import EFFECT, HELPS, PLOT_WIDTH
 from ioi_mamba.circuits.decoding import direct_attribution, logit_lens
 from ioi_mamba.circuits.graph import Item, universe_of
 from ioi_mamba.circuits.scoring import Evaluator
@@ -118,14 +118,19 @@ def _carried(context: Context, pairs: Pairs, bottleneck: str) -> Iterator[Row]:
         yield (CARRIED, *place, TO if target == "output" and node != "output" else FROM, scores[0] - patched)
 
 
-def chart(table: pd.DataFrame) -> alt.VConcatChart:
-    """What nodes add and the lens by layer; what comes from which token; what later layers do with the bottleneck."""
-    direct, carried = table[table["what"] == DIRECT], table[table["what"] == CARRIED]
+def chart(table: pd.DataFrame) -> alt.LayerChart:
+    """What nodes add, and the lens, by layer."""
+    direct = table[table["what"] == DIRECT]
+    return _by_layer(direct[direct["layer"].notna()], table[table["what"] == LENS])
+
+
+def more(table: pd.DataFrame) -> dict[str, alt.TopLevelMixin]:
+    """What comes from which token, and what later layers do with the bottleneck."""
+    carried = table[table["what"] == CARRIED]
     source = table[(table["what"] == SOURCE) & (table["layer"].notna())]
     of_tokens = source[source["part"] == "state"].astype({"layer": int})
-    charts = [
-        _by_layer(direct[direct["layer"].notna()], table[table["what"] == LENS]),
-        position_heatmap(
+    charts = {
+        "By token": position_heatmap(
             of_tokens,
             x="place",
             color="contribution",
@@ -134,12 +139,11 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
             title="What the state gives to the answer, by the token it comes from",
             color_title="logits of the answer over the wrong one",
             tooltip=("low", "high"),
-            panel_width=PLOT_WIDTH,
-        ),
-    ]
+        )
+    }
     if carried["layer"].notna().any():
-        charts.append(_carried_chart(carried[carried["layer"].notna()]))
-    return alt.vconcat(*charts, spacing=30).resolve_scale(color="independent", y="independent")
+        charts["After the bottleneck"] = _carried_chart(carried[carried["layer"].notna()])
+    return charts
 
 
 _TOOLTIP = [
@@ -166,14 +170,14 @@ def _by_layer(direct: pd.DataFrame, lens: pd.DataFrame) -> alt.LayerChart:
         .encode(
             x=_axis(),
             y=y,
-            color=alt.when("datum.contribution < 0").then(alt.value(ORANGE)).otherwise(alt.value(BLUE)),
+            color=alt.when("datum.contribution < 0").then(alt.value(HELPS)).otherwise(alt.value(EFFECT)),
             detail="part:N",
             tooltip=_TOOLTIP,
         )
     )
     ends = alt.Chart(direct).mark_rule().encode(x=_axis(), y=alt.Y("low:Q", title=""), y2="high:Q", tooltip=_TOOLTIP)
     line = alt.Chart(check_size(lens)).mark_line(point=True, strokeDash=[5, 3]).encode(x=_axis(), y=y, tooltip=_TOOLTIP)
-    return alt.LayerChart(layer=[bars, ends, line]).properties(width=PLOT_WIDTH, height=240, title=title)
+    return alt.LayerChart(layer=[bars, ends, line]).properties(width=PLOT_WIDTH, height=200, title=title)
 
 
 def _carried_chart(carried: pd.DataFrame) -> alt.Chart:
@@ -233,7 +237,7 @@ def _name(row: pd.Series) -> str:
 EXPERIMENT = Experiment(
     name="decoding",
     title="How the answer is read",
-    question="Which layers write the answer, from which tokens, and what do later layers do with it?",
+    question="Which layers write the answer, from which tokens?",
     look_for=(
         "A tall bar is a layer that writes the answer itself; a step of the line without a bar is work on what is there. In "
         "the squares, the tokens whose content is read at the end."
@@ -266,4 +270,5 @@ EXPERIMENT = Experiment(
     run=run,
     chart=chart,
     findings=findings,
+    more=more,
 )

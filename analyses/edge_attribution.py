@@ -134,15 +134,19 @@ def _by_position(items: pd.DataFrame, per_pair: Tensor, pairs: Pairs) -> pd.Data
 
 
 def chart(table: pd.DataFrame):
-    """The linked matrices, exact effects against attribution, and the curve over sizes."""
+    """The linked matrices, with what there is of the chosen edge."""
     items = _circuits.item_rows(table)
-    whole = alt.vconcat(
-        circuit_charts.linked_matrices(items),
-        circuit_charts.exact_scatter(items[items["position"].isna()]),
-        circuit_charts.size_curves(table[table["what"] == "circuit"], "edges kept"),
-        spacing=36,
-    ).resolve_scale(color="independent", shape="independent", opacity="independent")
+    whole = circuit_charts.linked_matrices(items).resolve_scale(opacity="independent")
     return circuit_charts.with_edge_selection(whole, items)
+
+
+def more(table: pd.DataFrame) -> dict[str, alt.TopLevelMixin]:
+    """Exact effects against attribution, and the curve over sizes."""
+    items = _circuits.item_rows(table)
+    return {
+        "Exact effect and attribution": circuit_charts.exact_scatter(items[items["position"].isna()]),
+        "How few are enough": circuit_charts.size_curves(table[table["what"] == "circuit"], "edges kept"),
+    }
 
 
 def findings(table: pd.DataFrame) -> list[str]:
@@ -174,7 +178,7 @@ EXPERIMENT = Experiment(
     name="edge-attribution",
     title="Edges between layers",
     paper="D.1",
-    question="Which edges does the model need for the task, and how few are enough?",
+    question="Which edges are needed, and how few are enough?",
     look_for=(
         "Strong cells in the matrix (row = from, column = to); click one for its positions, the parts of its two layers "
         "and its exact effect. Points on a rising line: attribution ranks edges as patching them does. How fast the "
@@ -197,4 +201,5 @@ EXPERIMENT = Experiment(
     run=run,
     chart=chart,
     findings=findings,
+    more=more,
 )

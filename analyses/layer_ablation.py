@@ -48,7 +48,7 @@ def run(context: Context) -> pd.DataFrame:
 
 
 def chart(table: pd.DataFrame):
-    """Layer by position, one panel a corruption."""
+    """Layer by position, of one corruption."""
     return _effects.effect_chart(table, "Effect of resampling the layer input")
 
 
@@ -87,7 +87,7 @@ EXPERIMENT = Experiment(
     name="layer-ablation",
     title="Layer ablation by position",
     paper="4.1.1, Fig 4",
-    question="Which layer needs to read {varies}, and at which position?",
+    question="Which layer reads {varies}, and where?",
     look_for="Dark cells in the column of what was changed. All panels share one scale, so a pale panel is a weak effect.",
     method=(
         "Run the clean prompt with one layer's input at one position replaced by the corrupted run's (hook_layer_input).\n"
@@ -100,5 +100,6 @@ EXPERIMENT = Experiment(
     run=run,
     chart=chart,
     findings=findings,
+    more=_effects.more,
     story=story,
 )

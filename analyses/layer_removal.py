@@ -145,8 +145,8 @@ def _removal(
     return torch.tensor(table, dtype=torch.float64)
 
 
-def chart(table: pd.DataFrame) -> alt.VConcatChart:
-    """Probability without each layer against that of the whole model, above the greedy curve."""
+def chart(table: pd.DataFrame) -> alt.HConcatChart:
+    """Probability without each layer against that of the whole model, beside the greedy curve."""
     none = table.query("mode == 'none'").iloc[0]
     singles = drawing.bars_with_baseline(
         table.query("mode == 'single'"),
@@ -158,6 +158,7 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
         y_title="probability of the answer",
         title="One layer removed",
         tooltip=("layer", "probability", "accuracy", "n"),
+        width=drawing.HALF,
     )
     removal = table.query("mode != 'single'")
     curves = removal.melt(
@@ -173,8 +174,9 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
         y_title="accuracy among the candidates",
         title="As many as possible removed",
         tooltip=("step", "layer", "value", "prompts", "n"),
+        width=drawing.HALF,
     )
-    return alt.vconcat(singles, greedy, spacing=36).resolve_legend(color="independent", shape="independent")
+    return alt.hconcat(singles, greedy, spacing=36).resolve_legend(color="independent", shape="independent")
 
 
 def findings(table: pd.DataFrame) -> list[str]:
@@ -296,7 +298,7 @@ EXPERIMENT = Experiment(
     name="layer-removal",
     title="Removing whole layers",
     paper="4.1.2, Fig 5",
-    question="Which layers does the model need for the right answer, and how many can go?",
+    question="Which layers can go?",
     look_for=(
         "Bars far below the dashed line are layers the task cannot spare. In the second chart, how long the "
         "curve stays high says how many layers are spare; a gap between train and held-out says that the choice "

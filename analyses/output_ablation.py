@@ -28,7 +28,7 @@ def run(context: Context) -> pd.DataFrame:
 
 
 def chart(table: pd.DataFrame):
-    """Layer by position, one panel a corruption."""
+    """Layer by position, of one corruption."""
     return _effects.effect_chart(table, "Effect of resampling out_proj")
 
 
@@ -46,7 +46,7 @@ EXPERIMENT = Experiment(
     name="output-ablation",
     title="Layer output by position",
     paper="4.4, Fig 11",
-    question="At which positions does a layer write what the answer needs?",
+    question="Where do layers write what the answer needs?",
     look_for="A layer whose only dark cell is in the last column writes its result to the last token alone.",
     method=(
         "Overwrite what a layer adds to the stream (hook_out_proj) at one position with the corrupted run's.\n"
@@ -58,5 +58,6 @@ EXPERIMENT = Experiment(
     run=run,
     chart=chart,
     findings=findings,
+    more=_effects.more,
     story=story,
 )

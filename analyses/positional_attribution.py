@@ -121,19 +121,23 @@ def without_early_output(circuit: Circuit, layer: int) -> Circuit:
     return circuit - Circuit(early, circuit.universe)
 
 
-def chart(table: pd.DataFrame):
-    """The circuit on its layers and positions, one node of it, missing names, the strongest edges, the curve."""
+def chart(table: pd.DataFrame) -> alt.HConcatChart:
+    """The circuit on its layers and positions."""
+    return position_charts.circuit_graph(_circuits.item_rows(table))
+
+
+def more(table: pd.DataFrame) -> dict[str, alt.TopLevelMixin]:
+    """One node of the circuit, missing names, the strongest edges, the curve."""
     items = _circuits.item_rows(table)
     missing = _missing_names.missing_names(items, int(items["bottleneck"].iloc[0]))
-    charts = [
-        position_charts.circuit_graph(items),
-        *([position_charts.presence_strips(missing)] if len(missing) else []),
-        position_charts.strongest_edges(items),
-        circuit_charts.size_curves(table[table["what"] == "circuit"], "(edge, position) items kept"),
-    ]
-    return alt.vconcat(*charts, spacing=36).resolve_scale(
-        color="independent", shape="independent", opacity="independent", strokeWidth="independent"
-    )
+    strips = {"Names that layers get": position_charts.presence_strips(missing)} if len(missing) else {}
+    curves = circuit_charts.size_curves(table[table["what"] == "circuit"], "(edge, position) items kept")
+    return {
+        "One node": position_charts.node_view(items),
+        **strips,
+        "The strongest edges": position_charts.strongest_edges(items),
+        "How few are enough": curves,
+    }
 
 
 def findings(table: pd.DataFrame) -> list[str]:
@@ -193,7 +197,7 @@ EXPERIMENT = Experiment(
     name="positional-attribution",
     title="Edges by position",
     paper="5, D.3",
-    question="At which token positions is each edge needed?",
+    question="At which tokens is each edge needed?",
     look_for=(
         "Bows that span many layers at one position: an edge that carries what is there past the layers between. Click a "
         "node to hide it: what is left when the busiest are gone is the rest of the mechanism."
@@ -215,5 +219,6 @@ EXPERIMENT = Experiment(
     run=run,
     chart=chart,
     findings=findings,
+    more=more,
     story=story,
 )

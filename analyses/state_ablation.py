@@ -41,7 +41,7 @@ def run(context: Context) -> pd.DataFrame:
 
 
 def chart(table: pd.DataFrame):
-    """Layer by position, one panel a corruption."""
+    """Layer by position, of one corruption."""
     return _effects.effect_chart(table, "Effect of resampling h")
 
 
@@ -59,7 +59,7 @@ EXPERIMENT = Experiment(
     name="state-ablation",
     title="Hidden state by position",
     paper="4.4, Fig 10",
-    question="From which position on does the hidden state carry {varies}?",
+    question="From where does the state carry {varies}?",
     look_for="Columns from one after what was changed to the end: the state carries it there.",
     method=(
         "Overwrite h at one position with the corrupted run's; the recurrence goes on from it with clean inputs.\n"
@@ -72,5 +72,6 @@ EXPERIMENT = Experiment(
     run=run,
     chart=chart,
     findings=findings,
+    more=_effects.more,
     story=story,
 )

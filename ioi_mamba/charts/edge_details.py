@@ -5,10 +5,12 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from ioi_mamba.charts.circuit_axes import label_axis, places, position_labels
+from ioi_mamba.charts.circuit_axes import SCORED, label_axis, places, position_labels
 from ioi_mamba.charts.drawing import MAX_ROWS, check_size, how_many, rounded
-from ioi_mamba.charts.theme import BLUE, CATEGORIES, ORANGE, PLOT_WIDTH
+from ioi_mamba.charts.theme import CATEGORIES
 
+DETAILS = 340
+"""Pixels: the width of what is shown of the edge, beside the matrices."""
 EDGE = alt.selection_point(name="edge", fields=["source", "target"], empty=False)
 """The selected edge; charts refer to it, `circuit_charts.with_edge_selection` puts it into the whole."""
 
@@ -29,7 +31,7 @@ def edge_details(items: pd.DataFrame, edges: pd.DataFrame) -> alt.VConcatChart:
         .transform_calculate(line=line)
         .mark_text(align="left", fontSize=13, fontWeight=600, x=0)
         .encode(text="line:N")
-        .properties(width=PLOT_WIDTH, height=18)
+        .properties(width=DETAILS, height=18)
     )
     at = items[items["position"].notna() & items["part"].isna()]
     labels = position_labels(at)
@@ -42,12 +44,12 @@ def edge_details(items: pd.DataFrame, edges: pd.DataFrame) -> alt.VConcatChart:
         .transform_filter(EDGE)
         .mark_bar()
         .encode(
-            x=alt.X("place:N", sort=labels, title="position", scale=alt.Scale(domain=labels), axis=label_axis()),
+            x=alt.X("place:N", sort=labels, title="position", scale=alt.Scale(domain=labels), axis=label_axis(labels, DETAILS)),
             y=alt.Y("score:Q", title="score"),
-            color=alt.when("datum.score < 0").then(alt.value(BLUE)).otherwise(alt.value(ORANGE)),
+            color=SCORED,
             tooltip=["place:N", alt.Tooltip("score:Q", format=".5f")],
         )
-        .properties(width=310, height=120, title=title)
+        .properties(width=DETAILS, height=90, title=title)
     )
     parts = items[items["part"].notna() & items["position"].isna()]
     order = list(dict.fromkeys(parts["part"]))
@@ -68,7 +70,6 @@ def edge_details(items: pd.DataFrame, edges: pd.DataFrame) -> alt.VConcatChart:
             ),
             tooltip=["layer:N", "part:N", alt.Tooltip("score:Q", format=".5f"), alt.Tooltip("exact:Q", format=".5f")],
         )
-        .properties(width=210, height=120, title="Parts of its layers")
+        .properties(width=DETAILS, height=90, title="Parts of its layers")
     )
-    both = alt.hconcat(positions, shown, spacing=30).resolve_scale(color="independent")
-    return alt.vconcat(text, both, spacing=14)
+    return alt.vconcat(text, positions, shown, spacing=10).resolve_scale(color="independent")

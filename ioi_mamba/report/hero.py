@@ -15,11 +15,11 @@ from ioi_mamba.charts.theme import EFFECT, HELPS, KEPT
 from ioi_mamba.experiments.story import Kind
 from ioi_mamba.report.story import LIT, ROWS, Mark, View, says
 
-CHARACTER, FONT = 8.1, 13.5
+CHARACTER, FONT = 8.5, 14
 """Pixels: the width of a character of the monospaced font, and its size."""
-LEFT, RIGHT, TOP, BOTTOM = 92, 34, 46, 62
+LEFT, RIGHT, TOP, BOTTOM = 84, 30, 46, 62
 """Pixels around the rows: for names of layers, for bows, for the answer, for two lines of tokens."""
-LAYERS_HEIGHT, LOWEST, HIGHEST, FOLDED = 330, 20, 38, 15
+LAYERS_HEIGHT, LOWEST, HIGHEST, FOLDED = 300, 20, 66, 16
 """Pixels: about what all layers may take, the ends of a layer's height, and the height of a folded row."""
 CLEAREST = 0.25
 """The opacity of the weakest mark that is drawn; the strongest has 1."""
@@ -70,10 +70,10 @@ class Figure:
     shapes: list[Shape]
     left_out: int
 
-    def svg(self, number: int = 0, alone: bool = False) -> str:
+    def svg(self, alone: bool = False) -> str:
         """As SVG; alone: as a file of its own, black on white."""
         return _template().render(
-            figure=self, number=number, alone=alone, font=FONT, top=TOP, left=LEFT, kept=KEPT, effect=EFFECT
+            figure=self, alone=alone, font=FONT, top=TOP, left=LEFT
         )
 
 
@@ -81,8 +81,8 @@ def drawn(view: View, n_layers: int) -> Figure:
     """The figure of a view of a model of so many layers."""
     columns, x = [], float(LEFT)
     for token in view.tokens:
-        texts = [token.shown, *([token.corrupted.strip()] if token.changed else [])]
-        width = max(26.0, CHARACTER * max(map(len, texts)) + 11)
+        texts = ["BOS" if token.label == "BOS" else token.shown, *([token.corrupted.strip()] if token.changed else [])]
+        width = max(24.0, CHARACTER * max(map(len, texts)) + 8)
         columns.append(Column(x + width / 2, width))
         x += width
     rows, shown = _rows(view, n_layers)
@@ -147,18 +147,18 @@ def _path(mark: Mark, columns: list[Column], y_of, height: float, top: dict[Kind
     column, y = columns[mark.end], y_of(mark.target)
     strength = CLEAREST + (1 - CLEAREST) * min(1.0, abs(mark.value) / top[mark.kind])
     color = EFFECT if mark.value > 0 else HELPS
-    half, quarter = column.width / 2 - 3, height * 0.24
+    half, quarter = column.width / 2 - 3, min(13.0, height * 0.24)
     if mark.kind == Kind.READS:
         return _box(column.x - half, y - quarter, 2 * half, 2 * quarter), f'fill="{color}" fill-opacity="{strength:.2f}"'
     if mark.kind == Kind.CARRIES:
-        box = _box(column.x - column.width / 2, y + height * 0.3, column.width, max(3.0, height * 0.15))
+        box = _box(column.x - column.width / 2, y + quarter + 2, column.width, max(3.0, quarter * 0.6))
         return box, f'fill="{color}" fill-opacity="{strength:.2f}"'
     if mark.kind == Kind.WRITES:
-        peak, base = y - height * 0.48, y - height * 0.27
-        return f"M{column.x:.1f} {peak:.1f}l7 {base - peak:.1f}h-14z", f'fill="{color}" fill-opacity="{strength:.2f}"'
+        rise = min(11.0, height * 0.22)
+        return f"M{column.x:.1f} {y - quarter - 1 - rise:.1f}l7 {rise:.1f}h-14z", f'fill="{color}" fill-opacity="{strength:.2f}"'
     if mark.kind == Kind.MOVES:
         x = columns[mark.start].x
-        path = f"M{x:.1f} {y:.1f}Q{(x + column.x) / 2:.1f} {y - height * 0.75:.1f} {column.x:.1f} {y:.1f}m-5 -5l5 5l-6 1"
+        path = f"M{x:.1f} {y:.1f}Q{(x + column.x) / 2:.1f} {y - min(44.0, height * 0.8):.1f} {column.x:.1f} {y:.1f}m-5 -6l5 6l-7 1"
         width = 1 + 2 * min(1.0, abs(mark.value) / top[mark.kind])
         return path, f'fill="none" stroke="{color}" stroke-opacity="{strength:.2f}" stroke-width="{width:.1f}"'
     begin = y_of(mark.source)

@@ -162,9 +162,9 @@ def _views(story: Story, sections: list[Section]) -> list[dict[str, Any]]:
     for number, view in enumerate(story.views):
         figure = drawn(view, n_layers if isinstance(n_layers, int) else 1)
         panel = [panel_of(view, mark) | {"title": titles.get(mark.section, "")} for mark in view.marks]
-        views.append(
-            {"view": view, "figure": figure, "svg": Markup(figure.svg(number)), "panel": script_json([panel, view.prompts])}
-        )
+        place = next((k for k, token in enumerate(view.tokens) if token.changed), 0)
+        shown = {"view": view, "figure": figure, "number": number, "place": place}
+        views.append(shown | {"svg": Markup(figure.svg()), "panel": script_json([panel, view.prompts])})
     return views
 
 

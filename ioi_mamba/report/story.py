@@ -190,12 +190,12 @@ def _steps(view: View, layer: float) -> list[str]:
     moved = [mark for mark in view.of(Kind.MOVES, layer) if mark.start != mark.end]
     if moved and abs(moved[0].value) >= SAID * abs(view.of(Kind.MOVES, layer)[0].value):
         far = moved[0].end - moved[0].start
-        steps.append(f"its convolution moves that {far} token{'' if far == 1 else 's'} on")
+        steps.append(f"its convolution moves it {far} token{'' if far == 1 else 's'} on")
     if view.of(Kind.CARRIES, layer):
-        steps.append("its state carries that to the last token")
+        steps.append("its state carries it to the last token")
     writes = [mark for mark in view.of(Kind.WRITES, layer) if mark.end == last]
     if writes:
-        steps.append("it writes the answer there")
+        steps.append("there it writes the answer")
     return steps
 
 
@@ -205,9 +205,8 @@ def _finding(view: View) -> str:
         return ""
     what = "the changed token" if view.tokens[read.end].changed else name_of(view, read.end)
     steps = [f"Layer {read.layer:.0f} reads {what}", *_steps(view, read.layer)]
-    listed = steps[0] if len(steps) == 1 else f"{', '.join(steps[:-1])} and {steps[-1]}"
     interval = f" ({span(read)})" if span(read) else ""
-    return f"{listed}: patching that one input turns {percent(read.value)} of the answer{interval}."
+    return f"{_listed(steps)}. Patching what it reads turns {percent(read.value)} of the answer{interval}."
 
 
 def _answers(
