@@ -116,9 +116,28 @@ def more(table: pd.DataFrame) -> dict[str, alt.TopLevelMixin]:
     return {"All corruptions": position_panels(table, tooltip=("low", "high"))} if several else {}
 
 
+def with_interval(row, name: str = "effect") -> str:
+    """A number with its interval and its prompts: "0.98 (0.97 to 0.99, 40 prompts)"; a table of an earlier version has no interval."""
+    ends = f"{row.low:z.2f} to {row.high:z.2f}, " if hasattr(row, "low") and pd.notna(row.low) else ""
+    return f"{getattr(row, name):z.2f} ({ends}{row.n} prompts)"
+
+
+def lead(table: pd.DataFrame) -> list[str]:
+    """The strongest cell of all, and in how many corruptions its layer has the strongest one; nothing without a number."""
+    measured = table.dropna(subset="effect")
+    if measured.empty:
+        return []
+    size = measured["effect"].abs()
+    peaks = measured.loc[size.groupby(measured["corruption"], sort=False).idxmax()]
+    top = next(peaks.loc[[peaks["effect"].abs().idxmax()]].itertuples())
+    same = int((peaks["layer"] == top.layer).sum())
+    shared = f", the strongest layer in {same} of {len(peaks)} corruptions" if len(peaks) > 1 else ""
+    return [f"Layer {top.layer} at {top.label}: effect {with_interval(top)}{shared}."]
+
+
 def strongest(table: pd.DataFrame, n: int = 2) -> list[str]:
-    """One sentence a corruption: its n largest effects, by magnitude; and what is not in the means."""
-    sentences = []
+    """The strongest cell, then a sentence a corruption: its n largest effects, by magnitude; and what is not in the means."""
+    sentences = lead(table)
     for corruption, part in table.groupby("corruption", sort=False):
         order = part["effect"].abs().sort_values(ascending=False).index[:n]
         cells = [

@@ -22,6 +22,7 @@ from ioi_mamba.analyses import _circuits
 from ioi_mamba.charts import circuit_charts
 from ioi_mamba.charts.circuit_axes import node_place
 from ioi_mamba.charts.drawing import matrix_heatmap
+from ioi_mamba.charts.theme import EFFECTS
 from ioi_mamba.circuits.faithfulness import estimates, random_circuits
 from ioi_mamba.circuits.graph import Circuit, items_of, universe_of
 from ioi_mamba.circuits.methods import EAP, EAP_IG, EXACT, METHODS
@@ -165,6 +166,7 @@ def chart(table: pd.DataFrame) -> alt.HConcatChart:
         x_title="part",
         y_title="layer",
         color_title="drop when patched",
+        colors=EFFECTS,
         domain=(0.0, max(0.05, float(parts["drop"].max()))),
         text=len(layers) <= 12,
         cell=34 if len(layers) <= 12 else 14,
@@ -196,7 +198,9 @@ def findings(table: pd.DataFrame) -> list[str]:
         f"{r['source']} {r['part']}" if pd.notna(r["part"]) else f"{r['source']} to {r['target']}"
         for _, r in best.iterrows()
     )
+    compared = table["threshold"].isna()
     out = [
+        _circuits.lead(table[compared], int(items["started"].sum()), "edges and parts"),
         *_circuits.how_scored(items),
         f"The search keeps {edges} edges and, inside layers, {listed} ({tests['value']:.0f} tests).",
         f"The largest drops are those of {names}.",

@@ -88,11 +88,15 @@ def findings(table: pd.DataFrame) -> list[str]:
     """The peak of every corruption, and whether it lies in slice -1."""
     peaks = _peaks(table)
     shifted = int((peaks["slice"] == -1).sum())
+    top = next(peaks.loc[[peaks["effect"].abs().idxmax()]].itertuples())
     sentences = [
+        f"Layer {top.layer}, slice {top.slice} at {top.label}: effect {_effects.with_interval(top)}; the peak is in slice -1 in "
+        f"{shifted} of {len(peaks)}.",
+    ]
+    sentences += [
         f"{r.corruption}: the largest effect is {r.effect:.2f}, slice {r.slice} at {r.label} (layer {r.layer})."
         for r in peaks.itertuples()
     ]
-    sentences.append(f"The peak lies in slice -1 for {shifted} of {len(peaks)} corruptions.")
     return sentences + left_out_sentence(table)
 
 

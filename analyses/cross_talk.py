@@ -145,21 +145,29 @@ def findings(table: pd.DataFrame) -> list[str]:
     first = table.query("step == 1 and chosen")
     sizes = circuits["size"]
     reached = int(circuits["reached"].sum())
+    same = sizes.min() == sizes.max()
+    layers = (
+        f"{sizes.min()} layer{'' if sizes.min() == 1 else 's'} each"
+        if same
+        else f"{sizes.mean():.2f} layers on average ({sizes.min()} to {sizes.max()})"
+    )
+    begin = (
+        f"; layer {_most_frequent(first['layer'])[0]} comes first in {_most_frequent(first['layer'])[1]}"
+        if len(first)
+        else ""
+    )
     found = [
-        f"With every layer resampled the accuracy is {none.mean():.2f} on average ({none.min():.2f} to "
-        f"{none.max():.2f} over {n} combinations of template and corruption)."
+        f"{reached} of {n} circuits reach the threshold, with {layers}{begin}.",
+        f"With every layer resampled the accuracy is {none.mean():.2f} on average (from {none.min():.2f} to "
+        f"{none.max():.2f} over {n} combinations of template and corruption).",
     ]
     if len(first):
         layer, times = _most_frequent(first["layer"])
         gain = first[first["layer"] == layer]["accuracy"]
         found.append(
             f"Layer {layer} is the first to be given back in {times} of {n} circuits and alone brings the accuracy "
-            f"to {gain.mean():.2f} on average ({gain.min():.2f} to {gain.max():.2f})."
+            f"to {gain.mean():.2f} on average (from {gain.min():.2f} to {gain.max():.2f})."
         )
-    found.append(
-        f"{reached} of {n} circuits reach the threshold; they have {sizes.mean():.2f} layers on average "
-        f"({sizes.min()} to {sizes.max()})."
-    )
     for _, row in circuits[~circuits["reached"]].iterrows():
         found.append(
             f"{row['template']}, {row['corruption']}: not reached; the best accuracy is {row['accuracy']:.3f}, with "

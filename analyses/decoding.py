@@ -208,8 +208,8 @@ def findings(table: pd.DataFrame) -> list[str]:
     half = lens[lens["contribution"] > total / 2]
     of_state = table[(table["what"] == SOURCE) & (table["part"] == "state") & (table["layer"] == top["layer"])]
     out = [
-        f"The logit difference is {total:.2f} in the mean; {_name(top)} adds {top['contribution']:.2f} of it directly "
-        f"({top['low']:.2f} to {top['high']:.2f})."
+        f"{_name(top)[:1].upper()}{_name(top)[1:]} adds {top['contribution']:.2f} logits directly ({top['low']:.2f} to "
+        f"{top['high']:.2f}, {top['n']} prompts), of {total:.2f} in all."
     ]
     if len(of_state) and top["part"] == "mamba":
         strongest = of_state.loc[of_state["contribution"].abs().sort_values(ascending=False).index[:3]]

@@ -155,10 +155,14 @@ def findings(table: pd.DataFrame) -> list[str]:
     totals = items[items["position"].isna()]
     edges = totals[totals["part"].isna()].sort_values("rank")
     names = ", ".join(
-        f"{r['source']} to {r['target']} ({r['score']:.3f}, exact {r['exact']:.3f})"
+        f"{r['source']} to {r['target']} ({r['score']:z.3f}, exact {r['exact']:z.3f})"
         for _, r in edges.head(5).iterrows()
     )
-    out = [*_circuits.how_scored(totals), f"The strongest edges are {names}."]
+    out = [
+        _circuits.lead(table, len(edges), "edges"),
+        *_circuits.how_scored(totals),
+        f"The strongest edges are {names}.",
+    ]
     correlations = [
         f"{row['value']:.3f} over all {row['size']} {row['circuit']}"
         for _, row in table[table["measure"] == "spearman"].iterrows()
@@ -169,7 +173,7 @@ def findings(table: pd.DataFrame) -> list[str]:
         f"{', '.join(correlations)} ({edges['n_exact'].iloc[0]} prompts); edge scores are about {slope:.2f} of exact effects."
     )
     parts = totals[totals["part"].notna()].sort_values("score")
-    names = ", ".join(f"{r['source']} {r['part']} ({r['score']:.3f})" for _, r in parts.head(3).iterrows())
+    names = ", ".join(f"{r['source']} {r['part']} ({r['score']:z.3f})" for _, r in parts.head(3).iterrows())
     out.append(f"Inside layers the strongest parts are {names}.")
     return out + _circuits.how_it_does(table, len(edges), "edges")
 

@@ -71,8 +71,12 @@ def findings(table: pd.DataFrame) -> list[str]:
     last = table["position"].max()
     part = table[(table["layer"] == layer) & (table["position"] < last)]
     peak = part.loc[part["effect"].abs().idxmax()]
+    lead, *others = _effects.strongest(table)
+    after_first = table[(table["layer"] > 0) & (table["position"] < last)]
     return [
-        *_effects.strongest(table),
+        *(f"After layer 0, {sentence[0].lower()}{sentence[1:]}" for sentence in _effects.lead(after_first)),
+        lead,
+        *others,
         f"After layer 0, layer {layer} has the largest effects before the last position, up to {peak['effect']:.2f} "
         f"at {peak['label']}: experiments that need a bottleneck layer use it.",
     ]

@@ -187,11 +187,12 @@ def findings(table: pd.DataFrame) -> list[str]:
     worst = single.iloc[0]
     # A table of an earlier version has no intervals.
     interval = f"{none['low']:.3f} to {none['high']:.3f}, " if "low" in none else ""
+    left = f" ({worst['low']:.2f} to {worst['high']:.2f})" if "low" in none else ""
     found = [
+        f"Removing layer {worst['layer']} costs most: accuracy {worst['accuracy']:.2f}{left} in place of {none['accuracy']:.2f}.",
         f"With every layer in place the answer has probability {none['probability']:.2f} and accuracy "
-        f"{none['accuracy']:.2f} ({interval}{none['n']} prompts).",
-        f"Removing layer {worst['layer']} costs most: probability {worst['probability']:.2f}, accuracy "
-        f"{worst['accuracy']:.2f}.",
+        f"{none['accuracy']:.2f} ({interval}{none['n']} prompts); without layer {worst['layer']} probability "
+        f"{worst['probability']:.2f}.",
     ]
     if len(single) > 1:
         second = single.iloc[1]

@@ -144,13 +144,14 @@ def findings(table: pd.DataFrame) -> list[str]:
     """The strongest items, how the circuit does, what the bottleneck's early output is worth, and missing names."""
     items = _circuits.item_rows(table)
     names = ", ".join(
-        f"{r['source']} to {r['target']} at {r['label']} ({r['score']:.3f})"
+        f"{r['source']} to {r['target']} at {r['label']} ({r['score']:z.3f})"
         for _, r in items.sort_values("rank").head(5).iterrows()
     )
     layer = int(items["bottleneck"].iloc[0])
     leaving = items[items["kept"] & (items["source"] == mixer_node(items["target"], layer))]
     early = int((leaving["position"] < items["position"].max()).sum())
     out = [
+        _circuits.lead(table, len(items), "edges at tokens"),
         *_circuits.how_scored(items),
         f"The strongest items are {names}.",
         *_circuits.how_it_does(table, len(items), "(edge, position) items"),

@@ -205,9 +205,10 @@ def findings(table: pd.DataFrame) -> list[str]:
     found.append(first)
     if n_top:
         n = len(by_prompt)
-        found.append(
-            f"Of the strongest rows, as many a prompt as it has names, {n_after} of {n_top} are one token after a name "
-            f"({n} prompt{'' if n == 1 else 's'})."
+        found.insert(
+            0,
+            f"Layer {table['layer'].iloc[0]}: {n_after} of the {n_top} strongest rows, as many a prompt as it has names, are one token "
+            f"after a name ({n} prompt{'' if n == 1 else 's'}).",
         )
     return found
 

@@ -64,7 +64,9 @@ class Browser:
             )
 
     def resize(self, width, height):
-        self.command("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.command(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+        )
 
     def scheme(self, name):
         """Show the page as in a "light" or a "dark" system."""

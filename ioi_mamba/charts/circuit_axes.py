@@ -66,7 +66,7 @@ def label_expression(labels: Iterable[str]) -> str:
 def label_angle(labels: Iterable[str], width: float) -> int:
     """0 where the labels fit beside each other in so many pixels, else -90."""
     labels = list(labels)
-    return 0 if width / max(1, len(labels)) > 6.8 * min(9, max(map(len, labels), default=1)) else -90
+    return 0 if width / max(1, len(labels)) > 6.2 * min(9, max(map(len, labels), default=1)) else -90
 
 
 def label_axis(labels: Iterable[str] = (), width: float = 0) -> alt.Axis:

@@ -62,12 +62,12 @@ def linked_matrices(items: pd.DataFrame) -> alt.HConcatChart:
     slider = alt.param(
         name="smallest",
         value=low,
-        bind=alt.binding_range(min=low, max=high, step=0.1, name="Hide |score| below 10^ "),
+        bind=alt.binding_range(min=low, max=high, step=0.1, name="hide below 10^ "),
     )
     full = alt.param(
         name="full",
         value=round(math.log10(top), 1),
-        bind=alt.binding_range(min=low, max=high, step=0.1, name="Full colour at |score| = 10^ "),
+        bind=alt.binding_range(min=low, max=high, step=0.1, name="full colour at 10^ "),
     )
     colors = score_scale(edges["score"])
     colors.domain, colors.domainMin, colors.domainMax = (

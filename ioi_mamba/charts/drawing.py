@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import altair as alt
 import pandas as pd
 
-from ioi_mamba.charts.theme import DIVERGING, EFFECT, EFFECTS, HELD_OUT, PLAIN, PLOT_WIDTH, SEQUENTIAL
+from ioi_mamba.charts.theme import DIVERGING, EFFECT, EFFECTS, HELD_OUT, PLAIN, PLOT_WIDTH, SEQUENTIAL, SIGNED
 from ioi_mamba.errors import InputError
 
 MAX_ROWS = 5000  # of one data set
@@ -108,7 +109,7 @@ def _color(name: str, scale: alt.Scale, title: str, height: float = 120) -> alt.
         values=[low, (low + high) / 2, high],
         format=".2~f",
     )
-    return alt.Color(f"{name}:Q", scale=scale, title=title, legend=legend)
+    return alt.Color(f"{name}:Q", scale=scale, title=textwrap.wrap(title, 16), legend=legend)
 
 
 def _position_names(table: Any, x: str, labels: str | None) -> tuple[Any, list[str]]:
@@ -153,7 +154,7 @@ def position_heatmap(
         value=next(iter(names)),
         bind=alt.binding_radio(options=list(names), labels=list(names.values()), name="changed "),
     )
-    picked = alt.selection_point(name="picked", on="click", empty=False, clear="dblclick")
+    picked = alt.selection_point(name="picked", fields=[y, cells.below], on="click", empty=False, clear="dblclick")
     layers = []
     for value in names:
         part = cells.data if facet is None else cells.data[cells.data[facet] == value].drop(columns=facet)
@@ -161,10 +162,14 @@ def position_heatmap(
         shown = f"{CHOICE} === {json.dumps(str(value))}" if len(names) > 1 else "true"
         squares, changed = _squares(cells, check_size(part), color_title or color, largest, width)
         stroke = alt.when(picked).then(alt.value("currentColor")).otherwise(alt.value("rgba(128,128,128,0.15)"))
-        squares = squares.encode(stroke=stroke, strokeWidth=alt.when(picked).then(alt.value(2.5)).otherwise(alt.value(0.5)))
+        squares = squares.encode(
+            stroke=stroke, strokeWidth=alt.when(picked).then(alt.value(2.5)).otherwise(alt.value(0.5))
+        )
         squares = squares.add_params(picked) if not layers else squares
         layers += [
-            each.transform_filter(shown).transform_calculate(**constant) for each in (squares, changed) if each is not None
+            each.transform_filter(shown).transform_calculate(**constant)
+            for each in (squares, changed)
+            if each is not None
         ]
     whole = alt.layer(*layers).properties(width=width, height=cells.height, **_heading(cells, table, y, title))
     return whole.add_params(chosen) if len(names) > 1 else whole
@@ -189,8 +194,14 @@ def position_panels(
     for value in dict.fromkeys(cells.data[facet]):
         part = check_size(cells.data[cells.data[facet] == value].drop(columns=facet))
         squares, changed = _squares(cells, part, color_title or color, None, PLOT_WIDTH // columns - 60)
-        both = [each.transform_calculate(**{facet: json.dumps(str(value))}) for each in (squares, changed) if each is not None]
-        panels.append(alt.layer(*both).properties(width=PLOT_WIDTH // columns - 60, height=cells.height, title=str(value)))
+        both = [
+            each.transform_calculate(**{facet: json.dumps(str(value))})
+            for each in (squares, changed)
+            if each is not None
+        ]
+        panels.append(
+            alt.layer(*both).properties(width=PLOT_WIDTH // columns - 60, height=cells.height, title=str(value))
+        )
     whole = alt.concat(*panels, columns=columns, spacing=24).resolve_scale(color="shared")
     return whole.properties(**_heading(cells, table, y, title))
 
@@ -231,7 +242,11 @@ def _choices(data: pd.DataFrame, facet: str | None, name: str) -> dict[str, str]
         return {"": ""}
     values = list(dict.fromkeys(map(str, data[facet])))
     if CHANGED in data:
-        of = data[data[CHANGED].eq(True)].groupby(facet, sort=False)[name].agg(lambda each: ", ".join(map(str, dict.fromkeys(each))))
+        of = (
+            data[data[CHANGED].eq(True)]
+            .groupby(facet, sort=False)[name]
+            .agg(lambda each: ", ".join(map(str, dict.fromkeys(each))))
+        )
         words = [str(of.get(value, value)) for value in values]
         if len(set(words)) == len(values):
             return dict(zip(values, words, strict=True))
@@ -250,7 +265,7 @@ def _squares(
     rows = sorted(set(cells.data[cells.y]))
     scale = effect_scale(cells.data[cells.color], largest)
     room, longest = width / max(1, len(cells.order)), max(map(len, cells.order), default=1)
-    angle = 0 if room > 6.8 * min(longest, 9) else -90
+    angle = 0 if room > 6.2 * min(longest, 9) else -90
     small = {} if room >= 13 or angle == 0 else {"labelOverlap": "greedy"}
     x = alt.X(
         f"{cells.below}:N",
@@ -298,6 +313,7 @@ def matrix_heatmap(
     domain: tuple[float, float] = (0.0, 1.0),
     text: bool = False,
     text_format: str = ".2f",
+    colors: Sequence[str] = SEQUENTIAL,
     cell: int = 44,
     tooltip: Sequence[str] = (),
     columns: int = 2,
@@ -306,7 +322,7 @@ def matrix_heatmap(
 
     A square without a value is empty.
 
-    domain: the values at which colours end; a scale that reaches below 0 is centred at 0. Orders default to
+    colors: from nothing to the most. domain: the values at which colours end; a scale that reaches below 0 is centred at 0. Orders default to
     those of the table. Raises InputError for a missing column and for more than 5,000 rows.
     """
     table = _slim(_columns(table, (x, y, color, facet)), (facet, y, x, color, "n", *tooltip))
@@ -314,14 +330,20 @@ def matrix_heatmap(
     y_order = list(y_order if y_order is not None else dict.fromkeys(table[y]))
     if domain[0] < 0:
         scale = diverging_scale(table[color], max(-domain[0], domain[1]))
+        scale.range = list(SIGNED)
     else:
-        scale = alt.Scale(domain=list(domain), range=list(SEQUENTIAL), interpolate="rgb", clamp=True)
+        scale = alt.Scale(domain=list(domain), range=list(colors), interpolate="rgb", clamp=True)
     base = alt.Chart(table).encode(
         x=alt.X(
             f"{x}:N",
             sort=x_order,
             title=x_title or x,
-            axis=alt.Axis(labelAngle=-90 if cell < 30 else 0, ticks=False, domain=False, labelLimit=80),
+            axis=alt.Axis(
+                labelAngle=0 if cell > 6.2 * max(map(len, map(str, x_order)), default=1) else -90,
+                ticks=False,
+                domain=False,
+                labelLimit=80,
+            ),
         ),
         y=alt.Y(f"{y}:N", sort=y_order, title=y_title or y, axis=alt.Axis(ticks=False, domain=False, labelLimit=80)),
         tooltip=_tooltips(table, (facet, y, x, color, "n", *tooltip)),
@@ -414,7 +436,9 @@ def line_with_points(
     points = base.mark_point(filled=True, size=50, opacity=1)
     if color is not None:
         order = list(dict.fromkeys(table[color]))
-        colors = alt.Scale(domain=order, range=[HELD_OUT if "held" in str(each) else PLAIN for each in order][: len(order)])
+        colors = alt.Scale(
+            domain=order, range=[HELD_OUT if "held" in str(each) else PLAIN for each in order][: len(order)]
+        )
         colors = colors if len(order) == 2 and any("held" in str(each) for each in order) else alt.Undefined
         by_color = alt.Color(f"{color}:N", sort=order, scale=colors, title=None, legend=alt.Legend(orient="top"))
         by_shape = alt.Shape(f"{color}:N", sort=order, legend=None)

@@ -22,16 +22,16 @@ def edge_details(items: pd.DataFrame, edges: pd.DataFrame) -> alt.VConcatChart:
     """
     number = lambda field: f"(isValid(datum.{field}) ? format(datum.{field}, '.4f') : 'not measured')"
     line = (
-        "datum.name + ':  attribution ' + " + number("score") + " + ',  exact effect ' + " + number("exact") + " + "
-        "',  rank ' + datum.rank + (datum.kept ? ',  kept' : ',  not kept')"
+        "datum.name + ': attribution ' + " + number("score") + " + '\\nexact effect ' + " + number("exact") + " + "
+        "', rank ' + datum.rank + (datum.kept ? ', kept' : ', not kept')"
     )
     text = (
         alt.Chart(edges)
         .transform_filter(EDGE)
         .transform_calculate(line=line)
-        .mark_text(align="left", fontSize=13, fontWeight=600, x=0)
+        .mark_text(align="left", baseline="top", fontSize=13, fontWeight=600, x=0, y=0, lineBreak="\n")
         .encode(text="line:N")
-        .properties(width=DETAILS, height=18)
+        .properties(width=DETAILS, height=32)
     )
     at = items[items["position"].notna() & items["part"].isna()]
     labels = position_labels(at)
@@ -44,7 +44,9 @@ def edge_details(items: pd.DataFrame, edges: pd.DataFrame) -> alt.VConcatChart:
         .transform_filter(EDGE)
         .mark_bar()
         .encode(
-            x=alt.X("place:N", sort=labels, title="position", scale=alt.Scale(domain=labels), axis=label_axis(labels, DETAILS)),
+            x=alt.X(
+                "place:N", sort=labels, title=None, scale=alt.Scale(domain=labels), axis=label_axis(labels, DETAILS)
+            ),
             y=alt.Y("score:Q", title="score"),
             color=SCORED,
             tooltip=["place:N", alt.Tooltip("score:Q", format=".5f")],
@@ -62,7 +64,7 @@ def edge_details(items: pd.DataFrame, edges: pd.DataFrame) -> alt.VConcatChart:
         .transform_filter(of_edge)
         .mark_bar()
         .encode(
-            x=alt.X("part:N", sort=order, title=None, scale=alt.Scale(domain=order)),
+            x=alt.X("part:N", sort=order, title=None, axis=alt.Axis(labelAngle=0), scale=alt.Scale(domain=order)),
             y=alt.Y("score:Q", title="score"),
             xOffset=alt.XOffset("layer:N"),
             color=alt.Color(

@@ -42,7 +42,16 @@ def arcs(table: pd.DataFrame) -> alt.VConcatChart:
     points = points[["flow", "point", "x", "y", "layer", "source", "target", "path", "score", "low", "high", "n"]]
     top = float(size.max()) or 1.0
     layers = sorted(drawn["layer"].unique())
-    charts = [_of_layer(rounded(points[points["layer"] == layer]), labels, int(layer), top) for layer in layers]
+    charts = [
+        _of_layer(
+            rounded(points[points["layer"] == layer]),
+            labels if layer == layers[-1] else [],
+            int(layer),
+            top,
+            len(labels),
+        )
+        for layer in layers
+    ]
     left = how_many(len(drawn), len(wanted), "flows")
     title = alt.TitleParams(
         "What passes from token to token, by layer",
@@ -52,10 +61,11 @@ def arcs(table: pd.DataFrame) -> alt.VConcatChart:
     return alt.vconcat(*charts, spacing=6, title=title)
 
 
-def _of_layer(points: pd.DataFrame, labels: list[str], layer: int, top: float) -> alt.LayerChart:
-    texts = label_expression(labels)
-    axis = alt.Axis(values=list(range(len(labels))), labelExpr=texts, ticks=False, labelOverlap=False, grid=True)
-    x = alt.X("x:Q", scale=alt.Scale(domain=[-0.5, len(labels) - 0.5], nice=False), title=None, axis=axis)
+def _of_layer(points: pd.DataFrame, labels: list[str], layer: int, top: float, n_places: int) -> alt.LayerChart:
+    """The arcs of one layer over so many places; labels: what stands below them, nothing where another layer says it."""
+    named = {"labelExpr": label_expression(labels)} if labels else {"labels": False}
+    axis = alt.Axis(values=list(range(n_places)), ticks=False, labelOverlap=False, grid=True, **named)
+    x = alt.X("x:Q", scale=alt.Scale(domain=[-0.5, n_places - 0.5], nice=False), title=None, axis=axis)
     y = alt.Y(
         "y:Q", scale=alt.Scale(domain=[-1.1, 1.1]), title=f"layer {layer}", axis=alt.Axis(labels=False, ticks=False)
     )
@@ -92,4 +102,4 @@ def _of_layer(points: pd.DataFrame, labels: list[str], layer: int, top: float) -
             tooltip=tooltip,
         )
     )
-    return alt.layer(between, dots).properties(width=max(PLOT_WIDTH, LABEL_WIDTH * len(labels)), height=ROW_HEIGHT)
+    return alt.layer(between, dots).properties(width=max(PLOT_WIDTH, LABEL_WIDTH * n_places), height=ROW_HEIGHT)

@@ -150,7 +150,9 @@ def node_view(items: pd.DataFrame) -> alt.HConcatChart:
                 color=score_color(score_scale(shown["score"])),
                 tooltip=tooltip,
             )
-            .properties(width=PLOT_WIDTH // 2 - 80, height=alt.Step(16), title=alt.Title(alt.expr(f"'{words} ' + node")))
+            .properties(
+                width=PLOT_WIDTH // 2 - 80, height=alt.Step(16), title=alt.Title(alt.expr(f"'{words} ' + node"))
+            )
         )
 
     into, out = side("target", "source", "Into node"), side("source", "target", "Out of node")

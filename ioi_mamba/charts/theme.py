@@ -18,6 +18,8 @@ on held-out prompts; it does not hold; none of these. Series without such a mean
 DIVERGING = (BLUE, "rgba(47,127,193,0.5)", "rgba(128,128,128,0)", "rgba(221,107,32,0.5)", ORANGE)
 EFFECTS = ("rgba(221,107,32,0.02)", "rgba(221,107,32,0.5)", ORANGE)
 """For effects of which none is negative."""
+SIGNED = ("#b08b2e", "rgba(176,139,46,0.5)", "rgba(128,128,128,0)", "rgba(107,124,147,0.5)", SLATE)
+"""For what is no effect and has a sign."""
 SEQUENTIAL = ("rgba(107,124,147,0.04)", "rgba(107,124,147,0.5)", SLATE)
 PLOT_WIDTH = 960
 """Pixels: with its axis and a legend, a chart of this width fills a page 1400 pixels wide; a page makes it narrower where it must."""

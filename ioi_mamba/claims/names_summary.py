@@ -135,7 +135,11 @@ def chart(table: pd.DataFrame) -> alt.FacetChart:
 def findings(table: pd.DataFrame) -> list[str]:
     """For each of the four claims, how many of its lines hold, and which do not, are undecided or not comparable."""
     layer = table["layer"].iloc[0]
-    found = [] if pd.isna(layer) else [f"The layer in question is {layer}."]
+    found = []
+    if not pd.isna(layer):
+        ran = table[table["holds"] != "not run"]
+        counts = ", ".join(f"{number} {word}" for word, number in ran["holds"].value_counts().items())
+        found.append(f"The layer in question is {layer}; of {len(ran)} lines of evidence: {counts}.")
     for evidence in dict.fromkeys(table["evidence"]):
         part = table[table["evidence"] == evidence]
         title = f"{evidence[0].upper()}{evidence[1:]}"

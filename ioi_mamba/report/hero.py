@@ -72,9 +72,7 @@ class Figure:
 
     def svg(self, alone: bool = False) -> str:
         """As SVG; alone: as a file of its own, black on white."""
-        return _template().render(
-            figure=self, alone=alone, font=FONT, top=TOP, left=LEFT
-        )
+        return _template().render(figure=self, alone=alone, font=FONT, top=TOP, left=LEFT)
 
 
 def drawn(view: View, n_layers: int) -> Figure:
@@ -149,13 +147,18 @@ def _path(mark: Mark, columns: list[Column], y_of, height: float, top: dict[Kind
     color = EFFECT if mark.value > 0 else HELPS
     half, quarter = column.width / 2 - 3, min(13.0, height * 0.24)
     if mark.kind == Kind.READS:
-        return _box(column.x - half, y - quarter, 2 * half, 2 * quarter), f'fill="{color}" fill-opacity="{strength:.2f}"'
+        return _box(
+            column.x - half, y - quarter, 2 * half, 2 * quarter
+        ), f'fill="{color}" fill-opacity="{strength:.2f}"'
     if mark.kind == Kind.CARRIES:
         box = _box(column.x - column.width / 2, y + quarter + 2, column.width, max(3.0, quarter * 0.6))
         return box, f'fill="{color}" fill-opacity="{strength:.2f}"'
     if mark.kind == Kind.WRITES:
         rise = min(11.0, height * 0.22)
-        return f"M{column.x:.1f} {y - quarter - 1 - rise:.1f}l7 {rise:.1f}h-14z", f'fill="{color}" fill-opacity="{strength:.2f}"'
+        return (
+            f"M{column.x:.1f} {y - quarter - 1 - rise:.1f}l7 {rise:.1f}h-14z",
+            f'fill="{color}" fill-opacity="{strength:.2f}"',
+        )
     if mark.kind == Kind.MOVES:
         x = columns[mark.start].x
         path = f"M{x:.1f} {y:.1f}Q{(x + column.x) / 2:.1f} {y - min(44.0, height * 0.8):.1f} {column.x:.1f} {y:.1f}m-5 -6l5 6l-7 1"

@@ -328,6 +328,14 @@ def _what_is_wrong(experiment: Experiment | Summary, table: pd.DataFrame) -> str
     missing = [name for name in experiment.required if name not in table]
     if missing:
         return f"The table is not one of {experiment.name}: it has no column {missing[0]!r}. To have it, {again}."
+    required = experiment.columns if isinstance(experiment, Experiment) else ()
+    empty = [
+        column.name
+        for column in required
+        if column.name in table and not column.nullable and table[column.name].isna().all()
+    ]
+    if len(table) and empty:
+        return f"The table's column {empty[0]!r} is empty. To have it, {again}."
     if table.empty:
         return f"The table has no rows: nothing was measured. To have some, {again}."
     numbers = table.select_dtypes("float")

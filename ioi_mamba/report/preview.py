@@ -26,7 +26,9 @@ def strongest_first(table: pd.DataFrame, n: int) -> pd.DataFrame:
 def cells(table: pd.DataFrame) -> list[list[str]]:
     """Every cell as text."""
     forms = [_decimals(table.iloc[:, k]) for k in range(table.shape[1])]
-    return [[_cell(value, form) for value, form in zip(row, forms, strict=True)] for row in table.itertuples(index=False)]
+    return [
+        [_cell(value, form) for value, form in zip(row, forms, strict=True)] for row in table.itertuples(index=False)
+    ]
 
 
 def _decimals(column: pd.Series) -> int:

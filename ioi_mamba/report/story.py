@@ -165,7 +165,7 @@ def main_layer(view: View) -> float | None:
 
 def percent(value: float) -> str:
     """As a whole percentage, never "-0 %"."""
-    return f"{value * 100:z.0f} %"
+    return f"{value * 100:z.0f}\u00a0%"
 
 
 def span(mark: Mark) -> str:
@@ -216,14 +216,19 @@ def _answers(
     out = []
     if view.answer and view.wrong:
         changed = ", ".join(f"“{token.shown}” to “{token.corrupted.strip()}”" for token in view.changed[:2])
-        out.append(("What was asked", f"The next word, “{view.answer.strip()}”. Changing {changed} makes it “{view.wrong.strip()}”."))
+        out.append(
+            (
+                "What was asked",
+                f"The next word, “{view.answer.strip()}”. Changing {changed} makes it “{view.wrong.strip()}”.",
+            )
+        )
     if read is None:
         return out
     top, last = abs(view.of(Kind.READS)[0].value), len(view.tokens) - 1
     said = [mark for mark in view.of(Kind.READS) if abs(mark.value) >= SAID * top]
     by_layer = {mark.layer: mark for mark in reversed(said)}
     layers = [f"{layer:.0f} ({percent(by_layer[layer].value)})" for layer in sorted(by_layer)]
-    out.append(("Which layers", f"{_listed(layers[:4])}{' and more' if len(layers) > 4 else ''}, by the effect of patching what they read."))
+    out.append(("Which layers", f"{_listed(layers[:4])}{' and more' if len(layers) > 4 else ''}."))
     read_at = [name_of(view, place) for place in sorted({mark.end for mark in said})[:3]]
     written = [mark for mark in view.of(Kind.WRITES, read.layer) if mark.end == last]
     at_end = f"; written at {name_of(view, last)}" if written and last not in {mark.end for mark in said} else ""
@@ -236,7 +241,7 @@ def _answers(
     if len(views) > 1:
         sure.append(f"{percent(min(strengths))} to {percent(max(strengths))} in {len(views)} corruptions")
     if accuracy:
-        sure.append(f"unpatched, the model is right in {percent(accuracy['accuracy'])}")
+        sure.append(f"unpatched right in {percent(accuracy['accuracy'])}")
     sure += [each.told.sure for each in found if each.told.sure]
     return [*out, ("How sure", "; ".join(sure) + ".")]
 
@@ -270,7 +275,9 @@ def panel_of(view: View, mark: Mark) -> dict[str, Any]:
     number = f"{'Score' if mark.kind == Kind.EDGE else 'Effect'} {mark.value:z.3f}"
     if not pd.isna(mark.low):
         number += f" (95 % interval {mark.low:z.3f} to {mark.high:z.3f})"
-    near = sorted((other for other in view.marks if other.layer == mark.layer and other != mark), key=lambda each: each.kind)
+    near = sorted(
+        (other for other in view.marks if other.layer == mark.layer and other != mark), key=lambda each: each.kind
+    )
     parts = [says(view, other) for other in near if other.kind != Kind.EDGE or other.end == mark.end]
     return {
         "says": says(view, mark),

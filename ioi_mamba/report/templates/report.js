@@ -1,7 +1,9 @@
 "use strict";
 // Draws every chart of the page, as wide as there is room; fills the contents; sorts and saves tables.
-const options = {renderer: "svg", actions: {export: true, source: false, compiled: false, editor: false}};
-const AXIS_WIDTH = 90, LEGEND_WIDTH = 20;
+const options = {renderer: "svg", actions: {export: true, source: false, compiled: false, editor: false}, tooltip: readTooltip};
+const AXIS_WIDTH = 106, MENU_WIDTH = 40, FULL = 800;
+let corruption = document.querySelector("[data-corruption]")?.dataset.corruption; // shown in all charts that have it
+const drawings = new Map();
 
 // The views of a chart that stand side by side, row by row; those of a chart of panels that are equally wide are a row each.
 function rows(spec) {
@@ -21,17 +23,69 @@ function panelWidth(spec) {
   return panels.length && panels.every(panel => panel.width === panels[0].width) ? panels[0].width : undefined;
 }
 
-// A copy of a chart that is no wider than the element: panels in fewer columns, views of a row narrower.
-function fitted(spec, element) {
+// A copy of a chart as wide as the element: panels in fewer columns, views of a row wider or narrower. less: pixels to spare.
+function fitted(spec, element, less) {
   const copy = structuredClone(spec), room = element.clientWidth;
   if (copy.columns && panelWidth(copy)) {
     copy.columns = Math.max(1, Math.min(copy.columns, Math.floor(room / (panelWidth(copy) + AXIS_WIDTH))));
   }
   for (const row of rows(copy)) {
-    const wanted = row.reduce((sum, view) => sum + view.width, 0), own = room - row.length * AXIS_WIDTH - LEGEND_WIDTH;
-    if (wanted > own) for (const view of row) view.width = Math.max(40, Math.floor(view.width * own / wanted));
+    const wanted = row.reduce((sum, view) => sum + view.width, 0), own = room - MENU_WIDTH - row.length * AXIS_WIDTH - less;
+    const factor = wanted > own || wanted > FULL ? own / wanted : 1;
+    for (const view of row) view.width = Math.max(40, Math.floor(view.width * factor));
   }
+  const chosen = copy.params?.find(param => param.name === "shown");
+  if (chosen?.bind?.options.includes(corruption)) chosen.value = corruption;
   return copy;
+}
+
+// What a mark says stands in a line at the lower edge of the window, where it covers no other mark.
+function read(text) {
+  const line = document.getElementById("reading");
+  line.textContent = text;
+  line.hidden = !text;
+}
+function readTooltip(handler, event, item, value) {
+  read(value && typeof value === "object" ? Object.entries(value).map(([key, each]) => `${key}: ${each}`).join("   ") : value || "");
+}
+
+// The nearest of some elements in the direction of an arrow key, of those that lie more that way than to the side.
+function nearest(elements, from, key) {
+  const middle = each => { const box = each.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]; };
+  const [x, y] = middle(from);
+  const along = {ArrowRight: ([a, b]) => [a - x, b - y], ArrowLeft: ([a, b]) => [x - a, b - y],
+    ArrowDown: ([a, b]) => [b - y, a - x], ArrowUp: ([a, b]) => [y - b, a - x]}[key];
+  let best = null, least = Infinity;
+  for (const each of elements) {
+    const [ahead, aside] = along(middle(each));
+    const far = ahead + 3 * Math.abs(aside);
+    if (each !== from && ahead > 1 && far < least) [best, least] = [each, far];
+  }
+  return best;
+}
+
+// A chart by keyboard: arrows go from mark to mark and read it, Enter chooses it as a click does.
+function withKeys(element) {
+  let at = null;
+  const go = mark => {
+    at?.classList.remove("at");
+    at = mark;
+    at?.classList.add("at");
+    read(at ? at.getAttribute("aria-label") : "");
+  };
+  element.addEventListener("blur", () => go(null));
+  element.addEventListener("keydown", event => {
+    if (event.target !== element) return;
+    const marks = [...element.querySelectorAll("svg.marks [role=graphics-symbol][aria-label]")];
+    if (event.key.startsWith("Arrow") && marks.length) {
+      go(at && at.isConnected ? nearest(marks, at, event.key) ?? at : marks[0]);
+    } else if (event.key === "Enter" && at) {
+      const box = at.getBoundingClientRect();
+      const place = {bubbles: true, clientX: box.x + box.width / 2, clientY: box.y + box.height / 2};
+      for (const kind of ["mousemove", "click"]) at.dispatchEvent(new MouseEvent(kind, place));
+    } else return;
+    event.preventDefault();
+  });
 }
 
 // The prompts in a grid, the clean one above the corrupted one, the token at one position marked; corruption: only those of
@@ -92,7 +146,10 @@ async function draw(element, spec) {
   try {
     // Vega-Embed shrinks the element it is given to its chart; the outer one keeps the width of the page.
     const frame = element.querySelector("div") || element.appendChild(document.createElement("div"));
-    const {view} = await vegaEmbed(frame, fitted(spec, element), options);
+    let {view} = await vegaEmbed(frame, fitted(spec, element, 0), options);
+    const over = frame.querySelector("svg.marks").getBoundingClientRect().width + MENU_WIDTH - element.clientWidth;
+    if (over > 0) ({view} = await vegaEmbed(frame, fitted(spec, element, over), options));
+    drawings.set(element.id, view);
     const show = prompts.get(element.id);
     if (show) view.addEventListener("click", (_, item) => item && item.datum && show(item.datum));
     // The picture is a group of marks with a description each; the frame around it says what it is.
@@ -106,6 +163,7 @@ async function draw(element, spec) {
 function drawn(script, id) {
   const element = document.getElementById(id), spec = JSON.parse(script.textContent);
   let width = element.clientWidth, waiting = 0;
+  withKeys(element);
   new ResizeObserver(() => {
     if (Math.abs(element.clientWidth - width) < 20) return;
     width = element.clientWidth;
@@ -118,7 +176,7 @@ function drawn(script, id) {
 (async () => {
   for (const script of document.querySelectorAll("script[data-chart]")) await drawn(script, script.dataset.chart);
   performance.mark("drawn");
-  document.body.dataset.drawn = "yes";
+  document.body.dataset.done = "yes";
   const pictures = () => document.querySelectorAll(".chart[data-drawn=yes]").forEach(thumbnail);
   pictures();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", pictures);

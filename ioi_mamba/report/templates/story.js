@@ -65,21 +65,6 @@
     count(view);
   }
 
-  // The next place in a direction: the nearest of those that lie more that way than to the side.
-  function next(view, from, key) {
-    const middle = each => { const box = each.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]; };
-    const [x, y] = middle(from);
-    const along = {ArrowRight: ([a, b]) => [a - x, b - y], ArrowLeft: ([a, b]) => [x - a, b - y],
-      ArrowDown: ([a, b]) => [b - y, a - x], ArrowUp: ([a, b]) => [y - b, a - x]}[key];
-    let best = null, least = Infinity;
-    for (const each of view.querySelectorAll("[role=button]:not(.off)")) {
-      const [ahead, aside] = along(middle(each));
-      const far = ahead + 3 * Math.abs(aside);
-      if (each !== from && ahead > 1 && far < least) [best, least] = [each, far];
-    }
-    return best;
-  }
-
   for (const view of views) {
     count(view);
     const marks = JSON.parse(view.querySelector("script").textContent)[0];
@@ -101,7 +86,7 @@
         if (here.classList.contains("mark")) pin(view, here);
         else hide(view, here);
       } else if (event.key.startsWith("Arrow")) {
-        const there = next(view, here, event.key);
+        const there = nearest(view.querySelectorAll("[role=button]:not(.off)"), here, event.key);
         if (there) {
           here.setAttribute("tabindex", -1);
           there.setAttribute("tabindex", 0);
@@ -121,6 +106,10 @@
         const example = views[button.dataset.view].querySelector("template").content.cloneNode(true);
         document.querySelector("[data-example]").replaceChildren(example);
         says.textContent = "";
+        corruption = button.dataset.corruption;
+        for (const drawing of drawings.values()) {
+          if (Object.hasOwn(drawing.getState({data: () => false, signals: () => true}).signals, "shown")) drawing.signal("shown", corruption).runAsync();
+        }
       });
     }
   }
