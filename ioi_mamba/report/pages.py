@@ -168,13 +168,19 @@ def _views(story: Story, sections: list[Section]) -> list[dict[str, Any]]:
     return views
 
 
+def told_by(directory: Path) -> tuple[list[Section], Story]:
+    """The sections of a run and their story. Raises InputError as `write_report`."""
+    sections = _sections(directory, False)
+    return sections, _story(sections)
+
+
 def hero_svg(directory: str | Path) -> str | None:
     """The figure at the top of the page of a run, as an SVG file of its own; None where there is nothing to draw.
 
     Raises InputError as `write_report`.
     """
-    sections = _sections(Path(directory), False)
-    views = [each for each in _views(_story(sections), sections) if each["figure"].shapes]
+    sections, story = told_by(Path(directory))
+    views = [each for each in _views(story, sections) if each["figure"].shapes]
     return views[0]["figure"].svg(alone=True) if views else None
 
 

@@ -7,7 +7,7 @@ name of an experiment. A view is one corruption with an example of it; its marks
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -111,7 +111,10 @@ def tell(found: Sequence[Found], examples: Sequence[Mapping[str, Any]], accuracy
         examples: As a manifest has them.
         accuracy: Of the unpatched model: accuracy and n, as a manifest has it.
     """
-    views = sorted((_view(found, examples, name) for name in _corruptions(examples)), key=_strength, reverse=True)
+    views = [_view(found, examples, name) for name in _corruptions(examples)]
+    views.sort(
+        key=lambda view: (_strength(view), max((abs(mark.value) for mark in view.marks), default=0.0)), reverse=True
+    )
     if not views:
         return Story([], "")
     view = views[0]
@@ -127,14 +130,20 @@ def _view(found: Sequence[Found], examples: Sequence[Mapping[str, Any]], corrupt
     first = own[0]
     triples = zip(first["clean"], first["corrupted"], first["positions"], strict=False)
     tokens = [Token(*map(str, triple)) for triple in triples]
-    place: dict[str, int] = {}
-    for k, token in enumerate(tokens):
-        place.setdefault(token.label, k)
-    marks = [mark for each in found for mark in _marks(each, corruption, place)]
+    answer, wrong = (str(first.get(name, "")) for name in ("answer", "wrong"))
+    view = View(corruption, tokens, answer, wrong, own, [])
+    marks = all_marks(found, view)
     edges = sorted((mark for mark in marks if mark.kind == Kind.EDGE), key=lambda mark: -abs(mark.value))
     effects = [mark for mark in marks if mark.kind != Kind.EDGE and abs(mark.value) >= LIT]
-    answer, wrong = (str(first.get(name, "")) for name in ("answer", "wrong"))
-    return View(corruption, tokens, answer, wrong, own, effects + edges[:EDGES], max(0, len(edges) - EDGES))
+    return replace(view, marks=effects + edges[:EDGES], hidden=max(0, len(edges) - EDGES))
+
+
+def all_marks(found: Sequence[Found], view: View) -> list[Mark]:
+    """Everything that is told of a view, also what is not drawn."""
+    place: dict[str, int] = {}
+    for k, token in enumerate(view.tokens):
+        place.setdefault(token.label, k)
+    return [mark for each in found for mark in _marks(each, view.corruption, place)]
 
 
 def _marks(each: Found, corruption: str, place: Mapping[str, int]) -> list[Mark]:

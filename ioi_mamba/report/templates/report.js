@@ -1,20 +1,21 @@
 "use strict";
 // Draws every chart of the page, as wide as there is room; fills the contents; sorts and saves tables.
 const options = {renderer: "svg", actions: {export: true, source: false, compiled: false, editor: false}, tooltip: readTooltip};
-const AXIS_WIDTH = 106, MENU_WIDTH = 40, FULL = 800;
+const AXIS_WIDTH = 106, MENU_WIDTH = 40, FULL = 800, NARROW = 900, SMALL = 150;
 let corruption = document.querySelector("[data-corruption]")?.dataset.corruption; // shown in all charts that have it
 const drawings = new Map();
 
-// The views of a chart that stand side by side, row by row; those of a chart of panels that are equally wide are a row each.
-function rows(spec) {
-  if (spec.vconcat) return spec.vconcat.flatMap(rows);
-  if (spec.hconcat) {
-    const parts = spec.hconcat.map(rows);
-    return parts.some(part => part.length > 1) ? parts.flat() : [parts.flat(2)];
-  }
-  if (spec.facet) return rows(spec.spec);
-  if (spec.concat) return spec.concat.flatMap(rows);
-  return typeof spec.width === "number" ? [[spec]] : [];
+// The views of a chart in groups that share the width of the page: {views, wide: their pixels side by side, axes: how many}.
+function groups(spec) {
+  const merged = parts => ({views: parts.flatMap(part => part.views), wide: Math.max(0, ...parts.map(part => part.wide)),
+    axes: Math.max(0, ...parts.map(part => part.axes))});
+  const beside = (parts, times = 1) => parts.length ? [{views: parts.flatMap(part => part.views),
+    wide: times * parts.reduce((sum, part) => sum + part.wide, 0), axes: times * parts.reduce((sum, part) => sum + part.axes, 0)}] : [];
+  if (spec.vconcat) return spec.vconcat.flatMap(groups);
+  if (spec.hconcat) return beside(spec.hconcat.map(child => merged(groups(child))));
+  if (spec.concat) return beside([merged(spec.concat.flatMap(groups))], spec.columns || spec.concat.length);
+  if (spec.facet) return beside([merged(groups(spec.spec))], spec.columns || 1);
+  return typeof spec.width === "number" ? [{views: [spec], wide: spec.width, axes: 1}] : [];
 }
 
 // Pixels of each panel of a chart of panels that are equally wide; undefined of any other chart.
@@ -23,16 +24,20 @@ function panelWidth(spec) {
   return panels.length && panels.every(panel => panel.width === panels[0].width) ? panels[0].width : undefined;
 }
 
-// A copy of a chart as wide as the element: panels in fewer columns, views of a row wider or narrower. less: pixels to spare.
+// A copy of a chart as wide as the element: panels in fewer columns, views wider or narrower, on a narrow page one below the other. less: pixels to spare.
 function fitted(spec, element, less) {
   const copy = structuredClone(spec), room = element.clientWidth;
+  if (room < NARROW && copy.hconcat?.every(child => groups(child).some(group => group.wide >= SMALL))) {
+    copy.vconcat = copy.hconcat;
+    delete copy.hconcat;
+  }
   if (copy.columns && panelWidth(copy)) {
     copy.columns = Math.max(1, Math.min(copy.columns, Math.floor(room / (panelWidth(copy) + AXIS_WIDTH))));
   }
-  for (const row of rows(copy)) {
-    const wanted = row.reduce((sum, view) => sum + view.width, 0), own = room - MENU_WIDTH - row.length * AXIS_WIDTH - less;
-    const factor = wanted > own || wanted > FULL ? own / wanted : 1;
-    for (const view of row) view.width = Math.max(40, Math.floor(view.width * factor));
+  for (const {views, wide, axes} of groups(copy)) {
+    const own = room - MENU_WIDTH - axes * AXIS_WIDTH;
+    const target = less ? Math.min(own, wide) - less : wide > own || wide > FULL ? own : wide;
+    for (const view of views) view.width = Math.max(30, Math.floor(view.width * target / wide));
   }
   const chosen = copy.params?.find(param => param.name === "shown");
   if (chosen?.bind?.options.includes(corruption)) chosen.value = corruption;
@@ -150,6 +155,9 @@ async function draw(element, spec) {
     const over = frame.querySelector("svg.marks").getBoundingClientRect().width + MENU_WIDTH - element.clientWidth;
     if (over > 0) ({view} = await vegaEmbed(frame, fitted(spec, element, over), options));
     drawings.set(element.id, view);
+    // A group of marks has no description of its own; its marks have.
+    for (const group of frame.querySelectorAll("[role=graphics-symbol]:not([aria-label])")) group.removeAttribute("role");
+    frame.querySelector("summary")?.setAttribute("aria-label", "Save this chart");
     const show = prompts.get(element.id);
     if (show) view.addEventListener("click", (_, item) => item && item.datum && show(item.datum));
     // The picture is a group of marks with a description each; the frame around it says what it is.
@@ -197,7 +205,7 @@ for (const details of document.querySelectorAll("details.more")) {
 }
 let opened = [];
 addEventListener("beforeprint", () => {
-  opened = [...document.querySelectorAll("main details:not([open]), header details:not([open])")];
+  opened = [...document.querySelectorAll("details.more:not([open]), header details:not([open])")];
   for (const details of opened) details.open = true;
 });
 addEventListener("afterprint", () => opened.forEach(details => { details.open = false; }));
