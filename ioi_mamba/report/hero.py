@@ -70,9 +70,9 @@ class Figure:
     shapes: list[Shape]
     left_out: int
 
-    def svg(self, alone: bool = False) -> str:
-        """As SVG; alone: as a file of its own, black on white."""
-        return _template().render(figure=self, alone=alone, font=FONT, top=TOP, left=LEFT)
+    def svg(self, alone: bool = False, title: str = "") -> str:
+        """As SVG; alone: as a file of its own, black on white, with a title."""
+        return _template().render(figure=self, alone=alone, title=title, font=FONT, top=TOP, left=LEFT)
 
 
 def drawn(view: View, n_layers: int) -> Figure:

@@ -181,7 +181,9 @@ def hero_svg(directory: str | Path) -> str | None:
     """
     sections, story = told_by(Path(directory))
     views = [each for each in _views(story, sections) if each["figure"].shapes]
-    return views[0]["figure"].svg(alone=True) if views else None
+    name = sections[0].manifest["model"]["id"]
+    title = f"{name}, not a published model" if name in EMBEDDED else name
+    return views[0]["figure"].svg(alone=True, title=title) if views else None
 
 
 def _page(sections: list[Section]) -> str:
