@@ -240,7 +240,7 @@ def _comparison(table: pd.DataFrame) -> str:
 
 EXPERIMENT = Experiment(
     name="circuit-search",
-    title="Exact circuit search",
+    title="Circuit search",
     paper="D.2",
     question="Which edges, slices, states and gates are needed?",
     look_for=(

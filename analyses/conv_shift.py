@@ -110,7 +110,7 @@ def story(table: pd.DataFrame) -> Told:
 
 EXPERIMENT = Experiment(
     name="conv-shift",
-    title="Conv slices of the bottleneck layer",
+    title="Conv slices",
     paper="4.2, Fig 8",
     question="Does the convolution move {varies} on?",
     look_for=(

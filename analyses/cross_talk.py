@@ -238,7 +238,7 @@ def _table(records: Tensor, clusters: Tensor, threshold: float) -> pd.DataFrame:
 
 EXPERIMENT = Experiment(
     name="cross-talk",
-    title="Removing token cross-talk",
+    title="Cross-talk",
     paper="4.1.3, Fig 6",
     question="Which layers must pass information between tokens?",
     look_for=(

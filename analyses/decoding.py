@@ -236,7 +236,7 @@ def _name(row: pd.Series) -> str:
 
 EXPERIMENT = Experiment(
     name="decoding",
-    title="How the answer is read",
+    title="Reading the answer",
     question="Which layers write the answer, from which tokens?",
     look_for=(
         "A tall bar is a layer that writes the answer itself; a step of the line without a bar is work on what is there. In "

@@ -89,7 +89,7 @@ def story(table: pd.DataFrame) -> Told:
 
 EXPERIMENT = Experiment(
     name="layer-ablation",
-    title="Layer ablation by position",
+    title="Layer ablation",
     paper="4.1.1, Fig 4",
     question="Which layer reads {varies}, and where?",
     look_for="Dark cells in the column of what was changed. All panels share one scale, so a pale panel is a weak effect.",

@@ -297,7 +297,7 @@ def _last_logits(model, places: tuple[str, str], tokens: Tensor, read_at: Tensor
 
 EXPERIMENT = Experiment(
     name="layer-removal",
-    title="Removing whole layers",
+    title="Layer removal",
     paper="4.1.2, Fig 5",
     question="Which layers can go?",
     look_for=(

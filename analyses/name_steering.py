@@ -351,9 +351,9 @@ def _without_own(model, pairs: Pairs, names: Averages, slot: str, times: Tensor,
 
 EXPERIMENT = Experiment(
     name="name-steering",
-    title="Rewriting names with averages",
+    title="Rewriting names",
     paper="4.3, Fig 9",
-    question="Is a name one vector that can be added and subtracted?",
+    question="Is a name one vector?",
     look_for=(
         "A block of cells near 1 in rows and columns 1 to 3: the first three mentions are written alike. "
         "Subtract-and-add staying high in rows 4 and 5 where replace falls says that more than the name is there. "

@@ -44,7 +44,7 @@ def story(table: pd.DataFrame) -> Told:
 
 EXPERIMENT = Experiment(
     name="output-ablation",
-    title="Layer output by position",
+    title="Layer output",
     paper="4.4, Fig 11",
     question="Where do layers write what the answer needs?",
     look_for="A layer whose only dark cell is in the last column writes its result to the last token alone.",

@@ -57,7 +57,7 @@ def story(table: pd.DataFrame) -> Told:
 
 EXPERIMENT = Experiment(
     name="state-ablation",
-    title="Hidden state by position",
+    title="Hidden state",
     paper="4.4, Fig 10",
     question="From where does the state carry {varies}?",
     look_for="Columns from one after what was changed to the end: the state carries it there.",

@@ -207,8 +207,7 @@ def findings(table: pd.DataFrame) -> list[str]:
         n = len(by_prompt)
         found.insert(
             0,
-            f"Layer {table['layer'].iloc[0]}: {n_after} of the {n_top} strongest rows, as many a prompt as it has names, are one token "
-            f"after a name ({n} prompt{'' if n == 1 else 's'}).",
+            f"Layer {table['layer'].iloc[0]}: {n_after} of the {n_top} strongest rows are one token after a name ({n} prompt{'' if n == 1 else 's'}).",
         )
     return found
 
@@ -258,7 +257,7 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 
 EXPERIMENT = Experiment(
     name="state-similarity",
-    title="Contributions in the hidden state",
+    title="State similarity",
     paper="4.2, Fig 7",
     question="Which tokens stay visible in the state?",
     look_for=(

@@ -143,7 +143,7 @@ def findings(table: pd.DataFrame) -> list[str]:
 
 EXPERIMENT = Experiment(
     name="token-flow",
-    title="From token to token",
+    title="Token flow",
     question="Which token hands what to which?",
     look_for=(
         "Long arcs by state: the layer that carries {varies} to the end. Short arcs by convolution: neighbours that are "

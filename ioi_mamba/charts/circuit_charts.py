@@ -67,7 +67,7 @@ def linked_matrices(items: pd.DataFrame) -> alt.HConcatChart:
     full = alt.param(
         name="full",
         value=round(math.log10(top), 1),
-        bind=alt.binding_range(min=low, max=high, step=0.1, name="full colour at 10^ "),
+        bind=alt.binding_range(min=low, max=high, step=0.1, name="colour 10^ "),
     )
     colors = score_scale(edges["score"])
     colors.domain, colors.domainMin, colors.domainMax = (
