@@ -114,7 +114,20 @@ def run_study(
         raise InputError(f"The bound is {bound}: it is a share of prompts, from 0 to 1.")
     with only_run(out):
         return _run_plans(
-            model, plans, out, chosen, asked, seed, model_id, resume, overwrite, chunks, bound, progress, finished, failed
+            model,
+            plans,
+            out,
+            chosen,
+            asked,
+            seed,
+            model_id,
+            resume,
+            overwrite,
+            chunks,
+            bound,
+            progress,
+            finished,
+            failed,
         )
 
 
