@@ -270,6 +270,15 @@ def interval_text(row: pd.Series, form: str = "z.3f") -> str:
     return f"{row['value']:{form}} ({row['low']:{form}} to {row['high']:{form}})"
 
 
+def lead(table: pd.DataFrame, n_items: int, items: str) -> str:
+    """How few items are kept, and what they keep on held-out prompts."""
+    accuracy, f = (of_circuit(table, "kept", measure).iloc[0] for measure in ("accuracy", "f"))
+    return (
+        f"{accuracy['size']} of {n_items} {items} are kept: held-out accuracy {interval_text(accuracy, '.0%')}, f "
+        f"{interval_text(f, 'z.2f')}, {accuracy['n']} prompts."
+    )
+
+
 def how_it_does(table: pd.DataFrame, n_items: int, items: str, ranked_items: str = "") -> list[str]:
     """Sentences about sufficiency, necessity, random circuits, the curve, the choice of items and what is left out.
 
@@ -292,7 +301,7 @@ def how_it_does(table: pd.DataFrame, n_items: int, items: str, ranked_items: str
         if rest["high"] < 0.5
         else f"With them patched and the rest kept the normalized logit diff is still {interval_text(rest)}.",
         f"Of {len(random)} random circuits with as many items of each kind the best has a normalized logit diff of "
-        f"{random['value'].max():.3f} on the same prompts.",
+        f"{random['value'].max():z.3f} on the same prompts.",
     ]
     curve = of_circuit(table, "first k", "accuracy").sort_values("size")
     if len(curve):

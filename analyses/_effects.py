@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ioi_mamba.charts.drawing import position_heatmap
+from ioi_mamba.charts.drawing import position_heatmap, position_panels
 from ioi_mamba.experiments.experiment import Column
 from ioi_mamba.passes import metrics
 from ioi_mamba.passes.ablations import AblationName
@@ -28,6 +28,7 @@ EFFECT = (
     Column("left_out", "int", "prompts without a range, of all corruptions", later=True),
     Column("low", "float", "lower end of the 95 % interval of the mean, by cluster", nullable=True, later=True),
     Column("high", "float", "upper end of the same interval", nullable=True, later=True),
+    Column("changed", "bool", "the two prompts of a pair differ at that position", later=True),
 )
 CORRUPTION = Column("corruption", "text", "how the two prompts of a pair differ")
 COLUMNS = (CORRUPTION, Column("layer", "int", "the layer that was resampled"), *PLACE, *EFFECT)
@@ -54,12 +55,13 @@ def effect_table(
 
     usable: the pairs that have a range (`ioi_mamba.passes.ranges`). Columns: corruption, layer, position, label, effect, n (the
     prompts of the mean), left_out (those without a range, of all corruptions), low, high (95 % of the mean, by
-    cluster). Pairs of unequal layout are averaged by semantic position, see `shared_positions`.
+    cluster), changed (whether the prompts of some pair differ there). Pairs of unequal layout are averaged by semantic position, see `shared_positions`.
     """
     pairs, _, left_out = usable
     layouts, layers = shared_positions(pairs), layers_of(model, site) if layers is None else layers
     corruptions, clusters = pairs.labels.get("corruption", ("all",) * len(pairs)), pairs.clusters
     cells: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
+    changed: set[tuple] = set()
     for k, (part, rows, places) in enumerate(layouts):
         report = (lambda n, total, k=k: progress(k * total + n, len(layouts) * total)) if progress else None
         effects = metrics.effect(
@@ -67,6 +69,8 @@ def effect_table(
         )
         for value in dict.fromkeys(corruptions[row] for row in rows.tolist()):
             here = torch.tensor([corruptions[row] == value for row in rows.tolist()])
+            differs = (part.clean[here] != part.corrupted[here]).any(0)
+            changed |= {(value, *place) for p, place in places.items() if differs[p]}
             for k_layer, layer in enumerate(layers):
                 for p, (position, label) in places.items():
                     own = cells.setdefault((value, layer, position, label), [])
@@ -76,7 +80,7 @@ def effect_table(
         values, own = (torch.cat(each) for each in zip(*found, strict=True))
         low, high = mean_interval(values, own.unique(return_inverse=True)[1])
         numbers = (float(values.double().mean()), len(values), left_out, float(low), float(high))
-        rows.append((*cell, *numbers))
+        rows.append((*cell, *numbers, (cell[0], *cell[2:]) in changed))
     return pd.DataFrame(rows, columns=[column.name for column in COLUMNS])
 
 
@@ -102,15 +106,38 @@ def shared_positions(pairs: Pairs) -> list[tuple[Pairs, Tensor, dict[int, tuple[
 
 
 def effect_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
-    """Layer by position, one panel a corruption, all on one scale."""
-    return position_heatmap(
-        table, title=title, color_title="effect: 0 acts clean, 1 acts corrupted", tooltip=("low", "high")
-    )
+    """Layer by position, of the corruption that a reader chooses."""
+    return position_heatmap(table, title=title, tooltip=("low", "high"))
+
+
+def more(table: pd.DataFrame) -> dict[str, alt.TopLevelMixin]:
+    """All corruptions beside each other, on one scale."""
+    several = table["corruption"].nunique() > 1
+    return {"All corruptions": position_panels(table, tooltip=("low", "high"))} if several else {}
+
+
+def with_interval(row, name: str = "effect") -> str:
+    """A number with its interval and its prompts: "0.98 (0.97 to 0.99, 40 prompts)"; a table of an earlier version has no interval."""
+    ends = f"{row.low:z.2f} to {row.high:z.2f}, " if hasattr(row, "low") and pd.notna(row.low) else ""
+    return f"{getattr(row, name):z.2f} ({ends}{row.n} prompts)"
+
+
+def lead(table: pd.DataFrame) -> list[str]:
+    """The strongest cell of all, and in how many corruptions its layer has the strongest one; nothing without a number."""
+    measured = table.dropna(subset="effect")
+    if measured.empty:
+        return []
+    size = measured["effect"].abs()
+    peaks = measured.loc[size.groupby(measured["corruption"], sort=False).idxmax()]
+    top = next(peaks.loc[[peaks["effect"].abs().idxmax()]].itertuples())
+    same = int((peaks["layer"] == top.layer).sum())
+    shared = f", the strongest layer in {same} of {len(peaks)} corruptions" if len(peaks) > 1 else ""
+    return [f"Layer {top.layer} at {top.label}: effect {with_interval(top)}{shared}."]
 
 
 def strongest(table: pd.DataFrame, n: int = 2) -> list[str]:
-    """One sentence a corruption: its n largest effects, by magnitude; and what is not in the means."""
-    sentences = []
+    """The strongest cell, then a sentence a corruption: its n largest effects, by magnitude; and what is not in the means."""
+    sentences = lead(table)
     for corruption, part in table.groupby("corruption", sort=False):
         order = part["effect"].abs().sort_values(ascending=False).index[:n]
         cells = [

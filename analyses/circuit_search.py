@@ -22,6 +22,7 @@ from ioi_mamba.analyses import _circuits
 from ioi_mamba.charts import circuit_charts
 from ioi_mamba.charts.circuit_axes import node_place
 from ioi_mamba.charts.drawing import matrix_heatmap
+from ioi_mamba.charts.theme import EFFECTS
 from ioi_mamba.circuits.faithfulness import estimates, random_circuits
 from ioi_mamba.circuits.graph import Circuit, items_of, universe_of
 from ioi_mamba.circuits.methods import EAP, EAP_IG, EXACT, METHODS
@@ -149,8 +150,8 @@ def compare(context: Context, pairs: Pairs, held: Evaluator, progress: Progress 
     return rows
 
 
-def chart(table: pd.DataFrame):
-    """The drop of every part, layer by part; the edges kept; and search against attribution at the same size."""
+def chart(table: pd.DataFrame) -> alt.HConcatChart:
+    """The drop of every part, layer by part, and of every edge."""
     items = _circuits.item_rows(table)
     parts = items[items["part"].notna()].assign(drop=lambda t: t["drop"].fillna(0.0))
     order = list(dict.fromkeys(parts["part"]))
@@ -164,19 +165,25 @@ def chart(table: pd.DataFrame):
         y_order=layers,
         x_title="part",
         y_title="layer",
-        color_title="drop of the normalized logit diff when patched",
+        color_title="drop when patched",
+        colors=EFFECTS,
         domain=(0.0, max(0.05, float(parts["drop"].max()))),
         text=len(layers) <= 12,
-        cell=44 if len(layers) <= 12 else 14,
+        cell=34 if len(layers) <= 12 else 14,
         tooltip=("kept", "score"),
     ).properties(title="Parts of the layers")
     edges = items[items["part"].isna()]
-    charts = [heatmap, circuit_charts.searched_edges(edges)]
+    both = alt.hconcat(heatmap, circuit_charts.searched_edges(edges), spacing=36)
+    return both.resolve_scale(color="independent", shape="independent")
+
+
+def more(table: pd.DataFrame) -> dict[str, alt.TopLevelMixin]:
+    """Search against attribution at the same size."""
     compared = table[table["threshold"].notna()]
-    if len(compared):
-        is_difference = compared["circuit"].isin(map(less_search, RANKINGS))
-        charts.append(circuit_charts.same_size(compared[~is_difference], compared[is_difference]))
-    return alt.vconcat(*charts, spacing=36).resolve_scale(color="independent", shape="independent")
+    if compared.empty:
+        return {}
+    is_difference = compared["circuit"].isin(map(less_search, RANKINGS))
+    return {"Search and attribution": circuit_charts.same_size(compared[~is_difference], compared[is_difference])}
 
 
 def findings(table: pd.DataFrame) -> list[str]:
@@ -191,7 +198,9 @@ def findings(table: pd.DataFrame) -> list[str]:
         f"{r['source']} {r['part']}" if pd.notna(r["part"]) else f"{r['source']} to {r['target']}"
         for _, r in best.iterrows()
     )
+    compared = table["threshold"].isna()
     out = [
+        _circuits.lead(table[compared], int(items["started"].sum()), "edges and parts"),
         *_circuits.how_scored(items),
         f"The search keeps {edges} edges and, inside layers, {listed} ({tests['value']:.0f} tests).",
         f"The largest drops are those of {names}.",
@@ -231,9 +240,9 @@ def _comparison(table: pd.DataFrame) -> str:
 
 EXPERIMENT = Experiment(
     name="circuit-search",
-    title="Exact circuit search",
+    title="Circuit search",
     paper="D.2",
-    question="Which edges, conv slices, states and gates does the circuit need?",
+    question="Which edges, slices, states and gates are needed?",
     look_for=(
         "Which parts of a layer have a large drop: a layer that keeps conv-1 alone shifts what it reads by one. Below, "
         "where the intervals of search and attribution part: there one of them chooses better at the same size."
@@ -255,4 +264,5 @@ EXPERIMENT = Experiment(
     run=run,
     chart=chart,
     findings=findings,
+    more=more,
 )

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ioi_mamba.analyses import _effects
-from ioi_mamba.charts.drawing import position_heatmap
+from ioi_mamba.charts.drawing import position_heatmap, position_panels
 from ioi_mamba.experiments.experiment import Column, Context, Experiment
 from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import option
+from ioi_mamba.experiments.story import Kind, Told, cells
 from ioi_mamba.model.families import sizes_of
 from ioi_mamba.passes.ranges import left_out_sentence, usable
 from ioi_mamba.steering.bottleneck import find_layer
@@ -66,34 +67,52 @@ def _peaks(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def chart(table: pd.DataFrame):
-    """Slice by position at the layer with the largest effect, one panel a corruption."""
+    """Slice by position at the layer with the largest effect, of one corruption."""
     layer = int(table.loc[table["effect"].abs().idxmax(), "layer"])
     return position_heatmap(
         table[table["layer"] == layer],
         y="slice",
         title=f"Effect of resampling one conv slice, layer {layer}",
-        color_title="effect: 0 acts clean, 1 acts corrupted",
         tooltip=("low", "high"),
     )
+
+
+def more(table: pd.DataFrame) -> dict[str, object]:
+    """All corruptions beside each other, on one scale."""
+    layer = int(table.loc[table["effect"].abs().idxmax(), "layer"])
+    own, several = table[table["layer"] == layer], table["corruption"].nunique() > 1
+    return {"All corruptions": position_panels(own, y="slice", tooltip=("low", "high"))} if several else {}
 
 
 def findings(table: pd.DataFrame) -> list[str]:
     """The peak of every corruption, and whether it lies in slice -1."""
     peaks = _peaks(table)
     shifted = int((peaks["slice"] == -1).sum())
+    top = next(peaks.loc[[peaks["effect"].abs().idxmax()]].itertuples())
     sentences = [
+        f"Layer {top.layer}, slice {top.slice} at {top.label}: effect {_effects.with_interval(top)}; the peak is in slice -1 in "
+        f"{shifted} of {len(peaks)}.",
+    ]
+    sentences += [
         f"{r.corruption}: the largest effect is {r.effect:.2f}, slice {r.slice} at {r.label} (layer {r.layer})."
         for r in peaks.itertuples()
     ]
-    sentences.append(f"The peak lies in slice -1 for {shifted} of {len(peaks)} corruptions.")
     return sentences + left_out_sentence(table)
+
+
+def story(table: pd.DataFrame) -> Told:
+    """What the slices move, from the token that each takes from."""
+    told = cells(table, Kind.MOVES)
+    labels = dict(zip(table["position"], table["label"], strict=True))
+    source = [labels.get(position) for position in table["position"] + table["slice"]]
+    return Told(told.marks.assign(source_label=source).dropna(subset="source_label"))
 
 
 EXPERIMENT = Experiment(
     name="conv-shift",
-    title="Conv slices of the bottleneck layer",
+    title="Conv slices",
     paper="4.2, Fig 8",
-    question="Does the convolution move {varies} to the next position?",
+    question="Does the convolution move {varies} on?",
     look_for=(
         "The row that holds the effect: in row -1, one column to the right of what was changed, the convolution shifts it."
     ),
@@ -109,4 +128,6 @@ EXPERIMENT = Experiment(
     run=run,
     chart=chart,
     findings=findings,
+    more=more,
+    story=story,
 )

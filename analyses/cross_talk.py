@@ -49,7 +49,7 @@ COLUMNS = (
 DEFAULT_PAIRS = 200
 UNLABELLED = "(all)"
 MAX_JOBS = 9
-LABELS = 200  # pixels of the chart for the names of circuits
+LABELS, BARS = 230, 330  # pixels of the chart for the names of circuits, and for the layers
 
 
 @dataclass(frozen=True)
@@ -90,25 +90,25 @@ def run(context: Context) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)[[column.name for column in COLUMNS]]
 
 
-def chart(table: pd.DataFrame) -> alt.VConcatChart:
-    """In how many circuits each layer is, above the order in which each circuit was built."""
+def chart(table: pd.DataFrame) -> alt.HConcatChart:
+    """In how many circuits each layer is, beside the order in which each circuit was built."""
     n_circuits = len(_circuits(table))
     proportion = _proportion(table).rename("proportion").rename_axis("layer").reset_index()
     proportion["circuits"] = [f"{round(p * n_circuits)} of {n_circuits}" for p in proportion["proportion"]]
     shown = list(proportion["layer"])[:: max(1, -(-len(proportion) // 24))]
     bars = (
         alt.Chart(drawing.check_size(proportion), title="Circuits with each layer")
-        .mark_bar(cornerRadiusEnd=2, color=theme.BLUE)
+        .mark_bar(cornerRadiusEnd=2, color=theme.PLAIN)
         .encode(
             x=alt.X("layer:O", axis=alt.Axis(labelAngle=0, values=shown, ticks=False)),
             y=alt.Y("proportion:Q", title="proportion of circuits", scale=alt.Scale(domain=[0, 1])),
             tooltip=["layer:O", alt.Tooltip("proportion:Q", format=".2f"), "circuits:N"],
         )
-        .properties(width=theme.PLOT_WIDTH - LABELS, height=200)
+        .properties(width=BARS, height=200)
     )
     steps = table[table["chosen"]].copy()
     if steps.empty:
-        return alt.vconcat(bars)
+        return alt.hconcat(bars)
     steps["circuit"] = steps["template"] + ": " + steps["corruption"]
     steps["layer"] = steps["layer"].astype(int).astype(str)
     order = list(dict.fromkeys(steps["circuit"]))
@@ -131,10 +131,10 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
     squares = base.mark_rect(stroke="currentColor", strokeOpacity=0.06, strokeWidth=0.5).encode(
         color=alt.Color("accuracy:Q", scale=scale, title="accuracy after the step (written: the layer)", legend=legend)
     )
-    numbers = base.mark_text(fontSize=11).encode(text="layer:N")
-    width = min(theme.PLOT_WIDTH - LABELS, 34 * n_steps)
-    matrix = alt.layer(squares, numbers).properties(width=width, height=max(40, 18 * len(order)))
-    return alt.vconcat(bars, matrix, spacing=36).resolve_scale(color="independent")
+    numbers = base.mark_text(fontSize=12).encode(text="layer:N")
+    width = min(theme.PLOT_WIDTH - LABELS - BARS - 60, 34 * n_steps)
+    matrix = alt.layer(squares, numbers).properties(width=width, height=max(40, 16 * len(order)))
+    return alt.hconcat(bars, matrix, spacing=36).resolve_scale(color="independent")
 
 
 def findings(table: pd.DataFrame) -> list[str]:
@@ -145,21 +145,29 @@ def findings(table: pd.DataFrame) -> list[str]:
     first = table.query("step == 1 and chosen")
     sizes = circuits["size"]
     reached = int(circuits["reached"].sum())
+    same = sizes.min() == sizes.max()
+    layers = (
+        f"{sizes.min()} layer{'' if sizes.min() == 1 else 's'} each"
+        if same
+        else f"{sizes.mean():.2f} layers on average ({sizes.min()} to {sizes.max()})"
+    )
+    begin = (
+        f"; layer {_most_frequent(first['layer'])[0]} comes first in {_most_frequent(first['layer'])[1]}"
+        if len(first)
+        else ""
+    )
     found = [
-        f"With every layer resampled the accuracy is {none.mean():.2f} on average ({none.min():.2f} to "
-        f"{none.max():.2f} over {n} combinations of template and corruption)."
+        f"{reached} of {n} circuits reach the threshold, with {layers}{begin}.",
+        f"With every layer resampled the accuracy is {none.mean():.2f} on average (from {none.min():.2f} to "
+        f"{none.max():.2f} over {n} combinations of template and corruption).",
     ]
     if len(first):
         layer, times = _most_frequent(first["layer"])
         gain = first[first["layer"] == layer]["accuracy"]
         found.append(
             f"Layer {layer} is the first to be given back in {times} of {n} circuits and alone brings the accuracy "
-            f"to {gain.mean():.2f} on average ({gain.min():.2f} to {gain.max():.2f})."
+            f"to {gain.mean():.2f} on average (from {gain.min():.2f} to {gain.max():.2f})."
         )
-    found.append(
-        f"{reached} of {n} circuits reach the threshold; they have {sizes.mean():.2f} layers on average "
-        f"({sizes.min()} to {sizes.max()})."
-    )
     for _, row in circuits[~circuits["reached"]].iterrows():
         found.append(
             f"{row['template']}, {row['corruption']}: not reached; the best accuracy is {row['accuracy']:.3f}, with "
@@ -230,9 +238,9 @@ def _table(records: Tensor, clusters: Tensor, threshold: float) -> pd.DataFrame:
 
 EXPERIMENT = Experiment(
     name="cross-talk",
-    title="Removing token cross-talk",
+    title="Cross-talk",
     paper="4.1.3, Fig 6",
-    question="In which layers does the model need information to pass between tokens?",
+    question="Which layers must pass information between tokens?",
     look_for=(
         "Bars at 1 are layers no circuit does without. In the second chart each row is one circuit, its layers from "
         "left to right in the order in which they were given back: a first column of one colour and one number is a "

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ioi_mamba.analyses._roles import by_role, means
 from ioi_mamba.charts.drawing import check_size, position_heatmap
-from ioi_mamba.charts.theme import BLUE, ORANGE, PLOT_WIDTH
+from ioi_mamba.charts.theme import EFFECT, HELPS, PLOT_WIDTH
 from ioi_mamba.circuits.decoding import direct_attribution, exchanged, logit_lens, tuned_lens
 from ioi_mamba.circuits.graph import Item, universe_of
 from ioi_mamba.circuits.scoring import Evaluator
@@ -187,14 +187,19 @@ def exchanged_names(pairs: Pairs) -> dict[str, Tensor]:
     }
 
 
-def chart(table: pd.DataFrame) -> alt.VConcatChart:
-    """What nodes add and the lens by layer; what comes from which token; what later layers do with the bottleneck."""
-    direct, carried = table[table["what"] == DIRECT], table[table["what"] == CARRIED]
+def chart(table: pd.DataFrame) -> alt.LayerChart:
+    """What nodes add, and the lens, by layer."""
+    direct = table[table["what"] == DIRECT]
+    return _by_layer(direct[direct["layer"].notna()], table[table["what"].isin((LENS, TUNED))])
+
+
+def more(table: pd.DataFrame) -> dict[str, alt.TopLevelMixin]:
+    """What comes from which token; what later layers do with the bottleneck; whether they hand on who it is, or where."""
+    carried = table[table["what"] == CARRIED]
     source = table[(table["what"] == SOURCE) & (table["layer"].notna())]
     of_tokens = source[source["part"] == "state"].astype({"layer": int})
-    charts = [
-        _by_layer(direct[direct["layer"].notna()], table[table["what"].isin((LENS, TUNED))]),
-        position_heatmap(
+    charts = {
+        "By token": position_heatmap(
             of_tokens,
             x="place",
             color="contribution",
@@ -203,18 +208,16 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
             title="What the state gives to the answer, by the token it comes from",
             color_title="logits of the answer over the wrong one",
             tooltip=("low", "high"),
-            panel_width=PLOT_WIDTH,
-        ),
-    ]
+        )
+    }
     if carried["layer"].notna().any():
         title = "What later layers read of the bottleneck, and what they pass on"
-        charts.append(_ways_chart(carried[carried["layer"].notna()], title))
+        charts["After the bottleneck"] = _ways_chart(carried[carried["layer"].notna()], title)
     moved = table[(table["what"] == EXCHANGED) & table["layer"].notna()]
     if len(moved):
         title = "What each layer hands on at the last token: who it is, or where"
-        charts.append(_ways_chart(moved, title))
-    charts = alt.vconcat(*charts, spacing=30)
-    return charts.resolve_scale(color="independent", y="independent", xOffset="independent")
+        charts["Who, or where"] = _ways_chart(moved, title)
+    return charts
 
 
 _TOOLTIP = [
@@ -241,16 +244,15 @@ def _by_layer(direct: pd.DataFrame, lens: pd.DataFrame) -> alt.LayerChart:
         .encode(
             x=_axis(),
             y=y,
-            color=alt.when("datum.contribution < 0").then(alt.value(ORANGE)).otherwise(alt.value(BLUE)),
+            color=alt.when("datum.contribution < 0").then(alt.value(HELPS)).otherwise(alt.value(EFFECT)),
             detail="part:N",
             tooltip=_TOOLTIP,
         )
     )
     ends = alt.Chart(direct).mark_rule().encode(x=_axis(), y=alt.Y("low:Q", title=""), y2="high:Q", tooltip=_TOOLTIP)
     dash = alt.StrokeDash("what:N", title=None, sort=[LENS, TUNED], legend=alt.Legend(orient="top"))
-    marks = alt.Chart(check_size(lens)).mark_line(point={"color": "gray"}, color="gray")
-    line = marks.encode(x=_axis(), y=y, strokeDash=dash, tooltip=_TOOLTIP)
-    return alt.LayerChart(layer=[bars, ends, line]).properties(width=PLOT_WIDTH, height=240, title=title)
+    line = alt.Chart(check_size(lens)).mark_line(point=True).encode(x=_axis(), y=y, strokeDash=dash, tooltip=_TOOLTIP)
+    return alt.LayerChart(layer=[bars, ends, line]).properties(width=PLOT_WIDTH, height=200, title=title)
 
 
 def _ways_chart(table: pd.DataFrame, title: str) -> alt.Chart:
@@ -282,8 +284,8 @@ def findings(table: pd.DataFrame) -> list[str]:
     half = lens[lens["contribution"] > total / 2]
     of_state = table[(table["what"] == SOURCE) & (table["part"] == "state") & (table["layer"] == top["layer"])]
     out = [
-        f"The logit difference is {total:.2f} in the mean; {_name(top)} adds {top['contribution']:.2f} of it directly "
-        f"({top['low']:.2f} to {top['high']:.2f})."
+        f"{_name(top)[:1].upper()}{_name(top)[1:]} adds {top['contribution']:.2f} logits directly ({top['low']:.2f} to "
+        f"{top['high']:.2f}, {top['n']} prompts), of {total:.2f} in all."
     ]
     if len(of_state) and top["part"] == "mamba":
         strongest = of_state.loc[of_state["contribution"].abs().sort_values(ascending=False).index[:3]]
@@ -332,8 +334,8 @@ def _name(row: pd.Series) -> str:
 
 EXPERIMENT = Experiment(
     name="decoding",
-    title="How the answer is read",
-    question="Which layers write the answer, from which tokens, and what do later layers do with it?",
+    title="Reading the answer",
+    question="Which layers write the answer, from which tokens?",
     look_for=(
         "A tall bar is a layer that writes the answer itself; a step of the line without a bar is work on what is there. In "
         "the squares, the tokens whose content is read at the end."
@@ -368,4 +370,5 @@ EXPERIMENT = Experiment(
     run=run,
     chart=chart,
     findings=findings,
+    more=more,
 )

@@ -134,15 +134,19 @@ def _by_position(items: pd.DataFrame, per_pair: Tensor, pairs: Pairs) -> pd.Data
 
 
 def chart(table: pd.DataFrame):
-    """The linked matrices, exact effects against attribution, and the curve over sizes."""
+    """The linked matrices, with what there is of the chosen edge."""
     items = _circuits.item_rows(table)
-    whole = alt.vconcat(
-        circuit_charts.linked_matrices(items),
-        circuit_charts.exact_scatter(items[items["position"].isna()]),
-        circuit_charts.size_curves(table[table["what"] == "circuit"], "edges kept"),
-        spacing=36,
-    ).resolve_scale(color="independent", shape="independent", opacity="independent")
+    whole = circuit_charts.linked_matrices(items).resolve_scale(opacity="independent")
     return circuit_charts.with_edge_selection(whole, items)
+
+
+def more(table: pd.DataFrame) -> dict[str, alt.TopLevelMixin]:
+    """Exact effects against attribution, and the curve over sizes."""
+    items = _circuits.item_rows(table)
+    return {
+        "Exact effect and attribution": circuit_charts.exact_scatter(items[items["position"].isna()]),
+        "How few are enough": circuit_charts.size_curves(table[table["what"] == "circuit"], "edges kept"),
+    }
 
 
 def findings(table: pd.DataFrame) -> list[str]:
@@ -151,10 +155,14 @@ def findings(table: pd.DataFrame) -> list[str]:
     totals = items[items["position"].isna()]
     edges = totals[totals["part"].isna()].sort_values("rank")
     names = ", ".join(
-        f"{r['source']} to {r['target']} ({r['score']:.3f}, exact {r['exact']:.3f})"
+        f"{r['source']} to {r['target']} ({r['score']:z.3f}, exact {r['exact']:z.3f})"
         for _, r in edges.head(5).iterrows()
     )
-    out = [*_circuits.how_scored(totals), f"The strongest edges are {names}."]
+    out = [
+        _circuits.lead(table, len(edges), "edges"),
+        *_circuits.how_scored(totals),
+        f"The strongest edges are {names}.",
+    ]
     correlations = [
         f"{row['value']:.3f} over all {row['size']} {row['circuit']}"
         for _, row in table[table["measure"] == "spearman"].iterrows()
@@ -165,7 +173,7 @@ def findings(table: pd.DataFrame) -> list[str]:
         f"{', '.join(correlations)} ({edges['n_exact'].iloc[0]} prompts); edge scores are about {slope:.2f} of exact effects."
     )
     parts = totals[totals["part"].notna()].sort_values("score")
-    names = ", ".join(f"{r['source']} {r['part']} ({r['score']:.3f})" for _, r in parts.head(3).iterrows())
+    names = ", ".join(f"{r['source']} {r['part']} ({r['score']:z.3f})" for _, r in parts.head(3).iterrows())
     out.append(f"Inside layers the strongest parts are {names}.")
     return out + _circuits.how_it_does(table, len(edges), "edges")
 
@@ -174,7 +182,7 @@ EXPERIMENT = Experiment(
     name="edge-attribution",
     title="Edges between layers",
     paper="D.1",
-    question="Which edges does the model need for the task, and how few are enough?",
+    question="Which edges are needed, and how few are enough?",
     look_for=(
         "Strong cells in the matrix (row = from, column = to); click one for its positions, the parts of its two layers "
         "and its exact effect. Points on a rising line: attribution ranks edges as patching them does. How fast the "
@@ -197,4 +205,5 @@ EXPERIMENT = Experiment(
     run=run,
     chart=chart,
     findings=findings,
+    more=more,
 )

@@ -18,6 +18,7 @@ import pandas as pd
 from ioi_mamba.analyses import _effects
 from ioi_mamba.experiments.experiment import Context, Experiment
 from ioi_mamba.experiments.options import option
+from ioi_mamba.experiments.story import Kind, Told, cells
 from ioi_mamba.passes.ablations import ABLATIONS
 from ioi_mamba.passes.ranges import usable
 from ioi_mamba.tasks import ioi
@@ -47,7 +48,7 @@ def run(context: Context) -> pd.DataFrame:
 
 
 def chart(table: pd.DataFrame):
-    """Layer by position, one panel a corruption."""
+    """Layer by position, of one corruption."""
     return _effects.effect_chart(table, "Effect of resampling the layer input")
 
 
@@ -70,18 +71,27 @@ def findings(table: pd.DataFrame) -> list[str]:
     last = table["position"].max()
     part = table[(table["layer"] == layer) & (table["position"] < last)]
     peak = part.loc[part["effect"].abs().idxmax()]
+    lead, *others = _effects.strongest(table)
+    after_first = table[(table["layer"] > 0) & (table["position"] < last)]
     return [
-        *_effects.strongest(table),
+        *(f"After layer 0, {sentence[0].lower()}{sentence[1:]}" for sentence in _effects.lead(after_first)),
+        lead,
+        *others,
         f"After layer 0, layer {layer} has the largest effects before the last position, up to {peak['effect']:.2f} "
         f"at {peak['label']}: experiments that need a bottleneck layer use it.",
     ]
 
 
+def story(table: pd.DataFrame) -> Told:
+    """What a layer reads at a token."""
+    return cells(table, Kind.READS)
+
+
 EXPERIMENT = Experiment(
     name="layer-ablation",
-    title="Layer ablation by position",
+    title="Layer ablation",
     paper="4.1.1, Fig 4",
-    question="Which layer needs to read {varies}, and at which position?",
+    question="Which layer reads {varies}, and where?",
     look_for="Dark cells in the column of what was changed. All panels share one scale, so a pale panel is a weak effect.",
     method=(
         "Run the clean prompt with one layer's input at one position replaced by the corrupted run's (hook_layer_input).\n"
@@ -94,4 +104,6 @@ EXPERIMENT = Experiment(
     run=run,
     chart=chart,
     findings=findings,
+    more=_effects.more,
+    story=story,
 )

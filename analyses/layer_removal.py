@@ -145,8 +145,8 @@ def _removal(
     return torch.tensor(table, dtype=torch.float64)
 
 
-def chart(table: pd.DataFrame) -> alt.VConcatChart:
-    """Probability without each layer against that of the whole model, above the greedy curve."""
+def chart(table: pd.DataFrame) -> alt.HConcatChart:
+    """Probability without each layer against that of the whole model, beside the greedy curve."""
     none = table.query("mode == 'none'").iloc[0]
     singles = drawing.bars_with_baseline(
         table.query("mode == 'single'"),
@@ -158,6 +158,7 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
         y_title="probability of the answer",
         title="One layer removed",
         tooltip=("layer", "probability", "accuracy", "n"),
+        width=drawing.HALF,
     )
     removal = table.query("mode != 'single'")
     curves = removal.melt(
@@ -173,8 +174,9 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
         y_title="accuracy among the candidates",
         title="As many as possible removed",
         tooltip=("step", "layer", "value", "prompts", "n"),
+        width=drawing.HALF,
     )
-    return alt.vconcat(singles, greedy, spacing=36).resolve_legend(color="independent", shape="independent")
+    return alt.hconcat(singles, greedy, spacing=36).resolve_legend(color="independent", shape="independent")
 
 
 def findings(table: pd.DataFrame) -> list[str]:
@@ -185,11 +187,12 @@ def findings(table: pd.DataFrame) -> list[str]:
     worst = single.iloc[0]
     # A table of an earlier version has no intervals.
     interval = f"{none['low']:.3f} to {none['high']:.3f}, " if "low" in none else ""
+    left = f" ({worst['low']:.2f} to {worst['high']:.2f})" if "low" in none else ""
     found = [
+        f"Removing layer {worst['layer']} costs most: accuracy {worst['accuracy']:.2f}{left} in place of {none['accuracy']:.2f}.",
         f"With every layer in place the answer has probability {none['probability']:.2f} and accuracy "
-        f"{none['accuracy']:.2f} ({interval}{none['n']} prompts).",
-        f"Removing layer {worst['layer']} costs most: probability {worst['probability']:.2f}, accuracy "
-        f"{worst['accuracy']:.2f}.",
+        f"{none['accuracy']:.2f} ({interval}{none['n']} prompts); without layer {worst['layer']} probability "
+        f"{worst['probability']:.2f}.",
     ]
     if len(single) > 1:
         second = single.iloc[1]
@@ -294,9 +297,9 @@ def _last_logits(model, places: tuple[str, str], tokens: Tensor, read_at: Tensor
 
 EXPERIMENT = Experiment(
     name="layer-removal",
-    title="Removing whole layers",
+    title="Layer removal",
     paper="4.1.2, Fig 5",
-    question="Which layers does the model need for the right answer, and how many can go?",
+    question="Which layers can go?",
     look_for=(
         "Bars far below the dashed line are layers the task cannot spare. In the second chart, how long the "
         "curve stays high says how many layers are spare; a gap between train and held-out says that the choice "

@@ -211,6 +211,14 @@ def findings(table: pd.DataFrame) -> list[str]:
         whose = f", without a test prompt's own pair, since only {of_a_name}"
         whose = whose if first["leave_out"] else f", test prompts included ({of_a_name})"
     found = [f"The averages are those of layer {first['layer']}, {_place(int(first['offset']))}{whose}."]
+    early = {
+        method: table[
+            (table["method"] == method) & (table["n"] > 0) & (table["slot"] <= EARLY) & (table["source_slot"] <= EARLY)
+        ]
+        for method in ("replace", "subtract-add")
+    }
+    wins = " and ".join(f"in {_block_text(cells)} by {method}" for method, cells in early.items())
+    found.insert(0, f"Over slots 1 to 3 the intended name wins {wins}.")
     for method in ("subtract-add", "replace"):
         own = table[(table["method"] == method) & (table["n"] > 0)]
         parts = [
@@ -343,9 +351,9 @@ def _without_own(model, pairs: Pairs, names: Averages, slot: str, times: Tensor,
 
 EXPERIMENT = Experiment(
     name="name-steering",
-    title="Rewriting names with averages",
+    title="Rewriting names",
     paper="4.3, Fig 9",
-    question="Is a name, as the bottleneck layer takes it in, one vector that can be added and subtracted?",
+    question="Is a name one vector?",
     look_for=(
         "A block of cells near 1 in rows and columns 1 to 3: the first three mentions are written alike. "
         "Subtract-and-add staying high in rows 4 and 5 where replace falls says that more than the name is there. "

@@ -10,6 +10,7 @@ import pandas as pd
 
 from ioi_mamba.analyses import _effects
 from ioi_mamba.experiments.experiment import Context, Experiment
+from ioi_mamba.experiments.story import Kind, Told, cells
 from ioi_mamba.passes.ranges import usable
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
@@ -27,7 +28,7 @@ def run(context: Context) -> pd.DataFrame:
 
 
 def chart(table: pd.DataFrame):
-    """Layer by position, one panel a corruption."""
+    """Layer by position, of one corruption."""
     return _effects.effect_chart(table, "Effect of resampling out_proj")
 
 
@@ -36,11 +37,16 @@ def findings(table: pd.DataFrame) -> list[str]:
     return _effects.strongest(table)
 
 
+def story(table: pd.DataFrame) -> Told:
+    """What a layer writes at a token."""
+    return cells(table, Kind.WRITES)
+
+
 EXPERIMENT = Experiment(
     name="output-ablation",
-    title="Layer output by position",
+    title="Layer output",
     paper="4.4, Fig 11",
-    question="At which positions does a layer write what the answer needs?",
+    question="Where do layers write what the answer needs?",
     look_for="A layer whose only dark cell is in the last column writes its result to the last token alone.",
     method=(
         "Overwrite what a layer adds to the stream (hook_out_proj) at one position with the corrupted run's.\n"
@@ -52,4 +58,6 @@ EXPERIMENT = Experiment(
     run=run,
     chart=chart,
     findings=findings,
+    more=_effects.more,
+    story=story,
 )

@@ -29,6 +29,7 @@ from ioi_mamba.errors import InputError
 from ioi_mamba.experiments.experiment import Context, Experiment
 from ioi_mamba.experiments.needs import Need
 from ioi_mamba.experiments.options import option
+from ioi_mamba.experiments.story import MARKS, Kind, Told
 from ioi_mamba.model.families import sizes_of
 from ioi_mamba.passes.intervals import difference
 from ioi_mamba.tasks import ioi
@@ -120,32 +121,37 @@ def without_early_output(circuit: Circuit, layer: int) -> Circuit:
     return circuit - Circuit(early, circuit.universe)
 
 
-def chart(table: pd.DataFrame):
-    """The circuit on its layers and positions, one node of it, missing names, the strongest edges, the curve."""
+def chart(table: pd.DataFrame) -> alt.HConcatChart:
+    """The circuit on its layers and positions."""
+    return position_charts.circuit_graph(_circuits.item_rows(table))
+
+
+def more(table: pd.DataFrame) -> dict[str, alt.TopLevelMixin]:
+    """One node of the circuit, missing names, the strongest edges, the curve."""
     items = _circuits.item_rows(table)
     missing = _missing_names.missing_names(items, int(items["bottleneck"].iloc[0]))
-    charts = [
-        position_charts.circuit_graph(items),
-        *([position_charts.presence_strips(missing)] if len(missing) else []),
-        position_charts.strongest_edges(items),
-        circuit_charts.size_curves(table[table["what"] == "circuit"], "(edge, position) items kept"),
-    ]
-    return alt.vconcat(*charts, spacing=36).resolve_scale(
-        color="independent", shape="independent", opacity="independent", strokeWidth="independent"
-    )
+    strips = {"Names that layers get": position_charts.presence_strips(missing)} if len(missing) else {}
+    curves = circuit_charts.size_curves(table[table["what"] == "circuit"], "(edge, position) items kept")
+    return {
+        "One node": position_charts.node_view(items),
+        **strips,
+        "The strongest edges": position_charts.strongest_edges(items),
+        "How few are enough": curves,
+    }
 
 
 def findings(table: pd.DataFrame) -> list[str]:
     """The strongest items, how the circuit does, what the bottleneck's early output is worth, and missing names."""
     items = _circuits.item_rows(table)
     names = ", ".join(
-        f"{r['source']} to {r['target']} at {r['label']} ({r['score']:.3f})"
+        f"{r['source']} to {r['target']} at {r['label']} ({r['score']:z.3f})"
         for _, r in items.sort_values("rank").head(5).iterrows()
     )
     layer = int(items["bottleneck"].iloc[0])
     leaving = items[items["kept"] & (items["source"] == mixer_node(items["target"], layer))]
     early = int((leaving["position"] < items["position"].max()).sum())
     out = [
+        _circuits.lead(table, len(items), "edges at tokens"),
         *_circuits.how_scored(items),
         f"The strongest items are {names}.",
         *_circuits.how_it_does(table, len(items), "(edge, position) items"),
@@ -175,11 +181,24 @@ def findings(table: pd.DataFrame) -> list[str]:
     return out + _missing_names.sentences(items, layer)
 
 
+def story(table: pd.DataFrame) -> Told:
+    """The kept edges, and what the circuit of them keeps of the accuracy."""
+    items = _circuits.item_rows(table)
+    kept = items[items["kept"]]
+    marks = kept.assign(kind=str(Kind.EDGE), corruption="", source_label=kept["label"], value=kept["score"])
+    accuracy = _circuits.of_circuit(table, "kept", "accuracy").iloc[0]
+    sure = (
+        f"{len(kept):,} of {len(items):,} edges by token are kept: accuracy {_circuits.interval_text(accuracy, '.0%')} on "
+        f"{accuracy['n']} held-out prompts"
+    )
+    return Told(marks[list(MARKS)].reset_index(drop=True), sure)
+
+
 EXPERIMENT = Experiment(
     name="positional-attribution",
     title="Edges by position",
     paper="5, D.3",
-    question="At which token positions is each edge needed?",
+    question="At which tokens is each edge needed?",
     look_for=(
         "Bows that span many layers at one position: an edge that carries what is there past the layers between. Click a "
         "node to hide it: what is left when the busiest are gone is the rest of the mechanism."
@@ -201,4 +220,6 @@ EXPERIMENT = Experiment(
     run=run,
     chart=chart,
     findings=findings,
+    more=more,
+    story=story,
 )

@@ -15,6 +15,7 @@ import pandas as pd
 from ioi_mamba.analyses import _effects
 from ioi_mamba.experiments.experiment import Context, Experiment
 from ioi_mamba.experiments.options import option
+from ioi_mamba.experiments.story import Kind, Told, cells
 from ioi_mamba.passes.ranges import usable
 from ioi_mamba.passes.sweep import STATE_AND_CONV
 from ioi_mamba.tasks import ioi
@@ -40,7 +41,7 @@ def run(context: Context) -> pd.DataFrame:
 
 
 def chart(table: pd.DataFrame):
-    """Layer by position, one panel a corruption."""
+    """Layer by position, of one corruption."""
     return _effects.effect_chart(table, "Effect of resampling h")
 
 
@@ -49,11 +50,16 @@ def findings(table: pd.DataFrame) -> list[str]:
     return _effects.strongest(table)
 
 
+def story(table: pd.DataFrame) -> Told:
+    """What a layer's state carries after a token."""
+    return cells(table, Kind.CARRIES)
+
+
 EXPERIMENT = Experiment(
     name="state-ablation",
-    title="Hidden state by position",
+    title="Hidden state",
     paper="4.4, Fig 10",
-    question="From which position on does the hidden state carry {varies}?",
+    question="From where does the state carry {varies}?",
     look_for="Columns from one after what was changed to the end: the state carries it there.",
     method=(
         "Overwrite h at one position with the corrupted run's; the recurrence goes on from it with clean inputs.\n"
@@ -66,4 +72,6 @@ EXPERIMENT = Experiment(
     run=run,
     chart=chart,
     findings=findings,
+    more=_effects.more,
+    story=story,
 )

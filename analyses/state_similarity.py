@@ -112,12 +112,20 @@ def run(context: Context) -> pd.DataFrame:
 
 
 def chart(table: pd.DataFrame) -> alt.ConcatChart:
-    """The figure's measure for each prompt, then the other three for the first, as far as 5,000 cells go.
+    """The figure's measure for each of three prompts, as far as 5,000 cells go.
 
     Of a prompt that has more by itself, the rows with the strongest similarities are drawn.
     """
-    panels = [(prompt, CONTRIBUTION_STATE) for prompt in dict.fromkeys(table["prompt"])]
-    panels = panels[:3] + [(panels[0][0], measure) for measure in MEASURES[1:]]
+    return _panels(table, [(prompt, CONTRIBUTION_STATE) for prompt in dict.fromkeys(table["prompt"])][:3])
+
+
+def more(table: pd.DataFrame) -> dict[str, alt.TopLevelMixin]:
+    """The other three measures, for the first prompt."""
+    first = table["prompt"].iloc[0]
+    return {"Other measures": _panels(table, [(first, measure) for measure in MEASURES[1:]])}
+
+
+def _panels(table: pd.DataFrame, panels: Sequence[tuple[str, str]]) -> alt.ConcatChart:
     drawn, cells = [], 0
     for prompt, measure in panels:
         part = table[(table["prompt"] == prompt) & (table["measure"] == measure)]
@@ -125,7 +133,7 @@ def chart(table: pd.DataFrame) -> alt.ConcatChart:
         if cells > drawing.MAX_ROWS and drawn:
             break
         drawn.append(_panel(drawing.strongest(part, "similarity", by="row"), prompt, measure))
-    return alt.concat(*drawn, columns=2).resolve_scale(x="independent", y="independent")
+    return alt.concat(*drawn, columns=3, spacing=12).resolve_scale(x="independent", y="independent")
 
 
 def _panel(part: pd.DataFrame, prompt: str, measure: str) -> alt.FacetChart | alt.LayerChart:
@@ -197,9 +205,9 @@ def findings(table: pd.DataFrame) -> list[str]:
     found.append(first)
     if n_top:
         n = len(by_prompt)
-        found.append(
-            f"Of the strongest rows, as many a prompt as it has names, {n_after} of {n_top} are one token after a name "
-            f"({n} prompt{'' if n == 1 else 's'})."
+        found.insert(
+            0,
+            f"Layer {table['layer'].iloc[0]}: {n_after} of the {n_top} strongest rows are one token after a name ({n} prompt{'' if n == 1 else 's'}).",
         )
     return found
 
@@ -249,9 +257,9 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 
 EXPERIMENT = Experiment(
     name="state-similarity",
-    title="Contributions in the hidden state",
+    title="State similarity",
     paper="4.2, Fig 7",
-    question="Which tokens' contributions stay visible in the hidden state?",
+    question="Which tokens stay visible in the state?",
     look_for=(
         "A row that stays coloured from the diagonal to the right edge: what that token contributed is kept. If the "
         "lines are one token after a word, the layer takes that word in there."
@@ -270,4 +278,5 @@ EXPERIMENT = Experiment(
     run=run,
     chart=chart,
     findings=findings,
+    more=more,
 )

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ioi_mamba.analyses import _circuits
+from ioi_mamba.analyses import _circuits, _effects
 from ioi_mamba.analyses._roles import by_role, means
 from ioi_mamba.charts.flow_charts import arcs
 from ioi_mamba.circuits.flow import METHODS, flow_scores
@@ -126,7 +126,12 @@ def findings(table: pd.DataFrame) -> list[str]:
     )
     by_path = between.assign(size=between["score"].abs()).groupby("path")["size"].sum()
     by_layer = between.assign(size=between["score"].abs()).groupby(["path", "layer"])["size"].sum()
-    sentences = [f"The answer leans most on {named}; a negative score means that the corrupted run's value hurts."]
+    first = next(strongest.itertuples())
+    sentences = [
+        f"Most is handed from {first.source} to {first.target} by the {first.path} of layer {first.layer}: score "
+        f"{_effects.with_interval(first, 'score')}.",
+        f"The answer leans most on {named}; a negative score means that the corrupted run's value hurts.",
+    ]
     for path in by_path.index:
         layer = by_layer[path].idxmax()
         sentences.append(
@@ -138,8 +143,8 @@ def findings(table: pd.DataFrame) -> list[str]:
 
 EXPERIMENT = Experiment(
     name="token-flow",
-    title="From token to token",
-    question="Which token hands what to which, by convolution or by state, and which of it does the answer need?",
+    title="Token flow",
+    question="Which token hands what to which?",
     look_for=(
         "Long arcs by state: the layer that carries {varies} to the end. Short arcs by convolution: neighbours that are "
         "joined before."

@@ -49,6 +49,12 @@ def dimensions() -> str:
     return _table(("in shapes", "name", "paper", "meaning"), rows)
 
 
+def words() -> str:
+    """The words of the field, as every page explains them."""
+    rows = [(word.word, word.meaning) for word in glossary.WORDS]
+    return _table(("word", "means"), rows)
+
+
 def quantities() -> str:
     """The letters of the state space model."""
     rows = [(f"`{term.letter}`", term.name, term.paper, term.meaning) for term in glossary.QUANTITIES]
@@ -140,6 +146,7 @@ def slurm() -> str:
 PARTS = {
     part.__name__: part
     for part in (
+        words,
         dimensions,
         quantities,
         sites,

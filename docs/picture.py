@@ -1,28 +1,24 @@
-"""Draws the README's picture, two panels of the layer-ablation chart of `mini`: `python docs/picture.py`."""
+"""Draws the README's picture, the figure at the top of a report of `mini`: `python docs/picture.py` (a few minutes)."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import ioi_mamba as im
-from ioi_mamba.analyses import layer_ablation
+from ioi_mamba.report.pages import hero_svg
+from ioi_mamba.study.runs import run_study
 
-CORRUPTIONS = (im.ioi.CORRUPTIONS[0], im.ioi.CORRUPTIONS[3])
+EXPERIMENTS = ("layer-ablation", "conv-shift", "state-ablation", "output-ablation", "positional-attribution")
 
 
-def draw(n_pairs: int, path: Path) -> None:
-    """Run the experiment on `n_pairs` pairs a corruption and write its chart as SVG, black on white."""
-    model = im.open_model("mini", device="cpu")
-    sets = [
-        im.ioi.generate(
-            model.tokenizer, n_pairs, 27, templates=im.ioi.ALIGNED_TEMPLATES, corruptions=[corruption], symmetric=True
-        )
-        for corruption in CORRUPTIONS
-    ]
-    table = layer_ablation.EXPERIMENT(model, im.Pairs.concat(sets))
-    chart = layer_ablation.chart(table).properties(
-        title="mini (not mamba-370m): effect of resampling one layer's input at one position"
-    )
-    chart.configure(background="white").save(path)
+def draw(n_pairs: int, path: Path, experiments: Sequence[str] = EXPERIMENTS) -> None:
+    """Run the experiments that tell something of the figure, on so many pairs each, and write it as SVG, black on white."""
+    with TemporaryDirectory() as out:
+        run_study(im.open_model("mini", device="cpu"), experiments, out, n_pairs=n_pairs)
+        figure = hero_svg(out)
+    assert figure is not None
+    path.write_text(figure, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    draw(20, Path(__file__).parent / "layer-ablation-of-mini.svg")
+    draw(20, Path(__file__).parent / "story-of-mini.svg")

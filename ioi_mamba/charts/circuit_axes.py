@@ -7,7 +7,10 @@ from collections.abc import Iterable
 import altair as alt
 import pandas as pd
 
-SCORE_TITLE = "score (blue: patching it hurts)"
+from ioi_mamba.charts.drawing import diverging_scale
+from ioi_mamba.charts.theme import DIVERGING, EFFECT, HELPS
+
+SCORE_TITLE = "score (orange: patching it hurts)"
 
 
 SUB_BLOCKS = ("", "mamba", "attn", "mlp")
@@ -32,6 +35,17 @@ def node_order(items: pd.DataFrame) -> list[str]:
     return sorted({*items["source"], *items["target"]}, key=node_place)
 
 
+SCORED = alt.when("datum.score < 0").then(alt.value(EFFECT)).otherwise(alt.value(HELPS))
+"""The colour of a mark by the sign of its score."""
+
+
+def score_scale(scores: pd.Series) -> alt.Scale:
+    """As `diverging_scale`, a negative score having the colour of an effect: patching the item takes the answer away."""
+    scale = diverging_scale(scores)
+    scale.range = list(reversed(DIVERGING))
+    return scale
+
+
 def score_color(scale: alt.Scale) -> alt.Color:
     legend = alt.Legend(orient="top", gradientLength=180, gradientThickness=10, titleLimit=400)
     return alt.Color("score:Q", scale=scale, title=SCORE_TITLE, legend=legend)
@@ -49,8 +63,15 @@ def label_expression(labels: Iterable[str]) -> str:
     return "[" + ",".join(f"'{label}'" for label in quoted) + "][datum.value]"
 
 
-def label_axis() -> alt.Axis:
-    return alt.Axis(labelAngle=-90, ticks=False, domain=False, labelLimit=90, labelOverlap=False)
+def label_angle(labels: Iterable[str], width: float) -> int:
+    """0 where the labels fit beside each other in so many pixels, else -90."""
+    labels = list(labels)
+    return 0 if width / max(1, len(labels)) > 6.2 * min(9, max(map(len, labels), default=1)) else -90
+
+
+def label_axis(labels: Iterable[str] = (), width: float = 0) -> alt.Axis:
+    """The axis of positions, whose labels are turned unless they fit into so many pixels."""
+    return alt.Axis(labelAngle=label_angle(labels, width), ticks=False, domain=False, labelLimit=90, labelOverlap=False)
 
 
 def places(table: pd.DataFrame) -> pd.Series:

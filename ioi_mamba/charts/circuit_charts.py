@@ -14,17 +14,17 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from ioi_mamba.charts.circuit_axes import node_axis, node_order, score_color
-from ioi_mamba.charts.drawing import check_size, diverging_scale, how_many, rounded, strongest
+from ioi_mamba.charts.circuit_axes import node_axis, node_order, score_color, score_scale
+from ioi_mamba.charts.drawing import check_size, how_many, rounded, strongest
 from ioi_mamba.charts.edge_details import EDGE, edge_details
-from ioi_mamba.charts.theme import BLUE, ORANGE, PLOT_WIDTH
+from ioi_mamba.charts.theme import CATEGORIES, EFFECTS, KEPT, PLOT_WIDTH
 
 SMALLEST = 1e-6  # below it a change of the metric is rounding
 NAMES_OF_MEASURES = {"accuracy": "accuracy", "normalized_logit_diff": "normalized logit diff", "f": "faithfulness f"}
 
 
 def with_edge_selection(chart: Any, items: pd.DataFrame) -> Any:
-    """The chart, with a click on a cell of either matrix or on a point of the scatter selecting an edge.
+    """The chart, with a click on a cell of either matrix selecting an edge.
 
     It stands at the top, because Altair would otherwise put together one selection for each view, with a warning.
     The strongest edge is selected to begin with.
@@ -35,14 +35,14 @@ def with_edge_selection(chart: Any, items: pd.DataFrame) -> Any:
         name="edge",
         select=alt.PointSelectionConfig(type="point", fields=["source", "target"]),
         value=[{"source": first["source"], "target": first["target"]}],
-        views=["scores", "kept", "scatter"],
+        views=["scores", "kept"],
     )
     chart.params = [selection, *(chart.params if chart.params is not alt.Undefined else [])]
     return chart
 
 
-def linked_matrices(items: pd.DataFrame) -> alt.VConcatChart:
-    """Attributions and kept edges as two matrices, and below them the positions, parts and exact effect of one edge.
+def linked_matrices(items: pd.DataFrame) -> alt.HConcatChart:
+    """Attributions and kept edges as two matrices, and beside them the positions, parts and exact effect of one edge.
 
     items: all of them over all positions (position null), and at positions. One slider hides small scores in both
     matrices, the other sets where colours end, to see more than the strongest. Positions are those of the strongest
@@ -54,7 +54,7 @@ def linked_matrices(items: pd.DataFrame) -> alt.VConcatChart:
     columns = ["source", "target", "score", "rank", "kept", "exact"]
     n_edges = len(edges)
     edges = rounded(strongest(edges[columns].assign(name=edges["source"] + " to " + edges["target"]), "score"))
-    cell = max(3, min(30, 300 // len(nodes)))
+    cell = max(3, min(28, 250 // len(nodes)))
     top = float(edges["score"].abs().max()) or 1.0
     lowest = float(edges.loc[edges["score"] != 0, "score"].abs().min())
     low = math.floor(math.log10(lowest)) if lowest > 0 else -6
@@ -62,14 +62,14 @@ def linked_matrices(items: pd.DataFrame) -> alt.VConcatChart:
     slider = alt.param(
         name="smallest",
         value=low,
-        bind=alt.binding_range(min=low, max=high, step=0.1, name="Hide |score| below 10^ "),
+        bind=alt.binding_range(min=low, max=high, step=0.1, name="hide below 10^ "),
     )
     full = alt.param(
         name="full",
         value=round(math.log10(top), 1),
-        bind=alt.binding_range(min=low, max=high, step=0.1, name="Full colour at |score| = 10^ "),
+        bind=alt.binding_range(min=low, max=high, step=0.1, name="colour 10^ "),
     )
-    colors = diverging_scale(edges["score"])
+    colors = score_scale(edges["score"])
     colors.domain, colors.domainMin, colors.domainMax = (
         alt.Undefined,
         alt.ExprRef("-pow(10, full)"),
@@ -81,7 +81,7 @@ def linked_matrices(items: pd.DataFrame) -> alt.VConcatChart:
             "source:N", sort=nodes[:-1], title="from", scale=alt.Scale(domain=nodes[:-1]), axis=node_axis(cell, True)
         ),
         opacity=alt.when("abs(datum.score) >= pow(10, smallest)").then(alt.value(1)).otherwise(alt.value(0.04)),
-        stroke=alt.when(EDGE).then(alt.value(ORANGE)).otherwise(alt.value("gray")),
+        stroke=alt.when(EDGE).then(alt.value("currentColor")).otherwise(alt.value("gray")),
         strokeWidth=alt.when(EDGE).then(alt.value(2.5)).otherwise(alt.value(0.15)),
         tooltip=[
             alt.Tooltip("name:N", title="edge"),
@@ -94,7 +94,7 @@ def linked_matrices(items: pd.DataFrame) -> alt.VConcatChart:
     size = {"width": cell * (len(nodes) - 1), "height": cell * (len(nodes) - 1)}
     title = alt.Title("Attribution", subtitle=how_many(len(edges), n_edges, "edges"))
     scores = base.mark_rect(cursor="pointer").encode(color=score_color(colors))
-    kept_scale = alt.Scale(domain=[True, False], range=[BLUE, "rgba(128,128,128,0.10)"])
+    kept_scale = alt.Scale(domain=[True, False], range=[KEPT, "rgba(128,128,128,0.10)"])
     kept_legend = alt.Legend(orient="top", title="in the circuit", labelExpr="datum.value ? 'kept' : 'patched'")
     kept = base.mark_rect(cursor="pointer").encode(color=alt.Color("kept:N", scale=kept_scale, legend=kept_legend))
     matrices = alt.hconcat(
@@ -102,13 +102,13 @@ def linked_matrices(items: pd.DataFrame) -> alt.VConcatChart:
         kept.properties(name="kept", title="Kept edges", **size),
         spacing=24,
     ).resolve_scale(color="independent")
-    return alt.vconcat(matrices, edge_details(items, edges), spacing=16).resolve_scale(color="independent")
+    return alt.hconcat(matrices, edge_details(items, edges), spacing=24).resolve_scale(color="independent")
 
 
-def exact_scatter(totals: pd.DataFrame) -> alt.HConcatChart:
-    """|attribution| against |exact effect| of every edge and part, on logarithmic axes; the selected edge is ringed.
+def exact_scatter(totals: pd.DataFrame) -> alt.LayerChart:
+    """|attribution| against |exact effect| of every edge and part, on logarithmic axes.
 
-    Values below SMALLEST, which is rounding, are drawn there. To be used in `with_edge_selection`.
+    Values below SMALLEST, which is rounding, are drawn there.
     """
     points = totals.dropna(subset="exact")[["source", "target", "part", "estimate", "exact", "kept"]].copy()
     is_part = points["part"].notna()
@@ -130,13 +130,13 @@ def exact_scatter(totals: pd.DataFrame) -> alt.HConcatChart:
     diagonal = pd.DataFrame({"|exact|": [low, high], "|estimate|": [low, high]})
     marks = (
         alt.Chart(points)
-        .mark_point(size=55, filled=True, cursor="pointer")
+        .mark_point(size=55, filled=True)
         .encode(
             x=alt.X("|exact|:Q", scale=scale, axis=axis, title="|exact effect| of patching it alone"),
             y=alt.Y("|estimate|:Q", scale=scale, axis=axis, title="|attribution|"),
             color=alt.Color(
                 "same sign:N",
-                scale=alt.Scale(domain=["same sign", "opposite signs"], range=[BLUE, ORANGE]),
+                scale=alt.Scale(domain=["same sign", "opposite signs"], range=list(CATEGORIES[:2])),
                 legend=alt.Legend(orient="top", title=None),
             ),
             shape=alt.Shape(
@@ -144,12 +144,9 @@ def exact_scatter(totals: pd.DataFrame) -> alt.HConcatChart:
                 scale=alt.Scale(domain=["edge", "part of a layer"], range=["circle", "triangle-up"]),
                 legend=alt.Legend(orient="top", title=None),
             ),
-            stroke=alt.when(EDGE).then(alt.value("currentColor")).otherwise(alt.value(None)),
-            strokeWidth=alt.when(EDGE).then(alt.value(2)).otherwise(alt.value(0)),
             opacity=alt.value(0.75),
             tooltip=["name:N", alt.Tooltip("estimate:Q", format=".5f"), alt.Tooltip("exact:Q", format=".5f"), "kept:N"],
         )
-        .properties(name="scatter")
     )
     line = (
         alt.Chart(diagonal)
@@ -158,9 +155,7 @@ def exact_scatter(totals: pd.DataFrame) -> alt.HConcatChart:
     )
     about = ["on the same prompts; dashed: equal", *how_many(len(points), n_points, "edges and parts")]
     title = alt.Title("Exact effect and attribution", subtitle=about)
-    # Among others Altair numbers the names of layers, and the selection would not find its view; alone it does not.
-    alone = alt.hconcat(alt.layer(line, marks).properties(width=PLOT_WIDTH, height=320, title=title))
-    return alone.resolve_scale(color="independent", shape="independent")
+    return alt.layer(line, marks).properties(width=PLOT_WIDTH, height=320, title=title)
 
 
 def size_curves(circuits: pd.DataFrame, x_title: str) -> alt.LayerChart:
@@ -204,7 +199,7 @@ def size_curves(circuits: pd.DataFrame, x_title: str) -> alt.LayerChart:
 def searched_edges(edges: pd.DataFrame) -> alt.Chart:
     """Every edge as a cell: how much it mattered to the search (drop), or that it was removed."""
     nodes = node_order(edges)
-    cell = max(6, min(30, 480 // len(nodes)))
+    cell = max(5, min(28, 300 // len(nodes)))
     whole = edges[["source", "target", "drop", "kept", "score"]].assign(drop=edges["drop"].fillna(0.0))
     shown = strongest(whole, "drop")
     title = alt.Title("Edges of the search", subtitle=how_many(len(shown), len(whole), "edges"))
@@ -216,7 +211,7 @@ def searched_edges(edges: pd.DataFrame) -> alt.Chart:
             y=alt.Y("source:N", sort=nodes[:-1], title="from", axis=node_axis(cell, True)),
             color=alt.Color(
                 "drop:Q",
-                scale=alt.Scale(type="sqrt", domainMin=0, range=["rgba(47,127,193,0.02)", BLUE]),
+                scale=alt.Scale(type="sqrt", domainMin=0, range=list(EFFECTS)),
                 title="drop when patched (removed edges: 0)",
                 legend=alt.Legend(orient="top", gradientLength=180, titleLimit=400),
             ),
@@ -259,7 +254,7 @@ def same_size(compared: pd.DataFrame, differences: pd.DataFrame) -> alt.HConcatC
                 x="value:Q", shape=alt.Shape("circuit:N", sort=circuits, legend=None)
             ),
             data=check_size(rows[columns]),
-        ).properties(width=210, height=60)
+        ).properties(width=PLOT_WIDTH // 2 - 160, height=60)
         order = list(rows.sort_values("size")["row"].unique())
         header = alt.Header(labelOrient="top", labelAnchor="start", labelPadding=2)
         panels.append(marks.facet(row=alt.Row("row:N", sort=order, title=None, header=header), spacing=24))

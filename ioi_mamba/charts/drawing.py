@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import altair as alt
 import pandas as pd
 
-from ioi_mamba.charts.theme import BLUE, DIVERGING, ORANGE, PLOT_WIDTH, SEQUENTIAL
+from ioi_mamba.charts.theme import DIVERGING, EFFECT, EFFECTS, HELD_OUT, PLAIN, PLOT_WIDTH, SEQUENTIAL, SIGNED
 from ioi_mamba.errors import InputError
 
 MAX_ROWS = 5000  # of one data set
+HALF = PLOT_WIDTH // 2 - 40  # pixels of each of two charts beside each other
+NEGATIVE = 0.05  # of the largest: values above minus this are shown as 0, not as a colour of their own
 MAX_CELLS = 3 * MAX_ROWS  # of all panels of a chart, so that a page can hold several
 
 
@@ -86,9 +89,27 @@ def diverging_scale(values: Any, largest: float | None = None) -> alt.Scale:
     return alt.Scale(domain=[-top, top], range=list(DIVERGING), interpolate="rgb", clamp=True)
 
 
-def _color(name: str, scale: alt.Scale, title: str) -> alt.Color:
-    legend = alt.Legend(orient="top", direction="horizontal", gradientLength=220, gradientThickness=12, titleLimit=420)
-    return alt.Color(f"{name}:Q", scale=scale, title=title, legend=legend)
+def effect_scale(values: Any, largest: float | None = None) -> alt.Scale:
+    """From transparent at 0 to orange where no value is clearly below 0, else as `diverging_scale`."""
+    scale = diverging_scale(values, largest)
+    top = scale.domain[1]
+    if len(values) and float(values.min()) < -NEGATIVE * top:
+        return scale
+    return alt.Scale(domain=[0, top], range=list(EFFECTS), interpolate="rgb", clamp=True)
+
+
+def _color(name: str, scale: alt.Scale, title: str, height: float = 120) -> alt.Color:
+    """A colour with its legend beside the chart, which names both ends of the scale and its middle."""
+    low, high = scale.domain
+    legend = alt.Legend(
+        orient="right",
+        gradientLength=max(60, min(120, height - 30)),
+        gradientThickness=12,
+        titleLimit=150,
+        values=[low, (low + high) / 2, high],
+        format=".2~f",
+    )
+    return alt.Color(f"{name}:Q", scale=scale, title=textwrap.wrap(title, 16), legend=legend)
 
 
 def _position_names(table: Any, x: str, labels: str | None) -> tuple[Any, list[str]]:
@@ -116,64 +137,165 @@ def position_heatmap(
     color_title: str | None = None,
     largest: float | None = None,
     tooltip: Sequence[str] = (),
-    columns: int = 2,
-    panel_width: int = 280,
-) -> alt.FacetChart | alt.ConcatChart | alt.Chart:
-    """Layer by position, one panel for each value of `facet`, all panels on one scale centred at 0.
+    width: int = PLOT_WIDTH,
+) -> alt.LayerChart:
+    """Layer by position; of several values of `facet` one is shown, which a reader chooses, all on one scale.
 
-    table: at most one row for each (facet, y, x). labels: the column with the text below each position, such
-    as "n1" or a token; None writes the position itself. largest: the magnitude at which colours end; default
-    the largest of the table. Tooltips show all of these columns, `n` and those of `tooltip`. The report lays
-    out as many panels side by side as fit; elsewhere there are `columns`. Of panels with more than 5,000 cells the
+    table: at most one row for each (facet, y, x); a column `changed` says where the prompts of a pair differ, which is marked
+    above the columns and names the choices. labels: the column with the text below each position, such as "n1" or a token;
+    None writes the position itself. largest: the magnitude at which colours end; default the largest of the table. Tooltips
+    show all of these columns, `n` and those of `tooltip`. A click chooses a cell. Of panels with more than 5,000 cells the
     strongest values of `y` are drawn, and the title says how many of how many. Raises InputError for a missing column.
     """
-    _with_columns(table, (x, y, color, facet, labels))
-    whole = table
-    table = _slim(strongest(table, color, y, facet), (facet, y, x, labels, color, "n", *tooltip))
-    names, order = _position_names(table, x, labels)
-    own = labels is not None and names.equals(table[labels])
-    data, below = (table, labels) if own else (table.assign(_position=names), "_position")
-    rows = len(set(data[y]))
-    shown = sorted(set(data[y]))[:: -(-rows // 16)]
-    scale = diverging_scale(data[color], largest)
-    cell = panel_width // max(1, len(order))
-    labels_that_fit = {} if cell > 9 else {"labelFontSize": 7, "labelOverlap": "greedy" if cell < 7 else False}
-    left_out = how_many(rows, whole[y].nunique(), f"{y}s")
-    heading = {"title": alt.Title(title, subtitle=left_out) if left_out else title} if title or left_out else {}
-    base = (
-        alt.Chart()
-        .mark_rect(stroke="currentColor", strokeOpacity=0.06, strokeWidth=0.5)
-        .encode(
-            x=alt.X(
-                f"{below}:N",
-                sort=order,
-                title="position",
-                axis=alt.Axis(labelAngle=-90, ticks=False, domain=False, labelLimit=90, **labels_that_fit),
-            ),
-            y=alt.Y(f"{y}:O", title=y, axis=alt.Axis(values=shown, ticks=False, domain=False)),
-            color=_color(color, scale, color_title or color),
-            tooltip=_tooltips(data, (facet, y, x, labels, color, "n", *tooltip)),
-        )
-        .properties(width=panel_width, height=max(120, min(420, rows * 18)))
+    cells = _Cells.of(table, x, y, color, facet, labels, tooltip)
+    names = _choices(cells.data, facet, labels or x)
+    chosen = alt.param(
+        name=CHOICE,
+        value=next(iter(names)),
+        bind=alt.binding_radio(options=list(names), labels=list(names.values()), name="changed "),
     )
-    if facet is None:
-        return base.properties(data=check_size(data), **heading)
-    values = list(dict.fromkeys(data[facet]))
-    if len(data) <= MAX_ROWS:
-        panels = base.properties(data=data).facet(
-            alt.Facet(f"{facet}:N", sort=values, title=None, header=alt.Header(labelPadding=6)),
-            columns=columns,
-            spacing=24,
+    picked = alt.selection_point(name="picked", fields=[y, cells.below], on="click", empty=False, clear="dblclick")
+    layers = []
+    for value in names:
+        part = cells.data if facet is None else cells.data[cells.data[facet] == value].drop(columns=facet)
+        constant = {} if facet is None else {facet: json.dumps(str(value))}
+        shown = f"{CHOICE} === {json.dumps(str(value))}" if len(names) > 1 else "true"
+        squares, changed = _squares(cells, check_size(part), color_title or color, largest, width)
+        stroke = alt.when(picked).then(alt.value("currentColor")).otherwise(alt.value("rgba(128,128,128,0.15)"))
+        squares = squares.encode(
+            stroke=stroke, strokeWidth=alt.when(picked).then(alt.value(2.5)).otherwise(alt.value(0.5))
         )
-        return panels.resolve_axis(x="independent", y="independent").properties(**heading)
-    # Together they are too many for one data set: each panel has its own, in which the facet is a constant.
-    parts = [
-        base.properties(
-            data=check_size(data[data[facet] == value].drop(columns=facet)), title=str(value)
-        ).transform_calculate(**{facet: json.dumps(str(value))})
-        for value in values
-    ]
-    return alt.concat(*parts, columns=columns, spacing=24).resolve_scale(color="shared").properties(**heading)
+        squares = squares.add_params(picked) if not layers else squares
+        layers += [
+            each.transform_filter(shown).transform_calculate(**constant)
+            for each in (squares, changed)
+            if each is not None
+        ]
+    whole = alt.layer(*layers).properties(width=width, height=cells.height, **_heading(cells, table, y, title))
+    return whole.add_params(chosen) if len(names) > 1 else whole
+
+
+def position_panels(
+    table: pd.DataFrame,
+    *,
+    x: str = "position",
+    y: str = "layer",
+    color: str = "effect",
+    facet: str = "corruption",
+    labels: str | None = "label",
+    title: str = "",
+    color_title: str | None = None,
+    tooltip: Sequence[str] = (),
+    columns: int = 2,
+) -> alt.ConcatChart:
+    """As `position_heatmap`, every value of `facet` as a panel of its own beside the others."""
+    cells = _Cells.of(table, x, y, color, facet, labels, tooltip)
+    panels = []
+    for value in dict.fromkeys(cells.data[facet]):
+        part = check_size(cells.data[cells.data[facet] == value].drop(columns=facet))
+        squares, changed = _squares(cells, part, color_title or color, None, PLOT_WIDTH // columns - 60)
+        both = [
+            each.transform_calculate(**{facet: json.dumps(str(value))})
+            for each in (squares, changed)
+            if each is not None
+        ]
+        panels.append(
+            alt.layer(*both).properties(width=PLOT_WIDTH // columns - 60, height=cells.height, title=str(value))
+        )
+    whole = alt.concat(*panels, columns=columns, spacing=24).resolve_scale(color="shared")
+    return whole.properties(**_heading(cells, table, y, title))
+
+
+CHOICE = "shown"
+"""The parameter that says which panel of several is shown; a page keeps it the same in all charts."""
+CHANGED = "changed"
+
+
+class _Cells(NamedTuple):
+    """What a heatmap by position is drawn of. below: the column with the text below each position, order: its values."""
+
+    data: pd.DataFrame
+    x: str
+    y: str
+    color: str
+    facet: str | None
+    labels: str | None
+    below: str
+    order: list[str]
+    tooltip: Sequence[str]
+    height: float
+
+    @classmethod
+    def of(cls, table, x, y, color, facet, labels, tooltip) -> _Cells:
+        _with_columns(table, (x, y, color, facet, labels))
+        slim = _slim(strongest(table, color, y, facet), (facet, y, x, labels, color, "n", CHANGED, *tooltip))
+        names, order = _position_names(slim, x, labels)
+        own = labels is not None and names.equals(slim[labels])
+        data, below = (slim, labels) if own else (slim.assign(_position=names), "_position")
+        rows = len(set(data[y]))
+        return cls(data, x, y, color, facet, labels, below, order, tooltip, max(60, min(420, rows * 20)))
+
+
+def _choices(data: pd.DataFrame, facet: str | None, name: str) -> dict[str, str]:
+    """The values of the facet, each with the word for its choice: what is changed in it, where that tells them apart."""
+    if facet is None:
+        return {"": ""}
+    values = list(dict.fromkeys(map(str, data[facet])))
+    if CHANGED in data:
+        of = (
+            data[data[CHANGED].eq(True)]
+            .groupby(facet, sort=False)[name]
+            .agg(lambda each: ", ".join(map(str, dict.fromkeys(each))))
+        )
+        words = [str(of.get(value, value)) for value in values]
+        if len(set(words)) == len(values):
+            return dict(zip(values, words, strict=True))
+    return dict(zip(values, values, strict=True))
+
+
+def _heading(cells: _Cells, table: pd.DataFrame, y: str, title: str) -> dict[str, Any]:
+    left_out = how_many(len(set(cells.data[y])), table[y].nunique(), f"{y}s")
+    return {"title": alt.Title(title, subtitle=left_out) if left_out else title} if title or left_out else {}
+
+
+def _squares(
+    cells: _Cells, part: pd.DataFrame, color_title: str, largest: float | None, width: int
+) -> tuple[alt.Chart, alt.Chart | None]:
+    """The squares of one panel, and the marks above what is changed in it, if it says that."""
+    rows = sorted(set(cells.data[cells.y]))
+    scale = effect_scale(cells.data[cells.color], largest)
+    room, longest = width / max(1, len(cells.order)), max(map(len, cells.order), default=1)
+    angle = 0 if room > 6.2 * min(longest, 9) else -90
+    small = {} if room >= 13 or angle == 0 else {"labelOverlap": "greedy"}
+    x = alt.X(
+        f"{cells.below}:N",
+        sort=cells.order,
+        title=None,
+        scale=alt.Scale(domain=cells.order),
+        axis=alt.Axis(labelAngle=angle, ticks=False, domain=False, labelLimit=90, **({"labelOverlap": False} | small)),
+    )
+    names = (cells.facet, cells.y, cells.x, cells.labels, cells.color, "n", *cells.tooltip)
+    tips = _tooltips(part.assign(**({} if cells.facet is None else {cells.facet: ""})), names)
+    squares = (
+        alt.Chart(part)
+        .mark_rect(cursor="pointer")
+        .encode(
+            x=x,
+            y=alt.Y(
+                f"{cells.y}:O",
+                title=cells.y,
+                scale=alt.Scale(domain=rows),
+                axis=alt.Axis(values=rows[:: -(-len(rows) // 16)], ticks=False, domain=False),
+            ),
+            color=_color(cells.color, scale, color_title, cells.height),
+            tooltip=tips,
+        )
+    )
+    if CHANGED not in part or not part[CHANGED].eq(True).any():
+        return squares, None
+    at = part[part[CHANGED].eq(True)].drop_duplicates(cells.below)[[cells.below]]
+    above = alt.Chart(at).mark_text(text="\u25bc changed", align="center", baseline="bottom", y=-3, fontSize=12)
+    return squares, above.encode(x=x)
 
 
 def matrix_heatmap(
@@ -191,6 +313,7 @@ def matrix_heatmap(
     domain: tuple[float, float] = (0.0, 1.0),
     text: bool = False,
     text_format: str = ".2f",
+    colors: Sequence[str] = SEQUENTIAL,
     cell: int = 44,
     tooltip: Sequence[str] = (),
     columns: int = 2,
@@ -199,7 +322,7 @@ def matrix_heatmap(
 
     A square without a value is empty.
 
-    domain: the values at which colours end; a scale that reaches below 0 is centred at 0. Orders default to
+    colors: from nothing to the most. domain: the values at which colours end; a scale that reaches below 0 is centred at 0. Orders default to
     those of the table. Raises InputError for a missing column and for more than 5,000 rows.
     """
     table = _slim(_columns(table, (x, y, color, facet)), (facet, y, x, color, "n", *tooltip))
@@ -207,25 +330,31 @@ def matrix_heatmap(
     y_order = list(y_order if y_order is not None else dict.fromkeys(table[y]))
     if domain[0] < 0:
         scale = diverging_scale(table[color], max(-domain[0], domain[1]))
+        scale.range = list(SIGNED)
     else:
-        scale = alt.Scale(domain=list(domain), range=list(SEQUENTIAL), interpolate="rgb", clamp=True)
+        scale = alt.Scale(domain=list(domain), range=list(colors), interpolate="rgb", clamp=True)
     base = alt.Chart(table).encode(
         x=alt.X(
             f"{x}:N",
             sort=x_order,
             title=x_title or x,
-            axis=alt.Axis(labelAngle=-90 if cell < 30 else 0, ticks=False, domain=False, labelLimit=80),
+            axis=alt.Axis(
+                labelAngle=0 if cell > 6.2 * max(map(len, map(str, x_order)), default=1) else -90,
+                ticks=False,
+                domain=False,
+                labelLimit=80,
+            ),
         ),
         y=alt.Y(f"{y}:N", sort=y_order, title=y_title or y, axis=alt.Axis(ticks=False, domain=False, labelLimit=80)),
         tooltip=_tooltips(table, (facet, y, x, color, "n", *tooltip)),
     )
     squares = base.mark_rect(stroke="currentColor", strokeOpacity=0.06, strokeWidth=0.5).encode(
-        color=_color(color, scale, color_title or color)
+        color=_color(color, scale, color_title or color, cell * len(y_order))
     )
     layers = [squares]
     if text:
         written = base.transform_filter(f"isValid(datum[{color!r}])")
-        layers.append(written.mark_text(fontSize=11).encode(text=alt.Text(f"{color}:Q", format=text_format)))
+        layers.append(written.mark_text(fontSize=12).encode(text=alt.Text(f"{color}:Q", format=text_format)))
     size = {"width": cell * len(x_order), "height": cell * len(y_order)}
     matrix = alt.layer(*layers).properties(**size)
     if facet is None:
@@ -251,7 +380,7 @@ def bars_with_baseline(
     tooltip: Sequence[str] = (),
     width: int = PLOT_WIDTH,
 ) -> alt.LayerChart:
-    """A bar for each row, a dashed line at `baseline`; bars more than 0.1 below the line are orange.
+    """A bar for each row, a dashed line at `baseline`; bars more than 0.1 below the line have the colour of an effect.
 
     Raises InputError for a missing column and for more than 5,000 rows.
     """
@@ -265,14 +394,14 @@ def bars_with_baseline(
         .encode(
             x=alt.X(f"{x}:O", title=x_title or x, axis=alt.Axis(labelAngle=0, values=shown, ticks=False)),
             y=alt.Y(f"{y}:Q", title=y_title or y, scale=vertical),
-            color=alt.when(alt.datum[y] < baseline - 0.1).then(alt.value(ORANGE)).otherwise(alt.value(BLUE)),
+            color=alt.when(alt.datum[y] < baseline - 0.1).then(alt.value(EFFECT)).otherwise(alt.value(PLAIN)),
             tooltip=_tooltips(table, (x, y, *tooltip)),
         )
     )
     rule = alt.Chart(pd.DataFrame({"baseline": [baseline]})).mark_rule(strokeDash=[5, 4], strokeWidth=1.5)
     rule = rule.encode(y=alt.Y("baseline:Q", scale=vertical))
     heading = alt.Title(title, subtitle=f"dashed line: {baseline_label}, {baseline:.2f}")
-    return alt.LayerChart(layer=[bars, rule]).properties(width=width, height=220, title=heading)
+    return alt.LayerChart(layer=[bars, rule]).properties(width=width, height=190, title=heading)
 
 
 def line_with_points(
@@ -307,9 +436,13 @@ def line_with_points(
     points = base.mark_point(filled=True, size=50, opacity=1)
     if color is not None:
         order = list(dict.fromkeys(table[color]))
-        by_color = alt.Color(f"{color}:N", sort=order, title=None, legend=alt.Legend(orient="top"))
+        colors = alt.Scale(
+            domain=order, range=[HELD_OUT if "held" in str(each) else PLAIN for each in order][: len(order)]
+        )
+        colors = colors if len(order) == 2 and any("held" in str(each) for each in order) else alt.Undefined
+        by_color = alt.Color(f"{color}:N", sort=order, scale=colors, title=None, legend=alt.Legend(orient="top"))
         by_shape = alt.Shape(f"{color}:N", sort=order, legend=None)
         line = line.encode(by_color, alt.StrokeDash(f"{color}:N", sort=order, legend=None))
         points = points.encode(by_color, by_shape)
-    chart = alt.LayerChart(layer=[line, points]).properties(width=width, height=220)
+    chart = alt.LayerChart(layer=[line, points]).properties(width=width, height=190)
     return chart.properties(title=title) if title else chart

@@ -5,10 +5,12 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from ioi_mamba.charts.circuit_axes import label_axis, places, position_labels
+from ioi_mamba.charts.circuit_axes import SCORED, label_axis, places, position_labels
 from ioi_mamba.charts.drawing import MAX_ROWS, check_size, how_many, rounded
-from ioi_mamba.charts.theme import BLUE, CATEGORIES, ORANGE, PLOT_WIDTH
+from ioi_mamba.charts.theme import CATEGORIES
 
+DETAILS = 340
+"""Pixels: the width of what is shown of the edge, beside the matrices."""
 EDGE = alt.selection_point(name="edge", fields=["source", "target"], empty=False)
 """The selected edge; charts refer to it, `circuit_charts.with_edge_selection` puts it into the whole."""
 
@@ -20,16 +22,16 @@ def edge_details(items: pd.DataFrame, edges: pd.DataFrame) -> alt.VConcatChart:
     """
     number = lambda field: f"(isValid(datum.{field}) ? format(datum.{field}, '.4f') : 'not measured')"
     line = (
-        "datum.name + ':  attribution ' + " + number("score") + " + ',  exact effect ' + " + number("exact") + " + "
-        "',  rank ' + datum.rank + (datum.kept ? ',  kept' : ',  not kept')"
+        "datum.name + ': attribution ' + " + number("score") + " + '\\nexact effect ' + " + number("exact") + " + "
+        "', rank ' + datum.rank + (datum.kept ? ', kept' : ', not kept')"
     )
     text = (
         alt.Chart(edges)
         .transform_filter(EDGE)
         .transform_calculate(line=line)
-        .mark_text(align="left", fontSize=13, fontWeight=600, x=0)
+        .mark_text(align="left", baseline="top", fontSize=13, fontWeight=600, x=0, y=0, lineBreak="\n")
         .encode(text="line:N")
-        .properties(width=PLOT_WIDTH, height=18)
+        .properties(width=DETAILS, height=32)
     )
     at = items[items["position"].notna() & items["part"].isna()]
     labels = position_labels(at)
@@ -42,12 +44,14 @@ def edge_details(items: pd.DataFrame, edges: pd.DataFrame) -> alt.VConcatChart:
         .transform_filter(EDGE)
         .mark_bar()
         .encode(
-            x=alt.X("place:N", sort=labels, title="position", scale=alt.Scale(domain=labels), axis=label_axis()),
+            x=alt.X(
+                "place:N", sort=labels, title=None, scale=alt.Scale(domain=labels), axis=label_axis(labels, DETAILS)
+            ),
             y=alt.Y("score:Q", title="score"),
-            color=alt.when("datum.score < 0").then(alt.value(BLUE)).otherwise(alt.value(ORANGE)),
+            color=SCORED,
             tooltip=["place:N", alt.Tooltip("score:Q", format=".5f")],
         )
-        .properties(width=310, height=120, title=title)
+        .properties(width=DETAILS, height=90, title=title)
     )
     parts = items[items["part"].notna() & items["position"].isna()]
     order = list(dict.fromkeys(parts["part"]))
@@ -60,7 +64,7 @@ def edge_details(items: pd.DataFrame, edges: pd.DataFrame) -> alt.VConcatChart:
         .transform_filter(of_edge)
         .mark_bar()
         .encode(
-            x=alt.X("part:N", sort=order, title=None, scale=alt.Scale(domain=order)),
+            x=alt.X("part:N", sort=order, title=None, axis=alt.Axis(labelAngle=0), scale=alt.Scale(domain=order)),
             y=alt.Y("score:Q", title="score"),
             xOffset=alt.XOffset("layer:N"),
             color=alt.Color(
@@ -68,7 +72,6 @@ def edge_details(items: pd.DataFrame, edges: pd.DataFrame) -> alt.VConcatChart:
             ),
             tooltip=["layer:N", "part:N", alt.Tooltip("score:Q", format=".5f"), alt.Tooltip("exact:Q", format=".5f")],
         )
-        .properties(width=210, height=120, title="Parts of its layers")
+        .properties(width=DETAILS, height=90, title="Parts of its layers")
     )
-    both = alt.hconcat(positions, shown, spacing=30).resolve_scale(color="independent")
-    return alt.vconcat(text, both, spacing=14)
+    return alt.vconcat(text, positions, shown, spacing=10).resolve_scale(color="independent")

@@ -13,6 +13,8 @@ import altair as alt
 import pandas as pd
 
 from ioi_mamba.charts.circuit_axes import (
+    SCORED,
+    label_angle,
     label_axis,
     label_expression,
     node_axis,
@@ -21,9 +23,10 @@ from ioi_mamba.charts.circuit_axes import (
     places,
     position_labels,
     score_color,
+    score_scale,
 )
-from ioi_mamba.charts.drawing import MAX_ROWS, check_size, diverging_scale
-from ioi_mamba.charts.theme import BLUE, ORANGE, PLOT_WIDTH
+from ioi_mamba.charts.drawing import MAX_ROWS, check_size
+from ioi_mamba.charts.theme import KEPT, PLOT_WIDTH
 
 POINTS = 9  # of each bow in the drawing of a circuit
 MANY = 150  # kept items above which the busiest nodes are hidden to begin with
@@ -43,8 +46,8 @@ def _bows(kept: pd.DataFrame, nodes: Sequence[str], labels: Sequence[str]) -> pd
     return pd.DataFrame(rows, columns=["item", "point", "x", "y", "source", "target", "place", "score", "rank"])
 
 
-def circuit_graph(items: pd.DataFrame) -> alt.VConcatChart:
-    """The kept items drawn on axes of position and node, and the edges into and out of one node.
+def circuit_graph(items: pd.DataFrame) -> alt.HConcatChart:
+    """The kept items drawn on axes of position and node.
 
     items: (edge, position) items with source, target, position, label, score, rank, kept. Clicking a node in the strip on
     the left hides it and its edges, or shows them again; of a circuit of more than MANY items the three busiest nodes
@@ -65,7 +68,7 @@ def circuit_graph(items: pd.DataFrame) -> alt.VConcatChart:
     listed = pd.DataFrame({"node": nodes, "y": range(len(nodes)), "edges": [int(busy.get(n, 0)) for n in nodes]})
     strip = (
         alt.Chart(listed)
-        .mark_text(align="right", fontSize=11 if len(nodes) <= 20 else 9, cursor="pointer", x=44)
+        .mark_text(align="right", fontSize=12 if len(nodes) <= 26 else 9, cursor="pointer", x=44)
         .encode(
             y=alt.Y("y:Q", scale=vertical, axis=None),
             text="node:N",
@@ -79,7 +82,7 @@ def circuit_graph(items: pd.DataFrame) -> alt.VConcatChart:
     axis = alt.Axis(
         values=list(range(len(labels))),
         labelExpr=label_expression(labels),
-        labelAngle=-90,
+        labelAngle=label_angle(labels, PLOT_WIDTH - 60),
         labelOverlap=False,
         ticks=False,
         tickCount=len(labels),
@@ -93,7 +96,7 @@ def circuit_graph(items: pd.DataFrame) -> alt.VConcatChart:
             y=alt.Y("y:Q", scale=vertical, axis=None),
             detail="item:N",
             order="point:Q",
-            color=alt.when("datum.score < 0").then(alt.value(BLUE)).otherwise(alt.value(ORANGE)),
+            color=SCORED,
             opacity=alt.Opacity(
                 "strength:Q", scale=alt.Scale(type="sqrt", domain=[0, 1], range=[0.25, 1]), legend=None
             ),
@@ -116,14 +119,17 @@ def circuit_graph(items: pd.DataFrame) -> alt.VConcatChart:
     )
     title = alt.Title(
         f"The circuit, layers upwards: {len(kept)} of {len(whole)} kept edges are drawn",
-        subtitle="click a node on the left to hide it or show it again; blue: patching hurts; faint: small score",
+        subtitle="click a node on the left to hide it or show it again; orange: patching hurts; faint: small score",
     )
     drawing = alt.layer(bows, dots).properties(width=PLOT_WIDTH - 60, height=height)
-    both = alt.hconcat(strip, drawing, spacing=0).properties(title=title)
-    return alt.vconcat(both, _node_view(kept, nodes, labels, busy), spacing=24).resolve_scale(color="independent")
+    return alt.hconcat(strip, drawing, spacing=0).properties(title=title)
 
 
-def _node_view(kept: pd.DataFrame, nodes: list[str], labels: list[str], busy: pd.Series) -> alt.HConcatChart:
+def node_view(items: pd.DataFrame) -> alt.HConcatChart:
+    """The kept edges into and out of one node, which a menu chooses, by position; items as of `circuit_graph`."""
+    nodes, labels = node_order(items), position_labels(items)
+    kept = items[items["kept"]].assign(place=places(items)).sort_values("rank").head(MAX_ROWS // POINTS)
+    busy = pd.concat([kept["source"], kept["target"]]).value_counts()
     inner = [node for node in busy.index if node not in ("embed", "output")]
     chosen = alt.param(
         name="node",
@@ -141,10 +147,12 @@ def _node_view(kept: pd.DataFrame, nodes: list[str], labels: list[str], busy: pd
             .encode(
                 x=alt.X("place:N", sort=labels, scale=alt.Scale(domain=labels), title=None, axis=label_axis()),
                 y=alt.Y(f"{other}:N", sort=nodes[::-1], title=None, axis=alt.Axis(ticks=False, labelOverlap=False)),
-                color=score_color(diverging_scale(shown["score"])),
+                color=score_color(score_scale(shown["score"])),
                 tooltip=tooltip,
             )
-            .properties(width=290, height=alt.Step(16), title=alt.Title(alt.expr(f"'{words} ' + node")))
+            .properties(
+                width=PLOT_WIDTH // 2 - 80, height=alt.Step(16), title=alt.Title(alt.expr(f"'{words} ' + node"))
+            )
         )
 
     into, out = side("target", "source", "Into node"), side("source", "target", "Out of node")
@@ -169,7 +177,7 @@ def presence_strips(missing: pd.DataFrame) -> alt.VConcatChart:
                 y=alt.Y("label:N", sort=names, title=None, axis=alt.Axis(ticks=False, domain=False)),
                 color=alt.Color(
                     "has:N",
-                    scale=alt.Scale(domain=[True, False], range=[BLUE, "rgba(128,128,128,0.10)"]),
+                    scale=alt.Scale(domain=[True, False], range=[KEPT, "rgba(128,128,128,0.10)"]),
                     legend=None,
                 ),
                 tooltip=["table:N", "node:N", "label:N", "has:N"],
@@ -196,9 +204,9 @@ def strongest_edges(items: pd.DataFrame, n_edges: int = 24) -> alt.Chart:
         alt.Chart(check_size(shown[columns]))
         .mark_rect()
         .encode(
-            x=alt.X("place:N", sort=labels, title="position", axis=label_axis()),
+            x=alt.X("place:N", sort=labels, title=None, axis=label_axis(labels, PLOT_WIDTH - 60)),
             y=alt.Y("edge:N", sort=list(strongest), title=None, axis=alt.Axis(ticks=False, domain=False)),
-            color=score_color(diverging_scale(shown["score"])),
+            color=score_color(score_scale(shown["score"])),
             stroke=alt.when("datum.kept").then(alt.value("currentColor")).otherwise(alt.value(None)),
             tooltip=[
                 "edge:N",

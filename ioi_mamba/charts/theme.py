@@ -10,12 +10,19 @@ from __future__ import annotations
 from typing import Any
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-BLUE, ORANGE = "#2f7fc1", "#dd6b20"
-CATEGORIES = (BLUE, ORANGE, "#8a63c9", "#2a9d8f", "#c0527f", "#8d8d3d")
+BLUE, ORANGE, PURPLE, TEAL, RED, SLATE = "#2f7fc1", "#dd6b20", "#8a63c9", "#2a9d8f", "#c8372d", "#6b7c93"
+CATEGORIES = (SLATE, "#b08b2e", "#c0527f", "#4f9d4a", BLUE, PURPLE)
+EFFECT, HELPS, KEPT, HELD_OUT, FAILS, PLAIN = ORANGE, BLUE, TEAL, PURPLE, RED, SLATE
+"""What a colour means, on the whole page: patching it takes the answer away, or brings it; it is in the circuit; it was measured
+on held-out prompts; it does not hold; none of these. Series without such a meaning have the first of CATEGORIES."""
 DIVERGING = (BLUE, "rgba(47,127,193,0.5)", "rgba(128,128,128,0)", "rgba(221,107,32,0.5)", ORANGE)
-SEQUENTIAL = ("rgba(47,127,193,0.02)", "rgba(47,127,193,0.5)", BLUE)
-PLOT_WIDTH = 636
-"""Pixels: with its axis, a chart of this width fits a page 800 pixels wide."""
+EFFECTS = ("rgba(221,107,32,0.02)", "rgba(221,107,32,0.5)", ORANGE)
+"""For effects of which none is negative."""
+SIGNED = ("#b08b2e", "rgba(176,139,46,0.5)", "rgba(128,128,128,0)", "rgba(107,124,147,0.5)", SLATE)
+"""For what is no effect and has a sign."""
+SEQUENTIAL = ("rgba(107,124,147,0.04)", "rgba(107,124,147,0.5)", SLATE)
+PLOT_WIDTH = 960
+"""Pixels: with its axis and a legend, a chart of this width fills a page 1400 pixels wide; a page makes it narrower where it must."""
 
 
 def config() -> dict[str, Any]:
@@ -30,8 +37,8 @@ def config() -> dict[str, Any]:
         "domainOpacity": 0.4,
         "tickOpacity": 0.4,
         "gridOpacity": 0.12,
-        "labelFontSize": 11,
-        "titleFontSize": 12,
+        "labelFontSize": 12,
+        "titleFontSize": 12.5,
         "titleFontWeight": 500,
         "titlePadding": 8,
     }
@@ -44,8 +51,8 @@ def config() -> dict[str, Any]:
         "legend": {
             "labelColor": ink,
             "titleColor": ink,
-            "labelFontSize": 11,
-            "titleFontSize": 12,
+            "labelFontSize": 12,
+            "titleFontSize": 12.5,
             "titleFontWeight": 500,
             "symbolBaseFillColor": ink,
             "symbolBaseStrokeColor": ink,
@@ -53,7 +60,7 @@ def config() -> dict[str, Any]:
         "title": {
             "color": ink,
             "subtitleColor": ink,
-            "subtitleFontSize": 11,
+            "subtitleFontSize": 12,
             "subtitlePadding": 4,
             "fontSize": 13,
             "fontWeight": 600,

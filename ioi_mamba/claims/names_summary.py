@@ -96,7 +96,7 @@ def summarize(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def chart(table: pd.DataFrame) -> alt.FacetChart:
-    """This model's number and the paper's, line by line; blue where the line holds."""
+    """This model's number and the paper's, line by line; green where the line holds."""
     shown = table[table["holds"].isin(JUDGED)].copy()
     shown["at"] = shown["value"].clip(upper=FARTHEST)
     title = f"value (tick: the paper's; at {FARTHEST:g}: or more)"
@@ -111,7 +111,7 @@ def chart(table: pd.DataFrame) -> alt.FacetChart:
     )
     tooltip = ["evidence", "measure", alt.Tooltip("value:Q", format=".3f"), alt.Tooltip("paper:Q", format=".3f")]
     base = alt.Chart().encode(y=y, tooltip=[*tooltip, "threshold", "holds", "source"])
-    holds = alt.Scale(domain=list(JUDGED), range=[theme.BLUE, theme.ORANGE, theme.CATEGORIES[2]])
+    holds = alt.Scale(domain=list(JUDGED), range=[theme.CATEGORIES[3], theme.FAILS, theme.PLAIN])
     shapes = alt.Scale(domain=list(JUDGED), range=["circle", "cross", "diamond"])
     legend = alt.Legend(orient="top", title="holds on this model")
     layers = [
@@ -135,7 +135,11 @@ def chart(table: pd.DataFrame) -> alt.FacetChart:
 def findings(table: pd.DataFrame) -> list[str]:
     """For each of the four claims, how many of its lines hold, and which do not, are undecided or not comparable."""
     layer = table["layer"].iloc[0]
-    found = [] if pd.isna(layer) else [f"The layer in question is {layer}."]
+    found = []
+    if not pd.isna(layer):
+        ran = table[table["holds"] != "not run"]
+        counts = ", ".join(f"{number} {word}" for word, number in ran["holds"].value_counts().items())
+        found.append(f"The layer in question is {layer}; of {len(ran)} lines of evidence: {counts}.")
     for evidence in dict.fromkeys(table["evidence"]):
         part = table[table["evidence"] == evidence]
         title = f"{evidence[0].upper()}{evidence[1:]}"
@@ -178,7 +182,7 @@ SUMMARY = Summary(
     name="names-summary",
     title="What carries the names",
     paper="4.1 to 4.4",
-    question="Do the paper's four lines of evidence on how names are carried hold for this model?",
+    question="Do the paper's four lines of evidence hold?",
     look_for=(
         "Which lines of evidence hold: a model may have a bottleneck layer that works in another way than the paper's."
     ),

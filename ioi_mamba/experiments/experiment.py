@@ -17,6 +17,7 @@ from pandas.api import types as dtypes
 from ioi_mamba.errors import InputError
 from ioi_mamba.experiments.needs import Need, unavailable
 from ioi_mamba.experiments.options import NoOptions, made
+from ioi_mamba.experiments.story import Story
 from ioi_mamba.passes.sweep import Progress
 from ioi_mamba.tasks.base import Pairs, check_pairs
 from ioi_mamba.tasks.prompts import is_name
@@ -83,6 +84,11 @@ def share_of(progress: Progress | None, begin: float, end: float) -> Progress | 
     return lambda done, total: progress(round(1000 * (begin + (end - begin) * done / total)), 1000)
 
 
+def no_more(table: pd.DataFrame) -> Mapping[str, Any]:
+    """Of an experiment whose one chart shows all that there is."""
+    return {}
+
+
 @dataclass(frozen=True, repr=False)
 class Experiment:
     """One experiment.
@@ -96,12 +102,14 @@ class Experiment:
         columns: The table's columns; a table may have more.
         run: Makes the table of a `Context`.
         chart: Makes an Altair chart of the table.
-        findings: Says in sentences what the table holds.
+        findings: Says in sentences what the table holds; the first is the one to read, short, with number and interval.
         paper: The section and figure of the paper that it is from; "" for none.
         needs: What it cannot do without.
         options: The dataclass of its options.
         draws: By task, how it draws its own pairs; a task that is not there draws as it does for all.
         most_pairs: Of a task without a draw of its own, the most pairs to draw unless the user says how many.
+        more: Further charts of the table by title, for a reader who wants to see more; a chart each.
+        story: What the table adds to the figure at the top of a page; None: nothing.
     """
 
     name: str
@@ -118,6 +126,8 @@ class Experiment:
     options: type = NoOptions
     draws: Mapping[str, Draw] = field(default_factory=dict)
     most_pairs: int | None = None
+    more: Callable[[pd.DataFrame], Mapping[str, Any]] = no_more
+    story: Story | None = None
 
     def __repr__(self) -> str:
         return f"<Experiment {self.name}: {self.title}>"

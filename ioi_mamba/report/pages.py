@@ -1,4 +1,4 @@
-"""One offline page out of a run's tables: what was asked, what is seen, what it says, how it was made.
+"""One offline page out of a run's tables: the story on its first screen, then a section a question, the paper's claims last.
 
 The page loads nothing: the chart library stands in it once, the charts as JSON. A content security policy in
 its head makes the browser hold to that. Whatever text a table or manifest carries is shown as text.
@@ -30,16 +30,20 @@ from ioi_mamba.claims import TASK, compare, names_summary
 from ioi_mamba.claims.names_summary import Summary
 from ioi_mamba.errors import InputError
 from ioi_mamba.experiments.experiment import Experiment, resolved
+from ioi_mamba.experiments.story import Told
 from ioi_mamba.files import EMBEDDED, written_whole
-from ioi_mamba.report import provenance
+from ioi_mamba.model.glossary import WORDS
+from ioi_mamba.report import preview, provenance, terms
+from ioi_mamba.report.hero import drawn
+from ioi_mamba.report.story import Found, Story, panel_of, tell
 from ioi_mamba.results import baseline
 from ioi_mamba.results.origin import check_one_run
 from ioi_mamba.results.stored import read_manifest, read_result, read_results
 
 PAGE = "index.html"
 PREVIEW_ROWS = 12
+CSV_ROWS = 200  # that a page holds of a table, to be sorted and saved there
 MAX_BYTES = 8 * 2**20
-MAX_CELL = 300  # characters of a cell of the preview
 
 # What the page shows where a manifest does not say, or says something of another kind.
 UNKNOWN: dict[str, Any] = {
@@ -56,8 +60,16 @@ OPTIONAL = {
     "clean": ("accuracy", "n", "bound"),
     "requests": ("count", "bytes_up", "bytes_down", "queue_seconds", "run_seconds", "transfer_seconds"),
 }
-NO_TEXTS = {"title": "What the model does on a task that is not installed here", "varies": "what differs"}
+NO_TEXTS: dict[str, Any] = {
+    "title": "What the model does on a task that is not installed here",
+    "varies": "what differs",
+    "roles": {},
+}
 CHART_FORMS = ("svg", "png")
+WATERMARK = (
+    '<text x="50%" y="50%" text-anchor="middle" font-family="sans-serif" font-size="40" fill="#c8372d" fill-opacity="0.35">'
+    "this model guesses</text>"
+)
 SUMMARY_CODE = """import ioi_mamba as im
 from ioi_mamba.claims import names_summary
 
@@ -72,9 +84,10 @@ _VEGALITE = re.sub(r"^v(\d+\.\d+).*", r"\1", alt.SCHEMA_VERSION)
 class Section:
     """What the page shows of one experiment, or of a summary of several, whose manifest is empty.
 
-    options: those that are not the defaults. `spec` None: there is no chart. trouble: what could not be made of the table, and why, in a sentence. warning: that
-    the model cannot do the task, or empty.
-    examples: prompts to show for a position that is chosen, as JSON, where the table has positions.
+    options: those that are not the defaults. `spec` None: there is no chart. more: further charts by title, drawn when a reader
+    asks for them. findings: the first of them is the one that is seen. trouble: what could not be made of the table, and why, in a
+    sentence. warning: that the model cannot do the task, or empty. told: what it adds to the figure at the top, or None.
+    rows: more rows than the preview has, as JSON. examples: prompts to show for a position that is chosen, as JSON, where the table has positions.
     """
 
     experiment: Experiment | Summary
@@ -83,14 +96,17 @@ class Section:
     manifest: dict[str, Any]
     table: pd.DataFrame
     spec: Markup | None
+    more: list[tuple[str, Markup]]
     findings: list[str]
     trouble: str | None
     header: list[str]
     preview: list[list[str]]
+    rows: Markup
     n_rows: int
     code: str
     warning: str
     examples: Markup | None
+    told: Told | None = None
 
     @property
     def is_broken(self) -> bool:
@@ -98,30 +114,82 @@ class Section:
         return _what_is_wrong(self.experiment, self.table) is not None
 
 
-def write_report(directory: str | Path) -> Path:
+def write_report(directory: str | Path, *, draw_anyway: bool = False) -> Path:
     """Write `index.html` from the tables and manifests of a directory, in the paper's order; gives its path.
 
     What cannot be made of an experiment's table, or would mean nothing since the model cannot do the task, is replaced by
     the reason; so are the largest charts of a page over 8 MB. A table without manifest is an unfinished run and left out.
+    draw_anyway: draw also what a model does that cannot do the task; what is drawn then says so across it.
     Raises InputError for a directory without a finished table, and for one with tables of several runs.
     """
     directory = Path(directory)
-    sections = _sections(directory)
+    sections = _sections(directory, draw_anyway)
     page = _page(sections)
-    while len(page.encode()) > MAX_BYTES and any(section.spec for section in sections):
-        largest = max(range(len(sections)), key=lambda k: len(sections[k].spec or ""))
+    while len(page.encode()) > MAX_BYTES and any(map(_drawn_bytes, sections)):
+        largest = max(range(len(sections)), key=lambda k: _drawn_bytes(sections[k]))
         megabytes = f"{len(page.encode()) / 2**20:.1f} MB, more than {MAX_BYTES / 2**20:.3g}"
         trouble = f"The chart is left out: with it the page would have {megabytes}. Report fewer analyses to see it."
-        sections[largest] = replace(sections[largest], spec=None, examples=None, trouble=trouble)
+        sections[largest] = replace(sections[largest], spec=None, more=[], examples=None, trouble=trouble)
         page = _page(sections)
     with written_whole(directory / PAGE) as path:
         path.write_text(page, encoding="utf-8")
     return directory / PAGE
 
 
+def _drawn_bytes(section: Section) -> int:
+    return len(section.spec or "") + sum(len(spec) for _, spec in section.more)
+
+
+def _story(sections: list[Section]) -> Story:
+    """The story of the sections, whatever their tables hold; an empty one where there is nothing to tell."""
+    telling = [section for section in sections if section.told is not None]
+    with_examples = next((section.manifest for section in telling if section.manifest["examples"]), None)
+    with_examples = with_examples or next((s.manifest for s in sections if s.manifest["examples"]), None)
+    if with_examples is None:
+        return Story([], "")
+    found = [Found(section.experiment.name, section.told) for section in telling if section.told is not None]
+    try:
+        return tell(found, with_examples["examples"], with_examples.get("clean"))
+    except Exception:  # as for a section: what cannot be told must not cost the page
+        return tell([], with_examples["examples"], with_examples.get("clean"))
+
+
+def _views(story: Story, sections: list[Section]) -> list[dict[str, Any]]:
+    """What the template shows of each view: its figure, and what the side panel says of each mark."""
+    titles = {section.experiment.name: section.texts["title"] for section in sections}
+    n_layers = sections[0].manifest["model"]["config"].get("num_hidden_layers")
+    views = []
+    for number, view in enumerate(story.views):
+        figure = drawn(view, n_layers if isinstance(n_layers, int) else 1)
+        panel = [panel_of(view, mark) | {"title": titles.get(mark.section, "")} for mark in view.marks]
+        place = next((k for k, token in enumerate(view.tokens) if token.changed), 0)
+        shown = {"view": view, "figure": figure, "number": number, "place": place}
+        views.append(shown | {"svg": Markup(figure.svg()), "panel": script_json([panel, view.prompts])})
+    return views
+
+
+def told_by(directory: Path) -> tuple[list[Section], Story]:
+    """The sections of a run and their story. Raises InputError as `write_report`."""
+    sections = _sections(directory, False)
+    return sections, _story(sections)
+
+
+def hero_svg(directory: str | Path) -> str | None:
+    """The figure at the top of the page of a run, as an SVG file of its own; None where there is nothing to draw.
+
+    Raises InputError as `write_report`.
+    """
+    sections, story = told_by(Path(directory))
+    views = [each for each in _views(story, sections) if each["figure"].shapes]
+    name = sections[0].manifest["model"]["id"]
+    title = f"{name}, not a published model" if name in EMBEDDED else name
+    return views[0]["figure"].svg(alone=True, title=title) if views else None
+
+
 def _page(sections: list[Section]) -> str:
     manifest = sections[0].manifest
     is_papers = manifest["task"] == TASK
+    story = _story(sections)
     return _template().render(
         task=manifest["task"],
         task_texts=manifest["task_texts"],
@@ -130,22 +198,26 @@ def _page(sections: list[Section]) -> str:
         summaries=_summaries(sections) if is_papers else [],
         warnings=list(dict.fromkeys(section.warning for section in sections if section.warning)),
         sections=sections,
+        story=story,
+        views=_views(story, sections),
+        words=WORDS,
+        guessing=any(section.warning for section in sections),
         provenance=provenance.lines([section.manifest for section in sections]),
         embedded=[name for name in EMBEDDED if any(section.manifest["model"]["id"] == name for section in sections)],
-        title=f"{_short_name(sections[0].manifest['model']['id'])}, taken apart",
+        title=f"{_short_name(sections[0].manifest['model']['id'])}: {manifest['task_texts']['title']}",
         bundle=Markup(_bundle()),
     )
 
 
-def save_charts(directory: str | Path, form: str) -> list[Path]:
+def save_charts(directory: str | Path, form: str, *, draw_anyway: bool = False) -> list[Path]:
     """Write `charts/NAME-of-MODEL.FORM` of every experiment that has a finished table, for papers and slides; gives the paths.
 
-    form: "svg" or "png", black on white. A chart shows what it shows before anything is chosen in it. Raises
+    form: "svg" or "png", black on white. draw_anyway: as for `write_report`. A chart shows what it shows before anything is chosen in it. Raises
     InputError for another form and as `write_report`; an experiment whose chart is not drawn there is left out.
     """
     if form not in CHART_FORMS:
         raise InputError(f"Charts cannot be written as {form!r}: use one of {', '.join(CHART_FORMS)}.")
-    sections = _sections(Path(directory))
+    sections = _sections(Path(directory), draw_anyway)
     folder, written = Path(directory) / "charts", []
     folder.mkdir(exist_ok=True)
     for section in sections:
@@ -154,11 +226,10 @@ def save_charts(directory: str | Path, form: str) -> list[Path]:
         spec = json.loads(section.spec)
         spec["config"] = spec.get("config", {}) | {"background": "white"}
         try:
-            image = (
-                vl_convert.vegalite_to_svg(spec, _VEGALITE).encode()
-                if form == "svg"
-                else vl_convert.vegalite_to_png(spec, _VEGALITE, scale=2)
-            )
+            svg = vl_convert.vegalite_to_svg(spec, _VEGALITE)
+            if section.warning:
+                svg = svg.replace("</svg>", f"{WATERMARK}</svg>")
+            image = svg.encode() if form == "svg" else vl_convert.svg_to_png(svg, scale=2)
         except ValueError as error:  # as on the page: one chart must not cost the others
             warnings.warn(f"The chart of {section.experiment.name} cannot be written: {_reason(error)}", stacklevel=2)
             continue
@@ -170,7 +241,7 @@ def save_charts(directory: str | Path, form: str) -> list[Path]:
     return written
 
 
-def _sections(directory: Path) -> list[Section]:
+def _sections(directory: Path, draw_anyway: bool) -> list[Section]:
     """Those of every finished experiment, in the paper's order. Raises InputError where there is none or they are of several runs."""
     sections, manifests = [], {}
     for name in analyses.available():
@@ -181,8 +252,8 @@ def _sections(directory: Path) -> list[Section]:
         except InputError as error:
             table, trouble = pd.DataFrame(), str(error)
         if manifest is not None and table is not None:
-            code, manifests[name] = notebook_code(name), manifest
-            sections.append(_drawn(analyses.load(name), _complete(manifest), table, code, PREVIEW_ROWS, trouble))
+            code, manifests[name], whole = notebook_code(name), manifest, _complete(manifest)
+            sections.append(_drawn(analyses.load(name), whole, table, code, PREVIEW_ROWS, trouble, draw_anyway))
     if not sections:
         read_results(directory)  # which says what is wrong with the directory
     check_one_run(directory, manifests)
@@ -196,14 +267,16 @@ def _drawn(
     code: str,
     n_preview: int,
     trouble: str | None = None,
+    draw_anyway: bool = False,
 ) -> Section:
     """The section of a table. trouble: why there is no table to be drawn, None where there is one."""
-    spec, findings = None, []
+    spec, more, findings, told = None, [], [], None
     trouble = trouble or _what_is_wrong(experiment, table)
-    if trouble is None and isinstance(experiment, Experiment) and baseline.means_nothing(experiment, manifest):
+    guesses = isinstance(experiment, Experiment) and baseline.means_nothing(experiment, manifest)
+    if trouble is None and guesses and not draw_anyway:
         trouble = (
             "No chart is drawn: it would show changes of what this model does on the task, which it cannot do. "
-            f"The numbers are in {experiment.name}.parquet, the first of them below."
+            f"The numbers are in {experiment.name}.parquet, the strongest of them below."
         )
     elif trouble is None:
         # One experiment's table must not cost the page, whatever it holds.
@@ -213,9 +286,13 @@ def _drawn(
             trouble = f"The table could not be put into words. {_reason(error)}"
         try:
             spec = script_json(chart_spec(experiment.chart(table)))
+            if isinstance(experiment, Experiment):
+                more = [(title, script_json(chart_spec(each))) for title, each in experiment.more(table).items()]
         except Exception as error:
             trouble = f"The chart could not be drawn. {_reason(error)}"
-    head = table.head(n_preview)
+        told = _told(experiment, table)
+    head = preview.strongest_first(table, max(n_preview, CSV_ROWS))
+    cells = preview.cells(head)
     return Section(
         experiment=experiment,
         texts=experiment.texts(manifest.get("task_texts", NO_TEXTS)["varies"]),
@@ -223,15 +300,28 @@ def _drawn(
         manifest=manifest,
         table=table,
         spec=spec,
+        more=more,
         findings=findings,
         trouble=trouble,
-        header=[str(column)[:MAX_CELL] for column in head.columns],
-        preview=[[_cell(value) for value in row] for row in head.itertuples(index=False)],
+        header=[str(column)[: preview.MAX_CELL] for column in head.columns],
+        preview=cells[:n_preview],
+        rows=script_json(cells),
         n_rows=len(table),
         code=code,
         warning=baseline.note(manifest) if baseline.is_below(manifest) else "",
         examples=script_json(manifest["examples"]) if "label" in table and manifest.get("examples") else None,
+        told=told,
     )
+
+
+def _told(experiment: Experiment | Summary, table: pd.DataFrame) -> Told | None:
+    """What an experiment tells of its table; None where it tells nothing, or the table does not let it."""
+    if not isinstance(experiment, Experiment) or experiment.story is None:
+        return None
+    try:
+        return experiment.story(table)
+    except Exception:  # the section itself says what is wrong with the table
+        return None
 
 
 def _set_options(experiment: Experiment | Summary, options: dict[str, Any]) -> dict[str, Any]:
@@ -246,6 +336,14 @@ def _what_is_wrong(experiment: Experiment | Summary, table: pd.DataFrame) -> str
     missing = [name for name in experiment.required if name not in table]
     if missing:
         return f"The table is not one of {experiment.name}: it has no column {missing[0]!r}. To have it, {again}."
+    required = experiment.columns if isinstance(experiment, Experiment) else ()
+    empty = [
+        column.name
+        for column in required
+        if column.name in table and not column.nullable and table[column.name].isna().all()
+    ]
+    if len(table) and empty:
+        return f"The table's column {empty[0]!r} is empty. To have it, {again}."
     if table.empty:
         return f"The table has no rows: nothing was measured. To have some, {again}."
     numbers = table.select_dtypes("float")
@@ -286,15 +384,15 @@ def _complete(manifest: dict[str, Any]) -> dict[str, Any]:
     return whole | {"task_texts": _task_texts(whole)}
 
 
-def _task_texts(manifest: dict[str, Any]) -> dict[str, str]:
+def _task_texts(manifest: dict[str, Any]) -> dict[str, Any]:
     """The words of the task that a manifest is of: its own, or where it has none, those of the task of that name."""
     texts = manifest.get("task_texts")
-    if isinstance(texts, dict) and all(isinstance(texts.get(name), str) for name in NO_TEXTS):
-        return texts
+    if isinstance(texts, dict) and all(isinstance(texts.get(name), str) for name in ("title", "varies")):
+        return {**texts, "roles": _if_like(texts.get("roles"), {})}
     if manifest["task"] not in tasks.available():
         return NO_TEXTS
     task = tasks.load(manifest["task"])
-    return {"title": task.title, "varies": task.varies}
+    return {"title": task.title, "varies": task.varies, "roles": task.roles}
 
 
 def _if_like(value: Any, other: Any) -> Any:
@@ -384,12 +482,6 @@ def notebook_code(name: str) -> str:
     )
 
 
-def _cell(value: Any) -> str:
-    if pd.api.types.is_scalar(value) and pd.isna(value):
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)[:MAX_CELL]
-
-
 def _short_name(model_id: str) -> str:
     return model_id.rstrip("/").rsplit("/", 1)[-1] or model_id
 
@@ -419,5 +511,5 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"day": _day, "number": compare.number}
+    environment.filters |= {"day": _day, "number": compare.number, "terms": terms.marked, "anchor": terms.anchor}
     return environment.get_template("report.html.j2")

@@ -7,6 +7,7 @@ from typing import Any
 
 from ioi_mamba.experiments.needs import limits_of
 from ioi_mamba.model.families import FAMILIES
+from ioi_mamba.results import baseline
 
 
 def lines(manifests: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -74,6 +75,10 @@ def _clean_scores(manifests: list[dict[str, Any]]) -> list[tuple[str, str]]:
     found: dict[str, list[float]] = {}
     for manifest in manifests:
         for what, value in manifest.get("clean", {}).items():
-            if what not in ("n", "bound"):
+            if what not in baseline.TOLD:
                 found.setdefault(f"Unpatched: {what}", []).append(value)
-    return [(what, " to ".join(f"{v:.3f}" for v in sorted({min(vs), max(vs)}))) for what, vs in found.items()]
+    bounds = dict.fromkeys(
+        manifest["clean"]["bound"] for manifest in manifests if manifest.get("clean", {}).get("bound_given")
+    )
+    given = [("Bound of that accuracy, as given", ", ".join(f"{bound:g}" for bound in bounds))] if bounds else []
+    return given + [(what, " to ".join(f"{v:.3f}" for v in sorted({min(vs), max(vs)}))) for what, vs in found.items()]

@@ -25,18 +25,26 @@ ROWS_OF_LOGITS = 64  # prompts whose logits over the whole vocabulary are asked 
 ROWS = 16  # prompts in one pass: their logits are kept whole, 4 MB each at 20 tokens of mamba-370m
 
 
-def clean_accuracies(model, sets: Sequence[Pairs]) -> list[dict[str, Any]]:
+def clean_accuracies(model, sets: Sequence[Pairs], bound: float | None = None) -> list[dict[str, Any]]:
     """For each set of pairs, of the unpatched model on its clean prompts, all from one job.
 
     accuracy: the share of prompts whose answer has the largest logit of its candidates (of answer and wrong where
-    there are none), in 0..1; n: how many prompts, at most 200, evenly spaced; bound: half way between guessing and 1.
+    there are none), in 0..1; n: how many prompts, at most 200, evenly spaced; guessing: what guessing would have; bound: the
+    one given (bound_given), or half way between guessing and 1.
     """
     samples = [pairs[:: -(-len(pairs) // MAX_PAIRS)].without_text() for pairs in sets]
     found = conduct(model, _accuracies, samples)
-    return [
-        {"accuracy": float(right.double().mean()), "n": len(right), "bound": round((1 + _guessing(pairs)) / 2, 4)}
-        for right, pairs in zip(found, samples, strict=True)
-    ]
+    scores = []
+    for right, pairs in zip(found, samples, strict=True):
+        guessing = _guessing(pairs)
+        half_way = round((1 + guessing) / 2, 4)
+        told = {
+            "guessing": round(guessing, 4),
+            "bound": half_way if bound is None else bound,
+            "bound_given": bound is not None,
+        }
+        scores.append({"accuracy": float(right.double().mean()), "n": len(right)} | told)
+    return scores
 
 
 def clean_means(model, pairs: Pairs, measures: Callable[[Tensor, Pairs, Any], dict[str, Tensor]]) -> dict[str, float]:
@@ -46,6 +54,10 @@ def clean_means(model, pairs: Pairs, measures: Callable[[Tensor, Pairs, Any], di
         measures(conduct(model, plain_scores, part.without_text(), part.clean), part, model.tokenizer) for part in parts
     ]
     return {name: float(torch.cat([each[name] for each in found]).mean()) for name in found[0]}
+
+
+TOLD = ("n", "guessing", "bound", "bound_given")
+"""What stands beside the measures of a manifest's `clean`."""
 
 
 def is_below(manifest: Mapping[str, Any]) -> bool:
@@ -67,7 +79,7 @@ def note(manifest: Mapping[str, Any]) -> str:
     clean = manifest["clean"]
     return (
         f"{manifest['model']['id']} cannot do this task: unpatched, it is right in {clean['accuracy']:.0%} of "
-        f"{clean['n']} prompts, and guessing would be right in {2 * clean['bound'] - 1:.0%}. "
+        f"{clean['n']} prompts, and guessing would be right in {clean.get('guessing', 2 * clean['bound'] - 1):.0%}. "
         "What the figures show is not how it does the task."
     )
 

@@ -127,6 +127,7 @@ def run(model: Any, request: Request, out: Path, **others: Any) -> Path:
         options=request.options,
         model_id=settings.model,
         chunks=settings.chunks,
+        bound=settings.bound,
         **others,
     )
 

@@ -70,6 +70,7 @@ def run_study(
     resume: bool = False,
     overwrite: bool = False,
     chunks: int | None = None,
+    bound: float | None = None,
     progress: bool = True,
     finished: Callable[[dict[str, Any]], None] | None = None,
     failed: Callable[[str, Exception], None] | None = None,
@@ -90,6 +91,8 @@ def run_study(
     replaced, or of another that is not of this run (`results.origin`), pairs that do not fit the model, and an
     experiment on names with pairs that have none; and later for a disk that is full. An experiment that fails leaves
     the tables finished before it, and a report of them.
+    bound: the accuracy below which the unpatched model counts as guessing, so that the report draws nothing of what it does;
+    None: half way between guessing and 1. Manifests say which it was.
     Finished chunks of an experiment, or requests to a server, are kept in `out_dir/chunks` until its table is written;
     with resume they are not computed again. chunks: about how many a pass over pairs is cut into (None: 16, fewer where
     they would be too small to be worth it); the last bits of a table depend on it. Raises ServerError for a server or workers that fail, and Submitted where
@@ -107,9 +110,24 @@ def run_study(
         "held_out_sha256": None if held_out is None else held_out.hash(),
         "n_pairs": n_pairs,
     }
+    if bound is not None and not 0 <= bound <= 1:
+        raise InputError(f"The bound is {bound}: it is a share of prompts, from 0 to 1.")
     with only_run(out):
         return _run_plans(
-            model, plans, out, chosen, asked, seed, model_id, resume, overwrite, chunks, progress, finished, failed
+            model,
+            plans,
+            out,
+            chosen,
+            asked,
+            seed,
+            model_id,
+            resume,
+            overwrite,
+            chunks,
+            bound,
+            progress,
+            finished,
+            failed,
         )
 
 
@@ -124,6 +142,7 @@ def _run_plans(
     resume: bool,
     overwrite: bool,
     chunks: int | None,
+    bound: float | None,
     progress: bool,
     finished: Callable[[dict[str, Any]], None] | None,
     failed: Callable[[str, Exception], None] | None,
@@ -134,7 +153,7 @@ def _run_plans(
     about = describe_model(model, model_id) | {"weights_sha256": weights}
     store = Store(out / "chunks", found | {"weights_sha256": weights})
     # Asked for by the first experiment that is not finished yet, and then for all of them at once.
-    clean = cache(lambda: _clean_scores(model, task, plans))
+    clean = cache(lambda: _clean_scores(model, task, plans, bound))
     run = _Run(model, out, about, found, store, task, clean, asked, seed, resume, overwrite, chunks, progress)
     run.make_room(plans)
     if not resume:
@@ -175,20 +194,20 @@ def check_out_dir(out: Path) -> None:
         raise InputError(f"The out directory {str(out)!r} cannot be written: choose one that you may write.")
 
 
-def _clean_scores(model, task: Task, plans: Sequence[Plan]) -> dict[str, dict[str, Any]]:
+def _clean_scores(model, task: Task, plans: Sequence[Plan], bound: float | None) -> dict[str, dict[str, Any]]:
     """What the unpatched model does on the pairs of each experiment, by its name: accuracy and the task's own measures.
 
     Equal pairs are measured once.
     """
     sets = {plan.pairs.hash(): plan.pairs for plan in plans}
-    found = dict(zip(sets, clean_accuracies(model, list(sets.values())), strict=True))
+    found = dict(zip(sets, clean_accuracies(model, list(sets.values()), bound), strict=True))
     if task.measures is not None:
         found = {key: found[key] | clean_means(model, pairs, task.measures) for key, pairs in sets.items()}
     return {plan.experiment.name: found[plan.pairs.hash()] for plan in plans}
 
 
 def _examples(pairs: Pairs, tokenizer) -> list[dict[str, Any]]:
-    """Up to two pairs of each of five corruptions, for a report to show: tokens as text, and a label for each position."""
+    """Up to two pairs of each of five corruptions, for a report to show: tokens and answers as text, and a label for each position."""
     corruptions = pairs.labels.get("corruption", ("",) * len(pairs))
     found = []
     for corruption in list(dict.fromkeys(corruptions))[:5]:
@@ -198,8 +217,15 @@ def _examples(pairs: Pairs, tokenizer) -> list[dict[str, Any]]:
                 [tokenizer.decode([t]) for t in ids[0, :end].tolist()] for ids in (pair.clean, pair.corrupted)
             )
             labels = pair.position_labels()[:end]
-            found.append({"corruption": corruption, "positions": labels, "clean": clean, "corrupted": corrupted})
+            answer, wrong = (tokenizer.decode(_choice(pair, choice)) for choice in (pair.answer, pair.wrong))
+            example = {"corruption": corruption, "positions": labels, "clean": clean, "corrupted": corrupted}
+            found.append(example | {"answer": answer, "wrong": wrong})
     return found
+
+
+def _choice(pair: Pairs, choice: torch.Tensor) -> list[int]:
+    """The tokens of an answer of one pair, Int64[1]."""
+    return choice.tolist() if pair.readout is None else pair.readout.tokens[0, int(choice)].tolist()
 
 
 @dataclass(frozen=True)
@@ -321,7 +347,7 @@ class _Run:
         on_this_cpu = runs_here(self.model) and self.found["device"] == "cpu"
         manifest = identity | {
             "paper": experiment.paper,
-            "task_texts": {"title": self.task.title, "varies": self.task.varies},
+            "task_texts": {"title": self.task.title, "varies": self.task.varies, "roles": dict(self.task.roles)},
             "clean": clean,
             "examples": _examples(plan.pairs, self.model.tokenizer),
             "backend": "local" if runs_here(self.model) else self.model.jobs.backend,

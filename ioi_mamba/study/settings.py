@@ -57,6 +57,12 @@ class Settings(BaseModel):
     no_resume_points: Annotated[bool, Parameter(negative=(), show_default=False)] = Field(
         False, description="run every pass in full: slower, same values"
     )
+    bound: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of prompts a model must get right unpatched to be drawn (default: half way between guessing and 1)",
+    )
     backend: str = Field(
         "local",
         description="local; ray: workers share the work; ndif: the model is on a server; local-serialized: here, as if sent to a server",

@@ -220,7 +220,7 @@ def test_without_the_comparison_the_search_stands_alone(mini, sets):
     module = load("circuit-search")
     table = module(mini, sets[0][:2], compare_prompts=0)
     assert table["threshold"].isna().all()
-    assert len(module.findings(table)) == 5
+    assert len(module.findings(table)) == 6
     assert module.chart(table).to_dict()
 
 

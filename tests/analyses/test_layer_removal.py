@@ -185,7 +185,7 @@ def test_findings_name_the_worst_layer_and_count_the_spare_ones(tiny_mamba):
     single = table[table["mode"] == "single"]
     worst = single.loc[single["probability"].idxmin(), "layer"]
     found = layer_removal.findings(table)
-    assert f"Removing layer {worst} costs most" in found[1]
+    assert f"Removing layer {worst} costs most" in found[0]
     assert "held-out" in found[-1]
 
 

@@ -257,8 +257,8 @@ def test_with_enough_prompts_a_name_the_averages_are_the_published_ones(mini, pl
     few = name_steering.EXPERIMENT(mini, pairs, layer=place.layer, offset=place.offset, per_cell=2)
     assert not many["leave_out"].any()
     assert few["leave_out"].all()
-    assert "test prompts included" in name_steering.findings(many)[0]
-    assert "without a test prompt's own pair" in name_steering.findings(few)[0]
+    assert "test prompts included" in name_steering.findings(many)[1]
+    assert "without a test prompt's own pair" in name_steering.findings(few)[1]
     # Names of ten pairs are rarely in another prompt: what was steered were the test prompts' own vectors.
     assert few["n"].sum() < many["n"].sum()
 

@@ -21,35 +21,80 @@ def heatmap_table(labels=("BOS", "n1", ",")):
     return pd.DataFrame(rows, columns=["corruption", "layer", "position", "label", "effect", "n"])
 
 
+def squares(chart):
+    """The layers of a heatmap that hold its cells."""
+    return [layer for layer in chart.to_dict()["layer"] if layer["mark"]["type"] == "rect"]
+
+
 def test_all_panels_share_one_scale_centred_at_zero():
     table = heatmap_table()
-    spec = drawing.position_heatmap(table).to_dict()
-    assert spec["facet"]["field"] == "corruption"
-    assert "color" not in spec.get("resolve", {}).get("scale", {})
-    low, high = spec["spec"]["encoding"]["color"]["scale"]["domain"]
-    assert low == -high
-    assert high == table["effect"].abs().max()
+    domains = {
+        tuple(layer["encoding"]["color"]["scale"]["domain"]) for layer in squares(drawing.position_heatmap(table))
+    }
+    top = table["effect"].abs().max()
+    assert domains == {(-top, top)}
 
 
-def test_panels_keep_the_order_of_the_table_and_fit_two_to_a_narrow_page():
+def test_a_scale_begins_at_zero_where_nothing_is_negative():
+    table = heatmap_table().assign(effect=lambda t: t["layer"] / 10)
+    (scale,) = {str(layer["encoding"]["color"]["scale"]) for layer in squares(drawing.position_heatmap(table))}
+    assert "'domain': [0, 0.3" in scale
+    legend = squares(drawing.position_heatmap(table))[0]["encoding"]["color"]["legend"]["values"]
+    assert legend == pytest.approx([0, 0.15, 0.3])
+
+
+def test_one_panel_is_shown_and_the_others_are_chosen_in_the_order_of_the_table():
     spec = drawing.position_heatmap(heatmap_table()).to_dict()
-    assert spec["facet"]["sort"] == ["A -> B", "B -> C", "C -> A"]
-    assert spec["columns"] * (spec["spec"]["width"] + 90) <= 760
+    (choice,) = [param for param in spec["params"] if param["name"] == drawing.CHOICE]
+    assert choice["bind"]["options"] == ["A -> B", "B -> C", "C -> A"]
+    assert choice["value"] == "A -> B"
+    filters = [layer["transform"][0]["filter"] for layer in spec["layer"]]
+    assert filters == [f'{drawing.CHOICE} === "{value}"' for value in choice["bind"]["options"]]
+    assert "params" not in drawing.position_panels(heatmap_table()).to_dict()
+
+
+def test_what_is_changed_names_the_choices_and_is_marked_above_its_column():
+    table = heatmap_table().assign(
+        changed=lambda t: t["position"] == t["corruption"].map({"A -> B": 0, "B -> C": 1, "C -> A": 2})
+    )
+    chart = drawing.position_heatmap(table)
+    spec = chart.to_dict()
+    (choice,) = [param for param in spec["params"] if param["name"] == drawing.CHOICE]
+    assert choice["bind"]["labels"] == ["BOS", "n1", ","]
+    marked = [layer for layer in spec["layer"] if layer["mark"]["type"] == "text"]
+    assert [spec["datasets"][layer["data"]["name"]] for layer in marked] == [
+        [{"label": name}] for name in ("BOS", "n1", ",")
+    ]
+
+
+def test_panels_beside_each_other_keep_the_order_of_the_table():
+    spec = drawing.position_panels(heatmap_table()).to_dict()
+    assert [panel["title"] for panel in spec["concat"]] == ["A -> B", "B -> C", "C -> A"]
+    assert spec["columns"] * (spec["concat"][0]["width"] + 90) <= 1150
+    domains = {tuple(panel["layer"][0]["encoding"]["color"]["scale"]["domain"]) for panel in spec["concat"]}
+    assert len(domains) == 1
 
 
 def test_tooltips_have_the_value_and_the_number_of_prompts():
-    spec = drawing.position_heatmap(heatmap_table()).to_dict()
-    assert {"effect", "n", "layer"} <= {tip["field"] for tip in spec["spec"]["encoding"]["tooltip"]}
+    for layer in squares(drawing.position_heatmap(heatmap_table())):
+        assert {"corruption", "effect", "n", "layer"} <= {tip["field"] for tip in layer["encoding"]["tooltip"]}
 
 
 def test_positions_stand_in_their_order_under_their_labels():
-    spec = drawing.position_heatmap(heatmap_table()).to_dict()
-    assert spec["spec"]["encoding"]["x"]["sort"] == ["BOS", "n1", ","]
+    assert squares(drawing.position_heatmap(heatmap_table()))[0]["encoding"]["x"]["sort"] == ["BOS", "n1", ","]
+
+
+def test_labels_that_fit_stand_upright():
+    few, many = heatmap_table(), heatmap_table(labels=[f"token {k}" for k in range(60)])
+    angles = [
+        squares(drawing.position_heatmap(table))[0]["encoding"]["x"]["axis"]["labelAngle"] for table in (few, many)
+    ]
+    assert angles == [0, -90]
 
 
 def test_the_same_token_at_two_positions_stays_two_columns():
-    spec = drawing.position_heatmap(heatmap_table(labels=("BOS", ",", "n1", ","))).to_dict()
-    assert spec["spec"]["encoding"]["x"]["sort"] == ["BOS @0", ", @1", "n1 @2", ", @3"]
+    chart = drawing.position_heatmap(heatmap_table(labels=("BOS", ",", "n1", ",")))
+    assert squares(chart)[0]["encoding"]["x"]["sort"] == ["BOS @0", ", @1", "n1 @2", ", @3"]
 
 
 def test_infinities_do_not_stretch_the_scale():
@@ -96,15 +141,12 @@ def test_panels_that_are_too_many_for_one_data_set_have_one_each_and_lose_nothin
     chart = drawing.position_heatmap(table, title="Effects")
     assert [len(rows) for rows in data_sets(chart)] == [64 * 20] * 5
     spec = chart.to_dict()
-    assert [panel["title"] for panel in spec["concat"]] == list("ABCDE")
-    assert spec["title"]["text"] if isinstance(spec["title"], dict) else spec["title"] == "Effects"
-    assert spec["resolve"]["scale"]["color"] == "shared"
-    domains = {tuple(panel["encoding"]["color"]["scale"]["domain"]) for panel in spec["concat"]}
-    assert domains == {(-0.64, 0.64)}
+    assert spec["title"] == "Effects"
+    domains = {tuple(layer["encoding"]["color"]["scale"]["domain"]) for layer in squares(chart)}
+    assert domains == {(0, 0.64)}
     # The prompts of a cell are chosen by its corruption, which the panel's rows no longer carry.
-    assert [panel["transform"] for panel in spec["concat"]] == [
-        [{"calculate": f'"{c}"', "as": "corruption"}] for c in "ABCDE"
-    ]
+    calculated = [layer["transform"][1] for layer in spec["layer"]]
+    assert calculated == [{"calculate": f'"{c}"', "as": "corruption"} for c in "ABCDE"]
 
 
 @pytest.mark.parametrize(("n_positions", "kept"), [(100, 30), (5000, 1)])

@@ -73,7 +73,7 @@ def all_charts(n_layers, n_kept, n_positions):
 
 
 def names_of_views(spec):
-    return set(re.findall(r'"name": "(scores|kept|scatter)"', json.dumps(spec)))
+    return set(re.findall(r'"name": "(scores|kept)"', json.dumps(spec)))
 
 
 def test_charts_of_a_deep_model_stay_small_and_are_made_without_a_warning(recwarn):
@@ -116,16 +116,16 @@ def test_of_more_edges_than_a_chart_carries_the_strongest_are_drawn_and_the_titl
 
 
 @pytest.mark.parametrize("n_layers", [3, 8, 24, 48, 64])
-def test_charts_fit_a_page_800_pixels_wide(n_layers):
+def test_charts_fit_a_page_1400_pixels_wide(n_layers):
     for spec in all_charts(n_layers, 30, 20):
-        assert widths(spec) <= 700
+        assert widths(spec) <= 1100
 
 
-def test_a_click_on_either_matrix_or_the_scatter_selects_an_edge_and_the_strongest_is_selected():
+def test_a_click_on_either_matrix_selects_an_edge_and_the_strongest_is_selected():
     rows, _ = tables(8)
     spec = edge_chart(rows)
     (edge,) = [p for p in spec["params"] if p["name"] == "edge"]
-    assert set(edge["views"]) == names_of_views(spec) == {"scores", "kept", "scatter"}
+    assert set(edge["views"]) == names_of_views(spec) == {"scores", "kept"}
     edges = rows[rows["position"].isna() & rows["part"].isna()]
     strongest = edges.loc[edges["score"].abs().idxmax()]
     assert edge["value"] == [{"source": strongest["source"], "target": strongest["target"]}]

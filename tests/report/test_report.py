@@ -88,6 +88,7 @@ def heatmap_module(monkeypatch):
         look_for=HOSTILE[4],
         method="\n".join(HOSTILE[:3]),
         chart=drawing.position_heatmap,
+        more=lambda table: {},
         findings=lambda table: list(HOSTILE),
     )
     load = analyses.load
@@ -114,18 +115,19 @@ def section_of(page, name):
 
 def test_sections_stand_in_the_papers_order_with_all_their_parts(directory):
     page = own_part(pages.write_report(directory).read_text())
-    assert re.findall(r'<section id="([^"]+)"', page) == ["claims", "layer-removal", "state-ablation"]
+    assert re.findall(r'<section id="([^"]+)"', page) == ["layer-removal", "state-ablation", "claims"]
+    text = re.sub(r'<a class="term"[^>]*>([^<]*)</a>', r"\1", page)
     for part in (
         layer_removal.EXPERIMENT.title,
         layer_removal.EXPERIMENT.question,
         layer_removal.EXPERIMENT.look_for,
         "Removing layer 0 costs most",
         "im.open_result",
-        "The first 4 of 4 rows",
+        "The strongest 4 of 4 rows",
         "5 January 2026",
         "0f0f0f0f0f0f",
     ):
-        assert part.replace("'", "&#39;") in page
+        assert part.replace("'", "&#39;") in text
     assert "These are figures of" not in page
 
 
@@ -142,7 +144,9 @@ def test_the_page_loads_nothing(directory):
     assert "@import" not in page
     assert "url(" not in page
     addresses = set(re.findall(r"https?://[^\"'\\ <]+", page))
-    assert addresses == {f"https://vega.github.io/schema/vega-lite/{pages.alt.SCHEMA_VERSION}.json"}
+    # A schema, a namespace, and a link to the paper that a reader may follow; none is loaded.
+    schema = f"https://vega.github.io/schema/vega-lite/{pages.alt.SCHEMA_VERSION}.json"
+    assert addresses == {schema, "http://www.w3.org/2000/svg", "https://arxiv.org/abs/2407.14008"}
     assert "default-src 'none'" in page
 
 
@@ -151,9 +155,11 @@ def test_hostile_text_opens_and_closes_no_element(directory):
     assert "<script>document" not in page
     assert "7*7" in page
     assert page.count("</script>") == page.count("<script")
-    for spec in re.findall(r"<script type=\"application/json\"[^>]*>(.*?)</script>", page, re.DOTALL):
+    specs = re.findall(r"<script type=\"application/json\"([^>]*)>(.*?)</script>", page, re.DOTALL)
+    for attributes, spec in specs:
         assert not set("<>&\u2028") & set(spec)
-        assert json.loads(spec)["$schema"]
+        assert "data-chart" not in attributes or json.loads(spec)["$schema"]
+    assert sum("data-chart" in attributes for attributes, _ in specs) == 2
     assert HOSTILE[0] in re.sub(r"\\u003([ce])", lambda m: {"c": "<", "e": ">"}[m[1]], page)
 
 
@@ -219,7 +225,7 @@ def test_a_chart_of_too_many_rows_is_refused():
 
 @pytest.mark.parametrize(
     ("code", "shown"),
-    [(pages.notebook_code("layer-removal"), "vconcat"), (pages.SUMMARY_CODE, "spec")],
+    [(pages.notebook_code("layer-removal"), "hconcat"), (pages.SUMMARY_CODE, "spec")],
 )
 def test_the_notebook_code_draws_the_chart(tmp_path, monkeypatch, code, shown):
     paper_run.write(

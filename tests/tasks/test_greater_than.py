@@ -201,7 +201,13 @@ def test_the_accuracy_of_the_whole_model_is_that_of_its_stock_logits(knows_years
     rows = torch.arange(30)
     right = (logits[rows, pairs.answer] >= logits[rows, pairs.wrong]).float().mean()
     (found,) = baseline.clean_accuracies(knows_years, [pairs])
-    assert found == {"accuracy": pytest.approx(float(right)), "n": 30, "bound": 0.75}
+    assert found == {
+        "accuracy": pytest.approx(float(right)),
+        "n": 30,
+        "guessing": 0.5,
+        "bound": 0.75,
+        "bound_given": False,
+    }
     gpt2 = im.open_model(str(tiny_gpt2_dir), device="cpu", any_architecture=True)
     other = im.Pairs.from_tokens([[0, 3, 4], [0, 5, 6]], [[0, 3, 7], [0, 5, 8]], [9, 10], [11, 12])
     assert baseline.clean_accuracies(gpt2, [other])[0]["n"] == 2

@@ -15,6 +15,9 @@ def report(
     /,
     *,
     charts: str | None = None,
+    markdown: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+    graph: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+    draw_anyway: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
     experiment: Annotated[list[Path] | None, Parameter(negative=())] = None,
     log: Annotated[Logging, Parameter(name="*")] = Logging(),  # noqa: B008  immutable
 ) -> int:
@@ -26,17 +29,29 @@ def report(
         The --out of a run.
     charts
         Also write DIR/charts/NAME-of-MODEL.FORM: svg or png.
+    markdown
+        Also write DIR/summary.md and its figure DIR/story.svg.
+    graph
+        Also write the circuit as DIR/circuit-graph.json, for circuit-tracer's front end.
+    draw_anyway
+        Draw also what a model does that guesses; the charts say so across them.
     experiment
         A file that holds an experiment whose table is there; may be given again.
     """
     with listen(log):
         from ioi_mamba import analyses
+        from ioi_mamba.report import exports
         from ioi_mamba.report.pages import save_charts, write_report
 
         for path in experiment or ():
             analyses.load(path)
         if charts is not None:
-            for path in save_charts(directory, charts):
+            for path in save_charts(directory, charts, draw_anyway=draw_anyway):
                 print(f"Chart: {path}")
-        print(f"Report: {write_report(directory)}")
+        if markdown:
+            for path in exports.write_markdown(directory):
+                print(f"Summary: {path}")
+        if graph:
+            print(f"Graph: {exports.write_graph(directory)}")
+        print(f"Report: {write_report(directory, draw_anyway=draw_anyway)}")
         return 0
