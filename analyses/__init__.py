@@ -28,7 +28,7 @@ PAPERS = (
     "positional-attribution",
 )
 """Every experiment of the paper, in the paper's order."""
-OPEN = ("token-flow", "decoding", "features")
+OPEN = ("ablation-kinds", "circuit-stability", "token-flow", "decoding", "features")
 """Those on the questions that the paper left open."""
 ORDER = (*PAPERS, *OPEN)
 

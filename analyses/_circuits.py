@@ -27,7 +27,7 @@ from ioi_mamba.circuits.scoring import Evaluator, chosen_sizes
 from ioi_mamba.circuits.variants import VARIANTS
 from ioi_mamba.experiments.experiment import Column, Context
 from ioi_mamba.experiments.needs import Need
-from ioi_mamba.experiments.options import option
+from ioi_mamba.experiments.options import ablation_option, option
 from ioi_mamba.passes.intervals import Estimate, Resampled, mean_interval
 from ioi_mamba.passes.ranges import left_out_sentence, usable_of
 from ioi_mamba.passes.sweep import Progress
@@ -77,6 +77,7 @@ class AttributionOptions:
     )
     method: str = option("eap-ig", METHOD, choices=METHODS)
     ranking: str = option("signed", "most negative scores first, or largest sizes first", choices=ORDERS)
+    ablation: str = ablation_option()
 
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
@@ -119,7 +120,8 @@ def attributed(
 
 def scored(context: Context, pairs: Pairs, *, method: str, parts: bool, progress: Progress | None = None) -> Ranking:
     """All items by their score over all positions, the mean over pairs; the passes are those of `attributed`."""
-    options = Options(method, positions=METHODS[method].by_position, parts=parts)
+    positions, ablation = METHODS[method].by_position, context.options.ablation
+    options = Options(method, positions=positions, parts=parts, ablation=ablation)
     items, per_pair = attributed(context, pairs, options, progress)
     return Ranking.of(items_of(items), per_pair.sum(1).mean(-1), universe_of(context.model, parts=parts))
 
@@ -179,7 +181,7 @@ def faithfulness_rows(
         rows += circuit_rows(name, len(circuit), "held out", one, len(held.rows_kept))
     if ranking is None:
         return rows
-    few = Evaluator(held.model, some_of(held.pairs, CURVE_PROMPTS), circuit.universe)
+    few = Evaluator(held.model, some_of(held.pairs, CURVE_PROMPTS), circuit.universe, ablation=held.ablation)
     n_items = len(ranking)
     sizes, on_grid = sizes_of_curve(n_items, len(circuit)), faithfulness.mib_sizes(n_items)
     # The grid has sizes in common, with itself where items are few; each circuit is evaluated once.
@@ -224,7 +226,7 @@ def jaccard_rows(train: Evaluator, items: pd.DataFrame, per_pair: Tensor, target
     n: the prompts of one half, of about SPLIT_PROMPTS in all. No row for prompts that cannot be split.
     """
     some = every(len(train.pairs), SPLIT_PROMPTS)
-    few = Evaluator(train.model, train.pairs[some], train.universe)
+    few = Evaluator(train.model, train.pairs[some], train.universe, ablation=train.ablation)
     if int(few.pairs.clusters.max()) == 0:
         return []
     options = {"ranking": ranking, "n_splits": N_SPLITS}

@@ -1,4 +1,4 @@
-"""What the resample-ablation experiments share: a sweep turned into a table of effects, its chart and its sentences."""
+"""What the experiments share that ablate one site at every layer and position: a sweep turned into a table of effects, its chart and its sentences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ioi_mamba.charts.drawing import position_heatmap, position_panels
 from ioi_mamba.experiments.experiment import Column
 from ioi_mamba.passes import metrics
-from ioi_mamba.passes.ablations import AblationName
+from ioi_mamba.passes.ablations import RESAMPLE, AblationName
 from ioi_mamba.passes.intervals import mean_interval
 from ioi_mamba.passes.ranges import Usable, left_out_sentence
 from ioi_mamba.passes.sweep import Progress, layers_of, swept_logit_diffs
@@ -29,9 +29,10 @@ EFFECT = (
     Column("low", "float", "lower end of the 95 % interval of the mean, by cluster", nullable=True, later=True),
     Column("high", "float", "upper end of the same interval", nullable=True, later=True),
     Column("changed", "bool", "the two prompts of a pair differ at that position", later=True),
+    Column("ablation", "text", "the kind of ablation, by name", later=True),
 )
 CORRUPTION = Column("corruption", "text", "how the two prompts of a pair differ")
-COLUMNS = (CORRUPTION, Column("layer", "int", "the layer that was resampled"), *PLACE, *EFFECT)
+COLUMNS = (CORRUPTION, Column("layer", "int", "the layer that was ablated"), *PLACE, *EFFECT)
 
 
 def default_pairs(
@@ -51,36 +52,36 @@ def effect_table(
     resume: bool = True,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """Mean effect (1 - normalized logit diff, no abs) of resampling `site` at every layer and position.
+    """Mean effect (1 - normalized logit diff, no abs) of ablating `site` at every layer and position.
 
     usable: the pairs that have a range (`ioi_mamba.passes.ranges`). Columns: corruption, layer, position, label, effect, n (the
     prompts of the mean), left_out (those without a range, of all corruptions), low, high (95 % of the mean, by
-    cluster), changed (whether the prompts of some pair differ there). Pairs of unequal layout are averaged by semantic position, see `shared_positions`.
+    cluster), changed (whether the prompts of some pair differ there), ablation. Pairs of unequal layout are averaged by
+    semantic position, see `shared_positions`.
     """
     pairs, _, left_out = usable
     layouts, layers = shared_positions(pairs), layers_of(model, site) if layers is None else layers
     corruptions, clusters = pairs.labels.get("corruption", ("all",) * len(pairs)), pairs.clusters
+    diffs = swept_logit_diffs(model, pairs, site, layers=layers, ablation=ablation, resume=resume, progress=progress)
+    effects = metrics.effect(**diffs)
     cells: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
     changed: set[tuple] = set()
-    for k, (part, rows, places) in enumerate(layouts):
-        report = (lambda n, total, k=k: progress(k * total + n, len(layouts) * total)) if progress else None
-        effects = metrics.effect(
-            **swept_logit_diffs(model, part, site, layers=layers, ablation=ablation, resume=resume, progress=report)
-        )
+    for part, rows, places in layouts:
         for value in dict.fromkeys(corruptions[row] for row in rows.tolist()):
-            here = torch.tensor([corruptions[row] == value for row in rows.tolist()])
-            differs = (part.clean[here] != part.corrupted[here]).any(0)
+            own_rows = torch.tensor([corruptions[row] == value for row in rows.tolist()])
+            here = rows[own_rows]
+            differs = (part.clean[own_rows] != part.corrupted[own_rows]).any(0)
             changed |= {(value, *place) for p, place in places.items() if differs[p]}
             for k_layer, layer in enumerate(layers):
                 for p, (position, label) in places.items():
                     own = cells.setdefault((value, layer, position, label), [])
-                    own.append((effects[k_layer, p, here], clusters[rows[here]]))
+                    own.append((effects[k_layer, p, here], clusters[here]))
     rows = []
     for cell, found in cells.items():
         values, own = (torch.cat(each) for each in zip(*found, strict=True))
         low, high = mean_interval(values, own.unique(return_inverse=True)[1])
         numbers = (float(values.double().mean()), len(values), left_out, float(low), float(high))
-        rows.append((*cell, *numbers, (cell[0], *cell[2:]) in changed))
+        rows.append((*cell, *numbers, (cell[0], *cell[2:]) in changed, ablation))
     return pd.DataFrame(rows, columns=[column.name for column in COLUMNS])
 
 
@@ -105,9 +106,16 @@ def shared_positions(pairs: Pairs) -> list[tuple[Pairs, Tensor, dict[int, tuple[
     return found
 
 
-def effect_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
-    """Layer by position, of the corruption that a reader chooses."""
-    return position_heatmap(table, title=title, tooltip=("low", "high"))
+def title_of(table: pd.DataFrame, what: str) -> str:
+    """The title of a chart of the table: which kind of ablation of what."""
+    # A table of an earlier version does not say.
+    ablation = table["ablation"].iloc[0] if "ablation" in table else RESAMPLE.name
+    return f"Effect of {ablation} ablation of {what}"
+
+
+def effect_chart(table: pd.DataFrame, what: str) -> alt.TopLevelMixin:
+    """Layer by position, of the corruption that a reader chooses; what: was ablated."""
+    return position_heatmap(table, title=title_of(table, what), tooltip=("low", "high"))
 
 
 def more(table: pd.DataFrame) -> dict[str, alt.TopLevelMixin]:

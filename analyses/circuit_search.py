@@ -30,7 +30,7 @@ from ioi_mamba.circuits.ranking import Ranking
 from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.circuits.search import acdc
 from ioi_mamba.experiments.experiment import Column, Context, Experiment, share_of
-from ioi_mamba.experiments.options import option
+from ioi_mamba.experiments.options import ablation_option, option
 from ioi_mamba.passes.intervals import difference
 from ioi_mamba.passes.sweep import Progress
 from ioi_mamba.tasks import ioi
@@ -56,13 +56,15 @@ class Options:
     )
     method: str = option("eap-ig", _circuits.METHOD, choices=METHODS)
     resume: bool = option(True, "start each test at the layer it is about: same values, faster")
+    ablation: str = ablation_option()
 
 
 def starting_circuit(context: Context, pairs: Pairs) -> Circuit:
     """The smallest EAP-IG circuit of edges above the target, pruned, with every part of every layer."""
     model, options = context.model, context.options
     edges = _circuits.scored(context, pairs, method=options.method, parts=False)
-    circuit = _circuits.chosen_circuit(Evaluator(model, pairs, universe_of(model)), edges, options.target)
+    train = Evaluator(model, pairs, universe_of(model), ablation=options.ablation)
+    circuit = _circuits.chosen_circuit(train, edges, options.target)
     universe = universe_of(model, parts=True)
     parts = {item for item in universe.items() if item.part is not None}
     return Circuit(circuit.pruned().items | parts, universe)
@@ -90,10 +92,16 @@ def run(context: Context) -> pd.DataFrame:
     scores = _circuits.scored(context, some, method=options.method, parts=True, progress=stage(0, 0.1))
     start = starting_circuit(context, pairs)
     search = acdc(
-        model, pairs, start=start, threshold=options.threshold, resume=options.resume, progress=stage(0.1, 0.4)
+        model,
+        pairs,
+        start=start,
+        threshold=options.threshold,
+        resume=options.resume,
+        ablation=options.ablation,
+        progress=stage(0.1, 0.4),
     )
     table, circuit = search.table, search.circuit()
-    train, held = (Evaluator(model, p, start.universe) for p in (pairs, held_out))
+    train, held = (Evaluator(model, p, start.universe, ablation=options.ablation) for p in (pairs, held_out))
     rows = _circuits.faithfulness_rows(train, held, circuit)
     rows += _circuits.circuit_rows(STARTED, len(start), "train", estimates(train, [start.patched()]), len(pairs))
     rows.append(
@@ -129,7 +137,9 @@ def compare(context: Context, pairs: Pairs, held: Evaluator, progress: Progress 
     rows = []
     for k, threshold in enumerate(THRESHOLDS):
         report = share_of(progress, k / len(THRESHOLDS), (k + 1) / len(THRESHOLDS))
-        searched = acdc(context.model, pairs, threshold=threshold, progress=report).circuit()
+        searched = acdc(
+            context.model, pairs, threshold=threshold, ablation=context.options.ablation, progress=report
+        ).circuit()
         circuits = {SEARCH: searched}
         circuits |= {name: first_pruned(ranking, len(searched)) for name, ranking in rankings.items()}
         drawn = random_circuits(searched, N_RANDOM)
@@ -248,7 +258,8 @@ EXPERIMENT = Experiment(
         "where the intervals of search and attribution part: there one of them chooses better at the same size."
     ),
     method=(
-        "From the edges that EAP-IG keeps, back from the output: patch each item on top of all removed so far.\n"
+        "From the edges that EAP-IG keeps, back from the output: patch each item on top of all removed so far. What is patched "
+        "is replaced by {written}.\n"
         "A drop of the normalized logit diff of at most the threshold removes it; else it is kept with its drop.\n"
         "Comparison, on held-out pairs: a search of the whole graph, and as many first items of EAP-IG and of EAP with "
         "parts."

@@ -17,7 +17,7 @@ from ioi_mamba.analyses import _effects
 from ioi_mamba.charts.drawing import position_heatmap, position_panels
 from ioi_mamba.experiments.experiment import Column, Context, Experiment
 from ioi_mamba.experiments.needs import Need
-from ioi_mamba.experiments.options import option
+from ioi_mamba.experiments.options import ablation_option, option
 from ioi_mamba.experiments.story import Kind, Told, cells
 from ioi_mamba.model.families import sizes_of
 from ioi_mamba.passes.ranges import left_out_sentence, usable
@@ -40,6 +40,7 @@ class Options:
 
     layer: int | None = option(None, "the layer; none: the bottleneck", at_least=0)
     all_layers: bool = option(False, "sweep every layer")
+    ablation: str = ablation_option()
 
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
@@ -55,7 +56,9 @@ def run(context: Context) -> pd.DataFrame:
     found, tables, width = usable(model, pairs), [], sizes_of(model).conv_width
     for k, s in enumerate(range(1 - width, 1)):
         stage = context.stage(k / width, (k + 1) / width)
-        table = _effects.effect_table(model, found, f"conv_slice.{s}", layers=layers, progress=stage)
+        table = _effects.effect_table(
+            model, found, f"conv_slice.{s}", layers=layers, ablation=options.ablation, progress=stage
+        )
         table.insert(2, "slice", s)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
@@ -72,7 +75,7 @@ def chart(table: pd.DataFrame):
     return position_heatmap(
         table[table["layer"] == layer],
         y="slice",
-        title=f"Effect of resampling one conv slice, layer {layer}",
+        title=_effects.title_of(table, f"one conv slice, layer {layer}"),
         tooltip=("low", "high"),
     )
 
@@ -117,7 +120,7 @@ EXPERIMENT = Experiment(
         "The row that holds the effect: in row -1, one column to the right of what was changed, the convolution shifts it."
     ),
     method=(
-        "conv_t = bias + sum over s of w_s * in_proj_(t+s); one term at one output position is resampled.\n"
+        "conv_t = bias + sum over s of w_s * in_proj_(t+s); one term at one output position is replaced by {written}.\n"
         "Effect = 1 - (d_patched - d_corrupted) / (d_clean - d_corrupted).\n"
         "Mean over prompts, at the bottleneck layer unless another is given."
     ),

@@ -1,8 +1,9 @@
 """Which layers must let tokens see each other? A greedy minimal circuit for each template and corruption.
 
 Within a layer only the convolution and the recurrence move anything between positions, so resampling the input of
-the convolution at all positions leaves nothing of the clean prompt in that layer but its gate: no cross-talk. The
-experiment begins with every layer resampled and gives layers back, one by one, until the model is right again.
+the convolution at all positions leaves nothing of the clean prompt in that layer but its gate: no cross-talk. (Other
+kinds of ablation overwrite what the layer makes of that input, the scan's input and output.) The experiment begins
+with every layer ablated and gives layers back, one by one, until the model is right again.
 
 Where the paper and its code disagree: the text names `hook_in_proj`, the code overwrites `hook_conv`; at all
 positions that is the same edit. "About 0.9" is in the code the first accuracy over 0.90, on the very prompts that
@@ -21,8 +22,9 @@ from torch import Tensor
 from ioi_mamba.charts import drawing, theme
 from ioi_mamba.experiments.experiment import Column, Context, Experiment
 from ioi_mamba.experiments.needs import Need
-from ioi_mamba.experiments.options import option
+from ioi_mamba.experiments.options import ablation_option, option
 from ioi_mamba.model.jobs import each_chunk
+from ioi_mamba.passes.ablations import ablation_of
 from ioi_mamba.passes.cross_talk import NO_LAYER, search
 from ioi_mamba.passes.intervals import share_ends
 from ioi_mamba.passes.ranges import left_out_sentence, usable
@@ -58,6 +60,7 @@ class Options:
 
     threshold: float = option(0.90, "the accuracy above which a circuit is complete", at_least=0, at_most=1)
     rows: int | None = option(None, "prompts in one pass; none: what fits", at_least=1)
+    ablation: str = ablation_option()
 
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
@@ -72,16 +75,17 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
 
 
 def run(context: Context) -> pd.DataFrame:
-    """One row for each candidate of each step of each circuit, and one of step 0: every layer resampled.
+    """One row for each candidate of each step of each circuit, and one of step 0: every layer ablated.
 
     Pairs are grouped by their labels "template" and "corruption"; without labels there is one group. Prompts without a
-    range (`ioi_mamba.passes.ranges`), which are right with every layer resampled, are left out. Raises InputError where
+    range (`ioi_mamba.passes.ranges`), which are right with every layer ablated, are left out. Raises InputError where
     no prompt has a range.
     """
     model, pairs, options = context.model, context.pairs, context.options
     pairs, _, left_out = usable(model, pairs)
+    kind = ablation_of(options.ablation, pairs)
     groups = _groups(pairs)
-    chunks = [(group.without_text(), options.threshold, options.rows) for _, _, group in groups]
+    chunks = [(group.without_text(), options.threshold, options.rows, kind) for _, _, group in groups]
     found = each_chunk(model, search, chunks, progress=context.progress)
     tables = []
     for (template, corruption, group), records in zip(groups, found, strict=True):
@@ -158,7 +162,7 @@ def findings(table: pd.DataFrame) -> list[str]:
     )
     found = [
         f"{reached} of {n} circuits reach the threshold, with {layers}{begin}.",
-        f"With every layer resampled the accuracy is {none.mean():.2f} on average (from {none.min():.2f} to "
+        f"With every layer ablated the accuracy is {none.mean():.2f} on average (from {none.min():.2f} to "
         f"{none.max():.2f} over {n} combinations of template and corruption).",
     ]
     if len(first):
@@ -247,7 +251,8 @@ EXPERIMENT = Experiment(
         "single layer that does most of the work."
     ),
     method=(
-        "Start: the conv input (in_proj) of every layer, at all positions, is the corrupted prompt's; gates stay clean.\n"
+        "Start: what every layer makes of its conv input (the scan's input and output), at all positions, is replaced by "
+        "{written}; gates stay clean.\n"
         "Step: the layer is given back that leaves the highest accuracy among the candidates (ties: the higher mean "
         "probability of the answer among them, then the lower index).\n"
         "Stop: accuracy above the threshold. If it is never reached, the circuit is the layers up to the best accuracy."

@@ -61,13 +61,14 @@ def run(context: Context) -> pd.DataFrame:
     model, options = context.model, context.options
     pairs, held_out, left_out = _circuits.with_range(model, context.pairs, context.held_out)
     stage, method = context.stage, options.method
-    scoring = Scoring(method, options.variant, options.steps, positions=METHODS[method].by_position)
+    by_position, ablation = METHODS[method].by_position, options.ablation
+    scoring = Scoring(method, options.variant, options.steps, positions=by_position, ablation=ablation)
     items, per_pair = _circuits.attributed(context, pairs, scoring, stage(0, 0.4))
     some = _circuits.some_of(pairs, options.part_prompts)
     inner, per_part = _circuits.attributed(context, some, scoring._replace(parts=True), stage(0.4, 0.5))
     inside = torch.tensor(inner["part"].notna().to_numpy())
     few = _circuits.some_of(some, options.exact_prompts)
-    alone = Evaluator(model, few, universe_of(model, parts=True))
+    alone = Evaluator(model, few, universe_of(model, parts=True), ablation=ablation)
     exact = alone.exact_effects(items_of(inner), stage(0.5, 0.8)).mean(1)
     of_some = _circuits.every(len(pairs), options.part_prompts)
     of_few = _circuits.every(len(some), options.exact_prompts)
@@ -92,17 +93,17 @@ def run(context: Context) -> pd.DataFrame:
     ).assign(n_exact=len(few))
     is_edge = totals["part"].isna()
     edges = ranked(totals[is_edge], options.ranking)
-    train = Evaluator(model, pairs, universe_of(model))
+    train = Evaluator(model, pairs, universe_of(model), ablation=ablation)
     order = Ranking.from_frame(edges, train.universe)
     circuit = _circuits.chosen_circuit(train, order, options.target)
     edges["kept"] = edges["rank"] <= len(circuit)
-    held = train if held_out is pairs else Evaluator(model, held_out, train.universe)
+    held = train if held_out is pairs else Evaluator(model, held_out, train.universe, ablation=ablation)
     rows = _circuits.faithfulness_rows(train, held, circuit, order, stage(0.8, 1))
     rows += _circuits.jaccard_rows(train, items, everywhere, options.target, options.ranking)
     large = edges[edges["exact"].abs() >= LARGE]
     for name, chosen in (("edges", edges), (LARGE_EDGES, large), ("edges and parts", totals)):
         rows += [_spearman_row(name, chosen)] if len(chosen) > 2 else []
-    by_position = [_by_position(items, per_pair, pairs)] if METHODS[method].by_position else []
+    by_position = [_by_position(items, per_pair, pairs)] if by_position else []
     table = pd.concat([edges, totals[~is_edge], *by_position], ignore_index=True)
     table = table.reindex(columns=dict.fromkeys((*table, "position", "label")))
     table = _circuits.with_target(table.assign(ranking=options.ranking, method=method), rows, options.target)
@@ -189,7 +190,8 @@ EXPERIMENT = Experiment(
         "curve falls when fewer edges are kept."
     ),
     method=(
-        "Score of i -> j: gradient at input_j times (corrupted output_i - output_i), averaged over 5 points (EAP-IG).\n"
+        "Patching i -> j replaces output_i, in input_j, by {written}. Score: gradient at input_j times that change, averaged "
+        "over 5 points (EAP-IG).\n"
         "Exact effect: change of the normalized logit diff with the edge or part alone patched, on fewer prompts.\n"
         "Edges outside the circuit are patched; accuracy is among the candidates of the pair; intervals are 95 % over "
         "pairs."

@@ -17,9 +17,8 @@ import pandas as pd
 
 from ioi_mamba.analyses import _effects
 from ioi_mamba.experiments.experiment import Context, Experiment
-from ioi_mamba.experiments.options import option
+from ioi_mamba.experiments.options import ablation_option, option
 from ioi_mamba.experiments.story import Kind, Told, cells
-from ioi_mamba.passes.ablations import ABLATIONS
 from ioi_mamba.passes.ranges import usable
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
@@ -29,8 +28,8 @@ from ioi_mamba.tasks.base import Pairs
 class Options:
     """Options of layer-ablation."""
 
-    site: str = option("layer_input", "the site of a layer to resample; `ioi-mamba sites` lists them")
-    ablation: str = option("resample", "what is written in the value's place", choices=ABLATIONS)
+    site: str = option("layer_input", "the site of a layer to ablate; `ioi-mamba sites` lists them")
+    ablation: str = ablation_option()
     resume: bool = option(True, "start each pass where it is patched: same values, faster")
 
 
@@ -49,7 +48,7 @@ def run(context: Context) -> pd.DataFrame:
 
 def chart(table: pd.DataFrame):
     """Layer by position, of one corruption."""
-    return _effects.effect_chart(table, "Effect of resampling the layer input")
+    return _effects.effect_chart(table, "the layer input")
 
 
 def bottleneck(table: pd.DataFrame) -> int:
@@ -94,7 +93,7 @@ EXPERIMENT = Experiment(
     question="Which layer reads {varies}, and where?",
     look_for="Dark cells in the column of what was changed. All panels share one scale, so a pale panel is a weak effect.",
     method=(
-        "Run the clean prompt with one layer's input at one position replaced by the corrupted run's (hook_layer_input).\n"
+        "Run the clean prompt with one layer's input (hook_layer_input) at one position replaced by {written}.\n"
         "Effect = 1 - (d_patched - d_corrupted) / (d_clean - d_corrupted), d the logit difference of the two answers.\n"
         "Mean over prompts; 0 acts like the clean run, 1 like the corrupted one."
     ),

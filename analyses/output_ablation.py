@@ -6,14 +6,24 @@ Paper section 4.4, figure 11: resample ablation of `hook_out_proj` at every (lay
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pandas as pd
 
 from ioi_mamba.analyses import _effects
 from ioi_mamba.experiments.experiment import Context, Experiment
+from ioi_mamba.experiments.options import ablation_option
 from ioi_mamba.experiments.story import Kind, Told, cells
 from ioi_mamba.passes.ranges import usable
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of output-ablation."""
+
+    ablation: str = ablation_option()
 
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
@@ -23,13 +33,13 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
 
 def run(context: Context) -> pd.DataFrame:
     """The table of effects; see `_effects.effect_table`."""
-    found = usable(context.model, context.pairs)
-    return _effects.effect_table(context.model, found, "out_proj", progress=context.progress)
+    found, ablation = usable(context.model, context.pairs), context.options.ablation
+    return _effects.effect_table(context.model, found, "out_proj", ablation=ablation, progress=context.progress)
 
 
 def chart(table: pd.DataFrame):
     """Layer by position, of one corruption."""
-    return _effects.effect_chart(table, "Effect of resampling out_proj")
+    return _effects.effect_chart(table, "out_proj")
 
 
 def findings(table: pd.DataFrame) -> list[str]:
@@ -49,10 +59,11 @@ EXPERIMENT = Experiment(
     question="Where do layers write what the answer needs?",
     look_for="A layer whose only dark cell is in the last column writes its result to the last token alone.",
     method=(
-        "Overwrite what a layer adds to the stream (hook_out_proj) at one position with the corrupted run's.\n"
+        "What a layer adds to the stream (hook_out_proj) at one position is replaced by {written}.\n"
         "Effect = 1 - (d_patched - d_corrupted) / (d_clean - d_corrupted).\n"
         "Mean over prompts, every layer and position, one corruption a panel."
     ),
+    options=Options,
     columns=_effects.COLUMNS,
     draws={ioi.TASK.name: default_pairs},
     run=run,

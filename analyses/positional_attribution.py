@@ -61,7 +61,7 @@ def run(context: Context) -> pd.DataFrame:
     pairs, held_out = _one_layout(pairs, held_out)
     other_layouts = given - len(pairs) - (0 if held_out is None else len(held_out))
     pairs, held_out, left_out = _circuits.with_range(model, pairs, held_out)
-    scoring = Scoring(method, options.variant, options.steps, positions=True)
+    scoring = Scoring(method, options.variant, options.steps, positions=True, ablation=options.ablation)
     items, per_pair = _circuits.attributed(context, pairs, scoring, context.stage(0, 0.7))
     n_items, n_positions, _ = per_pair.shape
     each = items.drop(columns="part").loc[items.index.repeat(n_positions)].reset_index(drop=True)
@@ -70,12 +70,12 @@ def run(context: Context) -> pd.DataFrame:
     per_item = per_pair.flatten(0, 1)
     table = ranked(_circuits.with_scores(each, per_item, pairs.clusters), ranking)
     universe = universe_of(model, n_positions=n_positions)
-    train = Evaluator(model, pairs, universe)
+    train = Evaluator(model, pairs, universe, ablation=options.ablation)
     order = Ranking.from_frame(table, universe)
     circuit = _circuits.chosen_circuit(train, order, target)
     table["kept"] = table["rank"] <= len(circuit)
     table["bottleneck"] = busiest_layer(table) if layer is None else layer
-    held = train if held_out is pairs else Evaluator(model, held_out, universe)
+    held = train if held_out is pairs else Evaluator(model, held_out, universe, ablation=options.ablation)
     rows = _circuits.faithfulness_rows(train, held, circuit, order, context.stage(0.7, 1))
     rows += _circuits.jaccard_rows(train, each, per_item, target, ranking)
     reduced = without_early_output(circuit, table["bottleneck"].iloc[0])
@@ -204,7 +204,8 @@ EXPERIMENT = Experiment(
         "node to hide it: what is left when the busiest are gone is the rest of the mechanism."
     ),
     method=(
-        "Score of i -> j at a position: EAP-IG with 5 points, summed over D only.\n"
+        "Patching i -> j at a position replaces output_i there, in input_j, by {written}. Score: EAP-IG with 5 points, summed "
+        "over D only.\n"
         "The circuit is the smallest with train accuracy above the target; the rest is patched, each item at its "
         "position.\n"
         "Bottleneck: the one given, or the layer after 0 with the most |score| on edges into it before the last position."

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ioi_mamba.analyses import _effects
 from ioi_mamba.experiments.experiment import Context, Experiment
-from ioi_mamba.experiments.options import option
+from ioi_mamba.experiments.options import ablation_option, option
 from ioi_mamba.experiments.story import Kind, Told, cells
 from ioi_mamba.passes.ranges import usable
 from ioi_mamba.passes.sweep import STATE_AND_CONV
@@ -26,7 +26,8 @@ from ioi_mamba.tasks.base import Pairs
 class Options:
     """Options of state-ablation."""
 
-    with_conv: bool = option(False, "overwrite the last K-1 conv inputs together with the state")
+    with_conv: bool = option(False, "overwrite the last K-1 conv inputs together with the state, by resample alone")
+    ablation: str = ablation_option()
 
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
@@ -37,12 +38,13 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
 def run(context: Context) -> pd.DataFrame:
     """The table of effects; see `_effects.effect_table`."""
     site = STATE_AND_CONV if context.options.with_conv else "h"
-    return _effects.effect_table(context.model, usable(context.model, context.pairs), site, progress=context.progress)
+    found, ablation = usable(context.model, context.pairs), context.options.ablation
+    return _effects.effect_table(context.model, found, site, ablation=ablation, progress=context.progress)
 
 
 def chart(table: pd.DataFrame):
     """Layer by position, of one corruption."""
-    return _effects.effect_chart(table, "Effect of resampling h")
+    return _effects.effect_chart(table, "h")
 
 
 def findings(table: pd.DataFrame) -> list[str]:
@@ -62,7 +64,7 @@ EXPERIMENT = Experiment(
     question="From where does the state carry {varies}?",
     look_for="Columns from one after what was changed to the end: the state carries it there.",
     method=(
-        "Overwrite h at one position with the corrupted run's; the recurrence goes on from it with clean inputs.\n"
+        "h at one position is replaced by {written}; the recurrence goes on from it with clean inputs.\n"
         "Effect = 1 - (d_patched - d_corrupted) / (d_clean - d_corrupted).\n"
         "Mean over prompts, every layer and position, one corruption a panel."
     ),

@@ -3,7 +3,8 @@
 The paper's first open question (section 6): what is done before the bottleneck, by which ways. Inside a layer a token
 reaches another by two ways. A tap of the convolution takes from a fixed distance. The state takes from every earlier
 token: y_t is a sum over sources s <= t of C_t (A_bar_t ... A_bar_(s+1)) B_bar_s x_s, one exact term each
-(`ioi_mamba.circuits.flow`). Every tap at every target, and every term, is an item that is patched from the corrupted run.
+(`ioi_mamba.circuits.flow`). Every tap at every target, and every term, is an item that is patched from the corrupted run,
+or with `ablation=zero` knocked out, as attention is between two tokens.
 
 A score is the gradient times the change that patching brings, for all items from one backward pass, or with method=exact
 what patching the item alone does. Scores are summed by role: what is between roles is "other", so prompts of unequal length
@@ -29,8 +30,9 @@ from ioi_mamba.circuits.methods import Options as Scoring
 from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.experiments.experiment import Column, Context, Experiment
 from ioi_mamba.experiments.needs import Need
-from ioi_mamba.experiments.options import option
+from ioi_mamba.experiments.options import ablation_option, option
 from ioi_mamba.model.families import layers_with, sizes_of
+from ioi_mamba.passes.ablations import RESAMPLE, ZERO
 from ioi_mamba.passes.ranges import left_out_sentence, usable
 from ioi_mamba.tasks import ioi
 from ioi_mamba.tasks.base import Pairs
@@ -47,6 +49,7 @@ class Options:
     """Options of token-flow."""
 
     method: str = option("eap", "gradient at the clean point, or each item patched alone", choices=METHODS)
+    ablation: str = ablation_option((RESAMPLE.name, ZERO.name))
 
 
 def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
@@ -56,13 +59,13 @@ def default_pairs(tokenizer, n_pairs: int | None, seed: int) -> Pairs:
 
 def run(context: Context) -> pd.DataFrame:
     """One row for each layer, path, source and target role: the sum of its items' scores, mean over pairs."""
-    model, found = context.model, usable(context.model, context.pairs)
+    model, options, found = context.model, context.options, usable(context.model, context.pairs)
     layers, (labels, layouts) = layers_with(model, "h"), by_role(found.pairs)
     per_pair = torch.full((2, len(layers), len(labels), len(labels), len(found.pairs)), torch.nan)
     for k, (part, own_rows, at) in enumerate(layouts):
         stage = context.stage(k / len(layouts), (k + 1) / len(layouts))
         conv = _by_taps(context, part, layers)
-        state = flow_scores(model, part, layers, heads=False, method=context.options.method, progress=stage)[:, 0]
+        state = flow_scores(model, part, layers, False, options.method, ablation=options.ablation, progress=stage)[:, 0]
         with_role = at.any(1)
         for path, scores in enumerate((conv, state)):
             summed = torch.einsum("at,bs,ltsp->lbap", at, at, scores.float())
@@ -92,10 +95,11 @@ def _by_taps(context: Context, pairs: Pairs, layers: list[int]) -> Tensor:
     if method == "exact":
         taps = [(i, k, t) for i in range(len(layers)) for k in range(K) for t in range(k, L)]
         items = [Item(nodes[layers[i]], nodes[layers[i]], t, f"conv{-k}") for i, k, t in taps]
-        for (i, k, t), effects in zip(taps, Evaluator(model, pairs, universe).exact_effects(items), strict=True):
+        alone = Evaluator(model, pairs, universe, ablation=context.options.ablation)
+        for (i, k, t), effects in zip(taps, alone.exact_effects(items), strict=True):
             found[i, t, t - k] = effects
         return found
-    scoring = Scoring(method, positions=True, parts=True)
+    scoring = Scoring(method, positions=True, parts=True, ablation=context.options.ablation)
     kinds, scores = _circuits.attributed(context, pairs, scoring)
     for kind, score in zip(kinds.itertuples(), scores, strict=True):
         if kind.part is None or not str(kind.part).startswith("conv"):
@@ -130,7 +134,7 @@ def findings(table: pd.DataFrame) -> list[str]:
     sentences = [
         f"Most is handed from {first.source} to {first.target} by the {first.path} of layer {first.layer}: score "
         f"{_effects.with_interval(first, 'score')}.",
-        f"The answer leans most on {named}; a negative score means that the corrupted run's value hurts.",
+        f"The answer leans most on {named}; a negative score means that patching hurts.",
     ]
     for path in by_path.index:
         layer = by_layer[path].idxmax()
@@ -150,8 +154,8 @@ EXPERIMENT = Experiment(
         "joined before."
     ),
     method=(
-        "A tap of the convolution at a target, or the state's share of a read-out that comes from one source, is patched "
-        "from the corrupted run.\n"
+        "A tap of the convolution at a target, or the state's share of a read-out that comes from one source, is "
+        "replaced by {written}.\n"
         "Score: gradient at the clean point times that change, in normalized logit differences; or exactly, each alone.\n"
         "Sums over the tokens of a role, mean over prompts; tokens without a role are other."
     ),

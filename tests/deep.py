@@ -4,10 +4,11 @@ import random
 
 import pandas as pd
 
-from ioi_mamba.analyses import _circuits
+from ioi_mamba.analyses import _circuits, circuit_stability
 from ioi_mamba.analyses.positional_attribution import LAST_ONLY, LOST
 from ioi_mamba.analyses.state_similarity import MEASURES
 from ioi_mamba.circuits.graph import Universe
+from ioi_mamba.passes.ablations import ABLATIONS
 from ioi_mamba.tasks.ioi import CORRUPTIONS, TEMPLATES
 
 NAMES = {3: "n1", 5: "n2", 7: "n3", 13: "n4", 15: "n5"}
@@ -118,6 +119,36 @@ def tables(n_layers, n_positions):
             rows += scores(LAST_ONLY, 19, sample) + scores(LOST, 19, sample)
         return _circuits.table_of(table, rows)
 
+    def kinds():
+        nodes = ["embed", *map(str, layers)]
+        rows = [
+            (kind, side, node, draw.uniform(-1, 1), draw.random(), 80)
+            for kind in ABLATIONS
+            for side in ("output", "input")
+            for node in nodes[side == "input" :]
+        ]
+        table = pd.DataFrame(rows, columns=["ablation", "side", "node", "effect", "accuracy", "n"])
+        return table.assign(low=-1.0, high=1.0, left_out=0)
+
+    def stability():
+        tables = []
+        for what, table in (("item", items(parts=True)), ("role", items(parts=False, positions=True))):
+            table = table.drop(columns="position").sample(min(len(table), 1500), random_state=3)
+            for size in circuit_stability.sizes_of(len(table)):
+                often = [draw.random() for _ in range(len(table))]
+                rows = table.assign(what=what, size=size, frequency=often, overall=often, low=-1.0, high=1.0)
+                tables.append(rows.assign(kept=rows["frequency"] > 0.5, core=rows["frequency"] > 0.95))
+        names = ("consensus", "core", "first k", "random", "consensus by role", circuit_stability.ADVANTAGE)
+        rows = [row for size in (9, 20, 40, 90) for name in names for row in scores(name, size, "held out")]
+        area = {"what": "circuit", "sample": "held out", "n": 60, "low": 0.0, "high": 1.0, "value": 0.5}
+        grids = (_circuits.MIB_GRID, circuit_stability.RANDOM_GRID)
+        rows += [area | {"circuit": name, "measure": measure} for name in grids for measure in ("cpr", "cmd")]
+        table = pd.concat([*tables, pd.DataFrame(rows)], ignore_index=True)
+        chosen = {name: table[name].eq(True) for name in ("core", "kept")}
+        texts = dict.fromkeys(("source", "target", "part", "label", "circuit", "sample", "measure"), "str")
+        types = texts | {"size": "Int64", "n": "Int64"}
+        return table.assign(**chosen).astype(types).assign(left_out=0, method="eap-ig")
+
     def flows():
         rows = [
             (layer, source, target, s, t, path, draw.uniform(-1, 1), -1.0, 1.0, 80)
@@ -173,6 +204,8 @@ def tables(n_layers, n_positions):
         "edge-attribution": edges(),
         "circuit-search": search(),
         "positional-attribution": positional(),
+        "ablation-kinds": kinds(),
+        "circuit-stability": stability(),
         "token-flow": flows(),
         "decoding": reading(),
         "features": of_features(),

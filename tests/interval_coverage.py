@@ -43,7 +43,7 @@ class Pool(NamedTuple):
     """Outcomes of a pool, [row], the second half of the rows being the first half's pairs turned about.
 
     effects: of resampling, of pairs of one corruption, as tables of effects have them, [row]. right: whether the answer
-    still beats the wrong one when resampled at CELLS, [cell, row]. attribution: of one edge, [row]. scores: of the curve's circuits, [size, row] by name. ends: [2, row].
+    still beats the wrong one when resampled at CELLS, [cell, row]. attribution: of one edge, [row]. scores: of the curve's circuits, [size, row] by name. ends: [2, row], of the clean run and with everything patched.
     """
 
     n_pairs: int
@@ -71,7 +71,7 @@ def pool_of(model, n_pairs: int, seed: int) -> Pool:
     effects = effect(**swept_logit_diffs(model, one, "layer_input", layers=[6], positions=CELLS[-1:]))[0, 0]
     _, everywhere = attributions(model, pairs, Options("eap"))
     of_edge = everywhere.sum(1)[order[0]]
-    return Pool(n_pairs, effects, right, of_edge, scores, evaluator.ends())
+    return Pool(n_pairs, effects, right, of_edge, scores, evaluator.ends()[[0, 2]])
 
 
 def coverages(pool: Pool, n_pairs: int, n_sets: int, seed: int, clustered: bool = True) -> dict[str, tuple[int, int]]:

@@ -37,6 +37,8 @@ FAMILIES, ZAMBA = "tests/families", "tests/families -k zamba"
 RELEVANCE, OPEN = "tests/circuits/test_relevance.py", "tests/analyses/test_open_questions.py"
 CHUNKS = "tests/study/test_chunks.py"
 FEATURES, DICTIONARIES = "tests/circuits/test_features.py", "tests/circuits/test_dictionaries.py"
+ABLATED, STABILITY = "tests/circuits/test_ablated.py", "tests/circuits/test_stability.py"
+STABLE = "tests/analyses/test_circuit_stability.py"
 EXTENSIONS, SURFACE = "tests/project/test_extensions.py", "tests/project/test_surface.py"
 
 FAULTS = (
@@ -162,8 +164,8 @@ FAULTS = (
     # passes
     Fault(
         "ioi_mamba/passes/sweep.py",
-        "begun = begins <= p if ablation.like_corrupted",
-        "begun = begins < p if ablation.like_corrupted",
+        "begun = begins <= p if spread.ablation.like_corrupted",
+        "begun = begins < p if spread.ablation.like_corrupted",
         SWEEP,
     ),
     Fault("ioi_mamba/passes/sweep.py", "logits_at=read_at - begin", "logits_at=read_at", SWEEP),
@@ -404,6 +406,22 @@ FAULTS = (
         "for name in sink_hooks(nodes)[:1]}",
         OPEN,
     ),
+    # kinds of ablation, and circuits that draws agree on
+    Fault(
+        "ioi_mamba/passes/ablations.py",
+        "groups[rows] = k * n_positions + positions",
+        "groups[rows] = positions",
+        ABLATED + " -k node",
+    ),
+    Fault("ioi_mamba/passes/ablations.py", "groups[rows, at.cpu()[rows]] = k", "pass", ABLATED + " -k node"),
+    Fault("ioi_mamba/circuits/patching.py", "(part.own,) if part.is_term else ()", "()", ABLATED + " -k part"),
+    Fault(
+        "ioi_mamba/circuits/scoring.py", "if ablation.name != RESAMPLE.name:", "if False:", ABLATED + " -k nothing_kept"
+    ),
+    Fault("ioi_mamba/circuits/search.py", "paper, resampled)", "paper, True)", ABLATED + " -k search"),
+    Fault("ioi_mamba/circuits/stability.py", "(ranks < size)", "(ranks <= size)", STABILITY),
+    Fault("ioi_mamba/circuits/stability.py", "total / share.clamp(min=1e-12)", "total", STABILITY),
+    Fault("analyses/circuit_stability.py", "not in kept\n", "in kept\n", STABLE + " -k role"),
     Fault("analyses/token_flow.py", "found[i, t, t - k] = score[t]", "found[i, t - k, t] = score[t]", OPEN),
     Fault("analyses/decoding.py", "scores[0] - patched", "patched - scores[0]", OPEN),
     Fault(

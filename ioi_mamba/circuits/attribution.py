@@ -16,6 +16,11 @@ Which variant to use:
 | "clean-difference" | as paper | corrupted - clean output_i | textbook integrated gradients; ranks worst (0.71) |
 | "relp" | one pass, at the clean point, with relevance rules (`relevance`) in place of gradients | corrupted - clean output_i | near EAP-IG's scores at the cost of one pass, without attention; of a hybrid they are farther from exact effects |
 
+With another `ablation` the difference is what that kind writes less the output, and the path ends where everything is so
+written. A score is near an exact effect only where little is changed: zeros are far from every value, and at the end of
+their path the norms divide by nothing, so that "eap-ig" there, above all "detached", says little; "relp" holds better, and
+"exact" is exact. `python -m bench.attribution` measures all of it.
+
 With `parts`, conv slices, ssm and skip are scored in the same passes. A conv slice is linear in the conv input, so
 its score is the gradient at the conv output times the change of the slice; ssm is the gradient at y times the change
 that the corrupted states bring; skip the gradient at the gate branch times its change. In the "paper" variant the
@@ -38,13 +43,15 @@ from ioi_mamba.charts.notebook import shown
 from ioi_mamba.circuits.features import Features, check_features
 from ioi_mamba.circuits.graph import Circuit, Universe, items_of, universe_of
 from ioi_mamba.circuits.methods import Kind, Method, MethodName, Options, method_of
+from ioi_mamba.circuits.patching import kind_of_patches
 from ioi_mamba.circuits.ranking import Ranking, places_of
 from ioi_mamba.circuits.scoring import check_one_layout
 from ioi_mamba.circuits.variants import Variant, VariantName, variant_of
 from ioi_mamba.errors import InputError
+from ioi_mamba.passes.ablations import Ablation, AblationName
 from ioi_mamba.passes.ranges import usable
 from ioi_mamba.passes.sweep import Progress
-from ioi_mamba.tasks.base import Pairs
+from ioi_mamba.tasks.base import Pairs, check_pairs
 
 
 def attribute(
@@ -59,6 +66,7 @@ def attribute(
     per_pair: bool = False,
     pairs_per_pass: int | None = None,
     features: Iterable[Features] = (),
+    ablation: AblationName | Ablation = "resample",
     progress: Progress | None = None,
 ) -> Attribution:
     """Attribution of every edge (and part); its `table` has columns source, target, position, part, score (and pair).
@@ -70,13 +78,15 @@ def attribute(
     being its number among those given. Pairs without a range (`ranges`) have no score and are in no mean: the table's
     `attrs` says how many were `left_out`.
     pairs_per_pass: default what fits into 1 GiB, on an accelerator 8 GiB. features: what `features_at` makes; their items
-    have parts such as "out_proj.12" and "out_proj.error".
+    have parts such as "out_proj.12" and "out_proj.error". ablation: what patching writes, by default the corrupted run's
+    values: "resample", "mean", "mean-by-role", "zero", "noise", or one of your own (`passes.ablations`).
     Score: normalized logit diff per unit of patching; negative = patching lowers the metric.
-    Raises InputError for an unknown method or variant, steps < 2 with eap-ig, scores that are not finite, pairs of
+    Raises InputError for an unknown method, variant or ablation, steps < 2 with eap-ig, scores that are not finite, pairs of
     which none has a range, and pairs of several layouts where their scores at positions would be averaged.
     """
-    options = Options(method, variant, steps, positions, parts, per_pair, pairs_per_pass, check_features(features))
-    found_by = _checked(options)
+    chosen = check_features(features)
+    options = Options(method, variant, steps, positions, parts, per_pair, pairs_per_pass, chosen, ablation)
+    found_by = _checked(options, pairs)
     if positions and not per_pair:
         check_one_layout(pairs)
     found = usable(model, pairs)
@@ -135,14 +145,15 @@ def attributions(
 
     The axis of positions has length 1 without `positions`, that of pairs without `per_pair`.
     """
-    method = _checked(options)
+    method = _checked(options, pairs)
     n_positions = pairs.clean.shape[1] if options.positions else None
     universe = universe_of(model, parts=options.parts, n_positions=n_positions, features=options.features)
     return universe.kinds(), method.run(model, pairs, universe, options, progress)
 
 
-def _checked(options: Options) -> Method:
+def _checked(options: Options, pairs: Pairs) -> Method:
     """The method. Raises InputError for options that mean nothing."""
+    kind_of_patches(options.ablation, check_pairs(pairs), options.features)
     method = method_of(options.method)
     variant_of(options.variant)
     if options.pairs_per_pass is not None and options.pairs_per_pass < 1:

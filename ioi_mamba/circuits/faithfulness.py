@@ -1,10 +1,10 @@
 """How well a circuit stands for the model: scores on held-out pairs, with intervals, and against size.
 
-A circuit is evaluated by patching everything outside it with the corrupted run (*sufficiency*), or, as a test of
-*necessity*, by patching what is inside it and keeping the rest. Every score comes with an interval (`intervals`);
+A circuit is evaluated by patching everything outside it, by default with the corrupted run (*sufficiency*), or, as a test
+of *necessity*, by patching what is inside it and keeping the rest. Every score comes with an interval (`intervals`);
 circuits evaluated together are resampled together, so that their differences have intervals too. f is MIB's
-faithfulness, (m(C) - m(empty)) / (m(N) - m(empty)) with m the mean logit difference, the empty circuit being the
-corrupted run; CPR is the area under f over the fraction of items kept, CMD the area of |1 - f|. Both depend on the
+faithfulness, (m(C) - m(empty)) / (m(N) - m(empty)) with m the mean logit difference, the empty circuit having
+everything patched; CPR is the area under f over the fraction of items kept, CMD the area of |1 - f|. Both depend on the
 fractions they are summed over: `MIB_FRACTIONS` are those of the benchmark (`mib_sizes`).
 """
 
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ioi_mamba.circuits.graph import Circuit, Item, kind_of
 from ioi_mamba.circuits.ranking import Ranking, places_of
-from ioi_mamba.circuits.scoring import SCORES, Evaluator, chosen_sizes, smallest_size
+from ioi_mamba.circuits.scoring import SCORES, Evaluator, chosen_sizes, faithfulness_of, smallest_size
 from ioi_mamba.circuits.search import Search
 from ioi_mamba.errors import InputError
 from ioi_mamba.model.jobs import runs_here
+from ioi_mamba.passes.ablations import Ablation, AblationName
 from ioi_mamba.passes.intervals import Estimate, Mean, Resampled, mean_interval, resampled_means, share_interval
 from ioi_mamba.passes.sweep import Progress
 from ioi_mamba.tasks.base import Pairs
@@ -38,12 +39,14 @@ def evaluate(
     *,
     necessity: bool = False,
     intervals: bool = False,
+    ablation: AblationName | Ablation = "resample",
     seed: int = 0,
 ) -> dict[str, float]:
     """Mean scores of a circuit on pairs: those of SCORES, and `f` (MIB's faithfulness), `n`, `left_out`, `size`.
 
     circuit: a `Circuit`, what `im.acdc` gives, or a table with a column `kept`. n: the pairs that have a range (`ranges`); left_out: those that have none. necessity: patch the circuit and keep the
-    rest. intervals: add `{score}_low` and `{score}_high`, 95 % by cluster. seed: of the bootstrap that f has. Raises
+    rest. intervals: add `{score}_low` and `{score}_high`, 95 % by cluster. ablation: what patching writes, by default the
+    corrupted run's values (`passes.ablations`). seed: of the bootstrap that f has. Raises
     InputError for a circuit of another graph, where no pair has a range, and for a circuit at positions with pairs of
     several layouts.
     """
@@ -52,7 +55,7 @@ def evaluate(
     elif not isinstance(circuit, Circuit):
         circuit = Circuit.from_frame(circuit, model)
     patched = list(circuit.items) if necessity else circuit.patched()
-    evaluator = Evaluator(model, pairs, circuit.universe)
+    evaluator = Evaluator(model, pairs, circuit.universe, ablation=ablation)
     found = estimates(evaluator, [patched], seed)
     n = len(evaluator.rows_kept)
     out: dict[str, float] = {"n": n, "left_out": len(pairs) - n, "size": len(circuit)}
@@ -67,17 +70,23 @@ def estimates(
     evaluator: Evaluator, patched: Sequence[Sequence[Item]], seed: int = 0, progress: Progress | None = None
 ) -> dict[str, Estimate]:
     """The scores of SCORES and `f` with each set of items patched, as means over pairs, with intervals by cluster."""
-    scores, clusters = evaluator.scores(patched, progress), evaluator.clusters
+    scores = evaluator.scores(patched, progress)
+    return estimates_of(scores, evaluator.ends(), evaluator.clusters, seed)
+
+
+def estimates_of(scores: dict[str, Tensor], ends: Tensor, clusters: Tensor, seed: int = 0) -> dict[str, Estimate]:
+    """As `estimates`, of scores [set, pair] by name, such as those of evaluators of several layouts put together.
+
+    ends: logit differences [3, pair] of `scoring.ENDS`. clusters: Int64[pair].
+    """
     out: dict[str, Estimate] = {
         name: Mean(values, clusters, share_interval if name in SHARES else mean_interval)
         for name, values in scores.items()
     }
-    ends, differences = (
-        resampled_means(each, clusters, seed=seed) for each in (evaluator.ends(), scores["logit_diff"])
-    )
-    full, empty = ends[:, :1], ends[:, 1:]
-    f = (differences - empty) / (full - empty)
-    out["f"] = Resampled(evaluator.faithfulness(scores["logit_diff"]).double(), f, int(clusters.max()) + 1)
+    drawn, differences = (resampled_means(each, clusters, seed=seed) for each in (ends, scores["logit_diff"]))
+    f = (differences - drawn[:, 2:]) / (drawn[:, :1] - drawn[:, 2:])
+    value = faithfulness_of(scores["logit_diff"], ends)
+    out["f"] = Resampled(value.double(), f, int(clusters.max()) + 1)
     return out
 
 

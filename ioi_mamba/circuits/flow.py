@@ -6,7 +6,8 @@ Unrolled, y_t of a mixer is a sum over source positions s <= t (arXiv 2403.01590
 
 One term is a *flow*, source -> target, of one layer, and in a Mamba-2 of one head. Patched, it takes A_bar, B_bar and x
 from the corrupted run and C from the pass itself, as the part `ssm` does (appendix D.2): all flows of a layer patched are
-that part patched. The convolution's own ways from token to token are parts already (`conv-1` at a position).
+that part patched. Ablated by zero it is left out of the sum, as an attention is knocked out between two tokens. The
+convolution's own ways from token to token are parts already (`conv-1` at a position).
 
 A flow is scored by gradient, for all at once, or exactly, each patched alone.
 """
@@ -27,6 +28,7 @@ from ioi_mamba.model.families import family_of, layers_with, mixer_layer, sizes_
 from ioi_mamba.model.jobs import call, device_of, each_chunk
 from ioi_mamba.model.memory import rows_per_chunk, rows_per_pass
 from ioi_mamba.model.portable import portable
+from ioi_mamba.passes.ablations import Ablation, AblationName, Spread, ablation_of, groups_of, replaced
 from ioi_mamba.passes.forward import Start, forward
 from ioi_mamba.passes.intervals import mean_interval
 from ioi_mamba.passes.metrics import logit_diff, normalized_logit_diff
@@ -62,6 +64,7 @@ def token_flow(
     heads: bool = False,
     method: Literal["eap", "exact"] = "eap",
     pairs_per_pass: int | None = None,
+    ablation: AblationName | Ablation = "resample",
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """How much the answer needs each flow, mean over pairs.
@@ -74,6 +77,7 @@ def token_flow(
         method: "eap": the gradient at the clean point times what patching changes, all flows from one backward pass;
             "exact": each flow is patched alone, a pass a flow.
         pairs_per_pass: By default what fits into 1 GiB, on an accelerator 8 GiB.
+        ablation: What patching writes: "resample", the corrupted run's, or "zero", nothing ("knockout").
         progress: Called with (done, total).
 
     Returns:
@@ -81,8 +85,8 @@ def token_flow(
         normalized logit diff per unit of patching, as of `attribute`; negative: patching lowers the metric.
 
     Raises:
-        InputError: For a layer without a mixer, heads of a model that has none, an unknown method, prompts of several
-            layouts, and pairs of which none has a range.
+        InputError: For a layer without a mixer, heads of a model that has none, an unknown method or ablation, one that
+            flows do not have, prompts of several layouts, and pairs of which none has a range.
     """
     check_one_layout(pairs)
     chosen = layers_with(model, "h") if layers is None else [mixer_layer(model, layer) for layer in layers]
@@ -90,8 +94,9 @@ def token_flow(
         raise InputError(f"The mixers of this {family_of(model).label} have no heads: leave heads out.")
     if method not in METHODS:
         raise InputError(f"method {method!r} is unknown: methods are {', '.join(METHODS)}.")
+    check_ablation(ablation)
     found = usable(model, pairs)
-    scores = flow_scores(model, found.pairs, chosen, heads, method, pairs_per_pass, progress)
+    scores = flow_scores(model, found.pairs, chosen, heads, method, pairs_per_pass, ablation, progress)
     low, high = mean_interval(scores, found.pairs.clusters)
     labels = found.pairs.position_labels()
     rows = [
@@ -125,6 +130,7 @@ def flow_scores(
     heads: bool,
     method: str,
     pairs_per_pass: int | None = None,
+    ablation: str | Ablation = "resample",
     progress: Progress | None = None,
 ) -> Tensor:
     """As `token_flow`, of pairs that all have a range: Float[layer, head or 1, target, source, pair]."""
@@ -134,16 +140,36 @@ def flow_scores(
     else:
         rows = size = pairs_per_pass
     work, bare = _gradient_chunk if method == "eap" else _each_alone, pairs.without_text()
-    chunks = [(bare[first : first + size], list(layers), heads, rows) for first in range(0, len(pairs), size)]
+    options = (list(layers), heads, rows, check_ablation(ablation))
+    chunks = [(bare[first : first + size], *options) for first in range(0, len(pairs), size)]
     with pair_named(model, pairs):
         return torch.cat(each_chunk(model, work, chunks, progress=progress), -1)
 
 
-def patch_flow(model: Any, pairs: Pairs, flows: Iterable[Flow | Sequence[int]]) -> Tensor:
-    """Logits [pair, pos, vocab] of the clean prompts with these flows patched from the corrupted run.
+def check_ablation(ablation: str | Ablation) -> Ablation:
+    """The kind of ablation. Raises InputError for one that flows do not have."""
+    found = ablation_of(ablation)
+    if found.over is not None or found.draws:
+        raise InputError(
+            f"A flow cannot be ablated by {found.name}: it is a product of values at many positions, of which the mean is not "
+            "the product of means. Ablate flows by resample or by zero."
+        )
+    return found
 
-    flows: (layer, source, target) or (layer, source, target, head). Raises InputError for what is no flow of the model.
+
+def patch_flow(
+    model: Any,
+    pairs: Pairs,
+    flows: Iterable[Flow | Sequence[int]],
+    *,
+    ablation: AblationName | Ablation = "resample",
+) -> Tensor:
+    """Logits [pair, pos, vocab] of the clean prompts with these flows patched, by default from the corrupted run.
+
+    flows: (layer, source, target) or (layer, source, target, head). ablation: as of `token_flow`. Raises InputError for
+    what is no flow of the model, and for an ablation that flows do not have.
     """
+    kind = check_ablation(ablation)
     check_pairs(pairs)
     n_positions, sizes = pairs.clean.shape[1], sizes_of(model)
     n_heads = sizes.letters.get("H", 1)
@@ -163,7 +189,7 @@ def patch_flow(model: Any, pairs: Pairs, flows: Iterable[Flow | Sequence[int]]) 
             )
         weight = weights.setdefault(layer, torch.zeros(1, n_heads, n_positions, n_positions))
         weight[:, slice(None) if flow.head is None else flow.head, flow.target, flow.source] = 1
-    return call(model, _patched, pairs.without_text(), weights)
+    return call(model, _patched, pairs.without_text(), weights, kind)
 
 
 def _names(layer: int, sites: Iterable[str]) -> dict[str, str]:
@@ -171,7 +197,7 @@ def _names(layer: int, sites: Iterable[str]) -> dict[str, str]:
 
 
 def _taken(values: dict[str, Tensor], layer: int) -> list[Tensor]:
-    """x, delta and B of a run in one layer."""
+    """x, delta and B in one layer, as they are patched in."""
     return [values[name] for name in _names(layer, MOVED).values()]
 
 
@@ -192,7 +218,7 @@ def _changed(mixer, function, first: Tensor, there: list[Tensor], here: dict[str
 def _run_with(model, tokens: Tensor, corrupted: dict[str, Tensor], weights: dict[int, Tensor], **options) -> Tensor:
     """Logits of a pass over rows of sets x pairs in which flows are patched; weights: by layer [set, H or 1, target, source].
 
-    corrupted: the values of the corrupted run [pair, ...].
+    corrupted: the values that are patched in [pair, ...].
     """
     mixer, now = family_of(model).mixer, {}
     edits, observe = {}, {}
@@ -212,15 +238,15 @@ def _run_with(model, tokens: Tensor, corrupted: dict[str, Tensor], weights: dict
         return forward(model, tokens, edits, observe=observe, own_scan=True, **options)["hook_logits"]
 
 
-def _corrupted(model, pairs: Pairs, layers: Iterable[int]) -> dict[str, Tensor]:
+def _corrupted(model, pairs: Pairs, layers: Iterable[int], ablation: Ablation) -> dict[str, Tensor]:
+    """What is patched in at MOVED, and the logits of the corrupted prompts."""
     names = [name for layer in layers for name in _names(layer, MOVED).values()]
-    with torch.no_grad():
-        return forward(model, pairs.corrupted, reads=names, logits_at=pairs.read_at, own_scan=True)
+    return replaced(model, pairs, names, Spread(ablation, groups_of(pairs, ablation), {}))
 
 
-def _patched(model, pairs: Pairs, weights: dict[int, Tensor], *, progress=None) -> Tensor:
+def _patched(model, pairs: Pairs, weights: dict[int, Tensor], ablation: Ablation, *, progress=None) -> Tensor:
     tokens = pairs.clean.to(device_of(model))
-    return _run_with(model, tokens, _corrupted(model, pairs, weights), weights)
+    return _run_with(model, tokens, _corrupted(model, pairs, weights, ablation), weights)
 
 
 def _difference(pairs: Pairs, logits: Tensor) -> Tensor:
@@ -229,18 +255,24 @@ def _difference(pairs: Pairs, logits: Tensor) -> Tensor:
 
 
 def _gradient_chunk(
-    model, pairs: Pairs, layers: list[int], heads: bool, rows: int, *, progress: Progress | None = None
+    model,
+    pairs: Pairs,
+    layers: list[int],
+    heads: bool,
+    rows: int,
+    ablation: Ablation,
+    *,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Scores [layer, head or 1, target, source, pair] of one chunk."""
     # Gradients are to be had inside torch.inference_mode too, from tensors that were made outside it.
     with torch.inference_mode(False):
-        return _gradients(
-            model, replace(pairs, clean=pairs.clean.clone(), corrupted=pairs.corrupted.clone()), layers, heads
-        )
+        own = replace(pairs, clean=pairs.clean.clone(), corrupted=pairs.corrupted.clone())
+        return _gradients(model, own, layers, heads, ablation)
 
 
-def _gradients(model, pairs: Pairs, layers: list[int], heads: bool) -> Tensor:
-    mixer, corrupted = family_of(model).mixer, _corrupted(model, pairs, layers)
+def _gradients(model, pairs: Pairs, layers: list[int], heads: bool, ablation: Ablation) -> Tensor:
+    mixer, corrupted = family_of(model).mixer, _corrupted(model, pairs, layers, ablation)
     at_y: dict[int, Tensor] = {}
     now: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
 
@@ -282,13 +314,20 @@ def _gradients(model, pairs: Pairs, layers: list[int], heads: bool) -> Tensor:
 
 
 def _each_alone(
-    model, pairs: Pairs, layers: list[int], heads: bool, rows: int, *, progress: Progress | None = None
+    model,
+    pairs: Pairs,
+    layers: list[int],
+    heads: bool,
+    rows: int,
+    ablation: Ablation,
+    *,
+    progress: Progress | None = None,
 ) -> Tensor:
     """The same, each flow patched alone: a pass has as many flows as fill it."""
     L, n_heads = pairs.clean.shape[1], sizes_of(model).letters.get("H", 1) if heads else 1
     places = [(head, t, s) for head in range(n_heads) for t in range(L) for s in range(t + 1)]
     found = torch.zeros(len(layers), n_heads, L, L, len(pairs))
-    corrupted = _corrupted(model, pairs, layers)
+    corrupted = _corrupted(model, pairs, layers, ablation)
     streams = {layer: f"blocks.{layer}.hook_resid_pre" for layer in layers}
     with torch.no_grad():
         clean = forward(model, pairs.clean, reads=list(streams.values()), logits_at=pairs.read_at, own_scan=True)

@@ -20,12 +20,12 @@ from ioi_mamba.circuits.patching import (
     edit_after,
     node_of,
     nodes_of,
-    parts_of,
     sink_hooks,
 )
 from ioi_mamba.circuits.variants import Variant
 from ioi_mamba.model.jobs import device_of
 from ioi_mamba.model.portable import portable
+from ioi_mamba.passes.ablations import Spread
 from ioi_mamba.passes.forward import Observer, forward
 from ioi_mamba.passes.metrics import logit_diff, normalized_logit_diff
 from ioi_mamba.passes.sweep import Progress
@@ -56,7 +56,7 @@ def _differentiable_pass(
     model, pairs: Pairs, corrupted: CorruptedRun, alpha: float, variant: Variant, parts: bool, score
 ):
     """Run the clean prompts at one point of the path; `score(logits, patch, point)` is called inside the trace."""
-    nodes, of_layer = nodes_of(model), parts_of(model) if parts else ()
+    nodes, of_layer = nodes_of(model), corrupted.parts if parts else ()
     universe = universe_of(model, parts=parts)
     masks = _path_masks(universe, pairs.clean.shape[1], alpha, parts and variant.parts_on_path)
     # On the path no feature is patched: what is upstream moves them.
@@ -129,11 +129,17 @@ def _chunk_scores(
     variant: Variant,
     parts: bool,
     features: tuple[Features, ...],
+    spread: Spread | None,
+    first: int,
 ) -> dict[str, Tensor]:
-    """Scores of one chunk: edges [pair, source, target, pos]; parts [pair, node, part, pos]; features [pair, item, pos]."""
-    nodes, of_layer = nodes_of(model), parts_of(model) if parts else ()
-    n, (P, L) = len(nodes), pairs.clean.shape
-    corrupted = corrupted_run(model, pairs, parts=parts, features=features)
+    """Scores of one chunk: edges [pair, source, target, pos]; parts [pair, node, part, pos]; features [pair, item, pos].
+
+    spread: of all pairs, of which the first of these is number `first`.
+    """
+    n, (P, L) = len(nodes_of(model)), pairs.clean.shape
+    numbers = torch.arange(first, first + P)
+    corrupted = corrupted_run(model, pairs, parts=parts, features=features, spread=spread, rows=numbers)
+    nodes, of_layer = nodes_of(model), corrupted.parts if parts else ()
     answer, wrong = pairs.answer.to(device_of(model)), pairs.wrong.to(device_of(model))
     from_corrupted = logit_diff(corrupted.logits, answer, wrong)
     clean: dict = {}
@@ -194,6 +200,7 @@ def scores(
     features: tuple[Features, ...],
     positions: bool,
     per_pair: bool,
+    spread: Spread | None,
     first: int,
     *,
     progress: Progress | None = None,
@@ -201,12 +208,12 @@ def scores(
     """As `_chunk_scores`, on the CPU; summed to length 1 without `positions`, and, in float64, without `per_pair`.
 
     A function for `each_chunk`.
-    first: the number of the first of these pairs among all.
+    spread: what the ablation takes of all pairs, None for resample. first: the number of the first of these among all.
     """
     # Gradients are to be had inside torch.inference_mode too, from tensors that were made outside it.
     with torch.inference_mode(False):
         own = replace(pairs, clean=pairs.clean.clone(), corrupted=pairs.corrupted.clone())
-        of_items = _chunk_scores(model, own, alphas, steps, variant, parts, features)
+        of_items = _chunk_scores(model, own, alphas, steps, variant, parts, features, spread, first)
         found = {name: score.cpu() for name, score in of_items.items()}
     for score in found.values():
         pairs.check_finite("scores", score.movedim(0, -1), first)

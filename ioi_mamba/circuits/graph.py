@@ -331,10 +331,12 @@ class Circuit:
         """How many items of each kind are kept: embed->layer, layer->layer, layer->output, embed->output, parts."""
         return pd.Series([kind_of(item) for item in self.items], dtype="str").value_counts().to_dict()
 
-    def pruned(self) -> Circuit:
+    def pruned(self, *, from_embed: bool = True) -> Circuit:
         """Only the edges on a path from embed to output, and the parts of the layers that such a path visits.
 
-        Positions are not told apart: a layer moves what it reads to later positions.
+        Positions are not told apart: a layer moves what it reads to later positions. from_embed: whether a path must begin
+        there. Resampled, what does not is the corrupted run's whether it is patched or not; by other kinds of ablation a
+        layer that reads nothing of the prompt still is not what is written in its place.
         """
         edges = {(i.source, i.target) for i in self.items if i.part is None}
 
@@ -347,7 +349,9 @@ class Circuit:
                 frontier += new
             return seen
 
-        live = reached("embed", edges) & reached("output", {(b, a) for a, b in edges})
+        live = reached("output", {(b, a) for a, b in edges})
+        if from_embed:
+            live &= reached("embed", edges)
         return self._with(i for i in self.items if i.source in live and i.target in live)
 
     def jaccard(self, other: Circuit) -> float:

@@ -12,10 +12,12 @@ from torch import Tensor
 from ioi_mamba.circuits import gradients
 from ioi_mamba.circuits.features import Features, row_floats
 from ioi_mamba.circuits.graph import Item, Universe
+from ioi_mamba.circuits.patching import kind_of_patches, spread_for
 from ioi_mamba.circuits.scoring import Evaluator
 from ioi_mamba.circuits.variants import Variant, variant_of
 from ioi_mamba.model.jobs import each_chunk
 from ioi_mamba.model.memory import rows_per_chunk
+from ioi_mamba.passes.ablations import RESAMPLE, Ablation, AblationName, ablation_of
 from ioi_mamba.passes.sweep import Progress, pair_named
 from ioi_mamba.registry import named
 from ioi_mamba.tasks.base import Pairs
@@ -36,6 +38,7 @@ class Options(NamedTuple):
     per_pair: bool = True
     pairs_per_pass: int | None = None
     features: tuple[Features, ...] = ()
+    ablation: AblationName | Ablation = "resample"
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def _along_the_path(
     # to add there is embed->output, which is zero where the last token is the same: then the step is not run.
     rows, at = torch.arange(len(pairs))[:, None], pairs.read_at
     same_last = bool((pairs.clean[rows, at] == pairs.corrupted[rows, at]).all())
+    same_last = same_last and ablation_of(options.ablation).name == RESAMPLE.name
     dispensable = same_last and not variant.detached and not variant.from_clean
     alphas = alphas[:-1] if dispensable else alphas
     return _by_gradients(model, pairs, universe, options, alphas, options.steps, progress)
@@ -99,13 +103,15 @@ def _by_gradients(
     steps: int,
     progress: Progress | None,
 ) -> Tensor:
-    _, variant, _, positions, parts, per_pair, pairs_per_pass, features = options
+    _, variant, _, positions, parts, per_pair, pairs_per_pass, features, ablation = options
     if pairs_per_pass is None:
-        L, kind = pairs.clean.shape[1], "part gradients" if parts else "gradients"
-        pairs_per_pass = min(64, rows_per_chunk(model, len(pairs), L, kind, more=row_floats(features, L)))
+        L, of_pass = pairs.clean.shape[1], "part gradients" if parts else "gradients"
+        pairs_per_pass = min(64, rows_per_chunk(model, len(pairs), L, of_pass, more=row_floats(features, L)))
     passes, bare = (alphas, steps, variant_of(variant), parts, features, positions, per_pair), pairs.without_text()
-    chunks = [(bare[first : first + pairs_per_pass], *passes, first) for first in range(0, len(pairs), pairs_per_pass)]
+    starts = range(0, len(pairs), pairs_per_pass)
     with pair_named(model, pairs):
+        spread = spread_for(model, pairs, parts=parts, ablation=kind_of_patches(ablation, pairs, features))
+        chunks = [(bare[first : first + pairs_per_pass], *passes, spread, first) for first in starts]
         found = each_chunk(model, gradients.scores, chunks, progress=progress)
     scores = {name: torch.cat([chunk[name] for chunk in found]) for name in found[0]}
     if not per_pair:
@@ -121,7 +127,7 @@ def _patched_alone(model: Any, pairs: Pairs, universe: Universe, options: Option
     kinds = universe.kinds()
     places = range(pairs.clean.shape[1]) if options.positions else [None]
     items = [Item(source, target, p, part) for source, target, part in kinds for p in places]
-    scores = Evaluator(model, pairs, universe).exact_effects(items, progress)
+    scores = Evaluator(model, pairs, universe, ablation=options.ablation).exact_effects(items, progress)
     scores = scores.view(len(kinds), len(places), -1)
     return scores if options.per_pair else scores.mean(-1, keepdim=True)
 

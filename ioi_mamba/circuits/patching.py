@@ -2,19 +2,23 @@
 
     input_j := input_j + sum over patched i of alpha (corrupted output_i - output_i)            (11), (13)
 
+With another kind of ablation (`passes.ablations`) what that kind writes stands in the place of the corrupted run's values.
+
 output_i is that of the same pass, so patches upstream are seen downstream; input_j is the layer's own copy of the
 residual stream (`hook_layer_input`), for the output node the stream after the last layer. alpha is 1 for patching
 and between 0 and 1 on the path of integrated gradients (the paper prints equation 13 with the sign of output_i
 turned; this is the form its code has). Many sets of items are tested in one pass: sets x pairs are its rows.
 
-What is put in the place of a part inside a layer stands in the part's record (`family.Part`; appendix D.2).
+What is put in the place of a part inside a layer stands in the part's record (`family.Part`; appendix D.2): resampled, a
+state is made of the corrupted run's inputs of the scan and read out with the pass' own C. Other kinds of ablation
+overwrite the part's own value.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -26,7 +30,9 @@ from ioi_mamba.errors import InputError
 from ioi_mamba.model.families import block_of, family_of, sizes_of
 from ioi_mamba.model.family import MAMBA_WRITER, Part, Writer
 from ioi_mamba.model.jobs import call, device_of
+from ioi_mamba.model.memory import rows_per_chunk
 from ioi_mamba.model.portable import portable
+from ioi_mamba.passes.ablations import RESAMPLE, Ablation, AblationName, Spread, ablation_of, replaced, spread_of
 from ioi_mamba.passes.forward import Edit, Given, Observer, Start, forward
 from ioi_mamba.tasks.base import Pairs, check_pairs
 
@@ -66,15 +72,17 @@ def nodes_of(model) -> list[Node]:
 @portable
 @dataclass(frozen=True)
 class CorruptedRun:
-    """What patches are taken from.
+    """What patches are taken from: the corrupted run, or what another kind of ablation writes in its place.
 
     outputs: per source node [pair, pos, D]. sites: per node the values by site that parts and features take from it; none
-    where none is patched. logits: [pair, vocab] at the last position. features: those whose values are in `sites`.
+    where none is patched. logits: [pair, vocab] of the corrupted prompts at the last position, whatever the kind. parts:
+    those of a layer, as the kind patches them. features: those whose values are in `sites`.
     """
 
     outputs: list[Tensor]
     sites: list[dict[str, Tensor]]
     logits: Tensor
+    parts: tuple[Part, ...]
     features: tuple[Features, ...] = ()
 
 
@@ -131,9 +139,14 @@ def sink_hooks(nodes: Sequence[Node]) -> list[str]:
     ]
 
 
-def parts_of(model) -> tuple[Part, ...]:
-    """The parts that a layer of the model has, in the order of the tables."""
-    return family_of(model).mixer.parts(sizes_of(model).conv_width)
+def parts_of(model, ablation: Ablation = RESAMPLE) -> tuple[Part, ...]:
+    """The parts that a layer of the model has, in the order of the tables, as a kind of ablation patches them."""
+    parts = family_of(model).mixer.parts(sizes_of(model).conv_width)
+    if ablation.name == RESAMPLE.name:
+        return parts
+    return tuple(
+        replace(part, corrupted=(part.own,), now=(part.own,) if part.is_term else (), made=None) for part in parts
+    )
 
 
 def corrupted_sites(parts: Iterable[Part]) -> list[str]:
@@ -151,26 +164,62 @@ def kept_floats(model, universe: Universe, n_positions: int) -> int:
     return 2 * len(universe.writers) * n_positions * sizes.letters["D"] + of_mixers + of_features
 
 
-def corrupted_run(model, pairs: Pairs, *, parts: bool, features: Sequence[Features] = ()) -> CorruptedRun:
-    """Run the corrupted prompts once and keep what edge patches need, with `parts` what parts need, and what features do."""
-    nodes, sites = nodes_of(model), corrupted_sites(parts_of(model)) if parts else []
-    sources = source_hooks(nodes)
-    names = [{site: f"blocks.{node.layer}.hook_{site}" for site in sites if node.mixer} for node in nodes]
-    for each in features:
-        place = names[node_of(each, nodes)]
-        place |= {site: f"blocks.{each.layer}.hook_{site}" for site in (each.reads, each.writes)}
-    reads = [*sources, *(name for each in names for name in each.values())]
-    with torch.no_grad():
-        kept = forward(model, pairs.corrupted, reads=reads, logits_at=pairs.read_at, own_scan=True)
-    outputs = [kept[name] for name in sources]
-    of_nodes = [{site: kept[name] for site, name in each.items()} for each in names]
-    return CorruptedRun(outputs, of_nodes, pairs.scores(kept["hook_logits"]), tuple(features))
-
-
 def node_of(features: Features, nodes: Sequence[Node]) -> int:
     """The number of the node that features are of, among those between embed and output."""
     name = features.node.partition(".")[2]
     return next(w for w, node in enumerate(nodes) if node.layer == features.layer and name in ("", node.writer.name))
+
+
+def kind_of_patches(ablation: str | Ablation, pairs: Pairs, features: Sequence[Features] = ()) -> Ablation:
+    """The kind of ablation that patches are of. Raises InputError as `ablation_of`, and for a kind that features do not have."""
+    found = ablation_of(ablation, pairs)
+    if features and found.name != RESAMPLE.name:
+        raise InputError(
+            f"Features of a dictionary can be resampled only, not ablated by {found.name}: what they are moved by is another "
+            "input. Leave features or the ablation out."
+        )
+    return found
+
+
+def _taken(model, parts: Sequence[Part], features: Sequence[Features] = ()) -> tuple[list[str], list[dict[str, str]]]:
+    """The hooks whose values patches take: the source nodes' outputs, and per node those of its parts and features by site."""
+    nodes, sites = nodes_of(model), corrupted_sites(parts)
+    inside = [{site: f"blocks.{node.layer}.hook_{site}" for site in sites if node.mixer} for node in nodes]
+    for each in features:
+        place = inside[node_of(each, nodes)]
+        place |= {site: f"blocks.{each.layer}.hook_{site}" for site in (each.reads, each.writes)}
+    return source_hooks(nodes), inside
+
+
+def spread_for(model, pairs: Pairs, *, parts: bool, ablation: Ablation) -> Spread | None:
+    """What an ablation takes of all pairs, for `corrupted_run` of some of them; None where that is nothing."""
+    if ablation.name == RESAMPLE.name:
+        return None
+    sources, inside = _taken(model, parts_of(model, ablation) if parts else ())
+    names = [*sources, *(name for each in inside for name in each.values())]
+    return spread_of(model, pairs, names, ablation, rows_per_chunk(model, len(pairs), pairs.clean.shape[1], "parts"))
+
+
+def corrupted_run(
+    model,
+    pairs: Pairs,
+    *,
+    parts: bool,
+    features: Sequence[Features] = (),
+    spread: Spread | None = None,
+    rows: Tensor | None = None,
+) -> CorruptedRun:
+    """Run the corrupted prompts once and keep what edge patches need, with `parts` what parts need, and what features do.
+
+    spread: of another kind of ablation, from `spread_for`: what it writes is kept. rows: Int64[pair], which of the
+    pairs that `spread` was taken of these are; None: all.
+    """
+    own = parts_of(model, RESAMPLE if spread is None else spread.ablation)
+    sources, inside = _taken(model, own if parts else (), features)
+    kept = replaced(model, pairs, [*sources, *(name for each in inside for name in each.values())], spread, rows)
+    outputs = [kept[name] for name in sources]
+    of_nodes = [{site: kept[name] for site, name in each.items()} for each in inside]
+    return CorruptedRun(outputs, of_nodes, pairs.scores(kept["hook_logits"]), own, tuple(features))
 
 
 class Patch:
@@ -192,7 +241,7 @@ class Patch:
         known: Sequence[Tensor] = (),
         dropped: Sequence[int] = (),
     ):
-        self.nodes, self.parts = nodes_of(model), parts_of(model)
+        self.nodes, self.parts = nodes_of(model), corrupted.parts
         self._by_row = {name for name, site in family_of(model).sites.items() if site.by_row}
         self.corrupted, self.detach = corrupted, detach
         self.masks = Masks(*(mask.to(device_of(model), copy=True) for mask in masks))
@@ -393,13 +442,15 @@ def patch_edges(
     positions: Sequence[int] | None = None,
     *,
     features: Iterable[Features] = (),
+    ablation: AblationName | Ablation = "resample",
 ) -> Tensor:
     """Logits [pair, pos, vocab] of the clean prompts with these edges patched (equation 11).
 
     edges: (source, target), (source, target, position) or (source, target, position, part); nodes are "embed",
     "0".., "output"; parts, such as "conv-1" or "ssm", with source = target. positions: where edges without a
     position are patched; default everywhere. features: those whose items may be patched, as parts such as "out_proj.12" and
-    "out_proj.error". Raises InputError for what is no edge of the model.
+    "out_proj.error". ablation: what is patched in, by default the corrupted run's values (`passes.ablations`). Raises
+    InputError for what is no edge of the model, and an unknown ablation.
     """
     check_pairs(pairs)
     items = []
@@ -411,9 +462,14 @@ def patch_edges(
         items += [item._replace(position=p) for p in positions or ()] if spread else [item]
     universe = universe_of(model, parts=True, features=features)
     masks = masks_of([items], universe, pairs.clean.shape[1])
-    return call(model, _patched_everywhere, pairs.without_text(), masks, universe.features)
+    kind = kind_of_patches(ablation, pairs, universe.features)
+    return call(model, _patched_everywhere, pairs.without_text(), masks, universe.features, kind)
 
 
-def _patched_everywhere(model, pairs: Pairs, masks: Masks, features: tuple[Features, ...], *, progress=None) -> Tensor:
-    corrupted = corrupted_run(model, pairs, parts=bool(masks.parts.any()), features=features)
+def _patched_everywhere(
+    model, pairs: Pairs, masks: Masks, features: tuple[Features, ...], ablation: Ablation, *, progress=None
+) -> Tensor:
+    parts = bool(masks.parts.any())
+    spread = spread_for(model, pairs, parts=parts, ablation=ablation)
+    corrupted = corrupted_run(model, pairs, parts=parts, features=features, spread=spread)
     return patched_logits(model, pairs, corrupted, masks, everywhere=True)[0]

@@ -1,7 +1,7 @@
 """Scores of many sets of patched items on the same pairs, and the search for how few items are enough.
 
-f is MIB's faithfulness, (m(C) - m(empty)) / (m(N) - m(empty)) with m the mean logit difference, the empty circuit being
-the corrupted run.
+f is MIB's faithfulness, (m(C) - m(empty)) / (m(N) - m(empty)) with m the mean logit difference. In the empty circuit
+everything is patched: resampled, that is the corrupted run.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.circuits.features import Features, row_floats
-from ioi_mamba.circuits.graph import Item, Masks, Universe, masks_of
-from ioi_mamba.circuits.patching import corrupted_run, kept_floats, patched_run
+from ioi_mamba.circuits.graph import Item, Masks, Universe, masks_of, universe_of
+from ioi_mamba.circuits.patching import corrupted_run, kept_floats, kind_of_patches, patched_run, spread_for
 from ioi_mamba.errors import InputError
 from ioi_mamba.model.jobs import conduct, each_chunk, runs_here
 from ioi_mamba.model.memory import rows_per_chunk, rows_per_pass
 from ioi_mamba.passes import metrics
+from ioi_mamba.passes.ablations import Ablation, AblationName, Spread
 from ioi_mamba.passes.ranges import has_range, no_range
 from ioi_mamba.passes.sweep import Progress
 from ioi_mamba.remote.store import Scratch
@@ -31,7 +32,9 @@ SCORES = (
     "kl",
     "logit_diff",
 )
-ENDS = ("clean", "corrupted")
+ENDS = ("clean", "corrupted", "empty")
+"""Runs whose logit differences scores are held against: of the clean and the corrupted prompts, and with everything patched."""
+SPREAD = "spread"
 USABLE = "usable"
 
 
@@ -43,7 +46,8 @@ class Evaluator:
     rows bounds memory: so many prompts in a pass, default from an estimate. Here, clean and corrupted values of all
     pairs are kept between calls while they take less than `keep_mib` MiB; else, and on a server, each call runs the
     clean and corrupted prompts anew. resume: a pass begins at the first layer where its sets differ from the set that
-    was run before, which is what makes a search cheap; False runs every pass in full (slower, same values).
+    was run before, which is what makes a search cheap; False runs every pass in full (slower, same values). ablation:
+    what patching writes, by default the corrupted run's values (`passes.ablations`).
     All that is returned is on the CPU. Raises InputError for the universe of another model or of other positions, and for
     pairs of several layouts where the universe has positions.
     """
@@ -57,11 +61,13 @@ class Evaluator:
         rows: int | None = None,
         keep_mib: int = 1024,
         resume: bool = True,
+        ablation: AblationName | Ablation = "resample",
     ):
         universe.check_fits(model, check_pairs(pairs).clean.shape[1])
         if universe.n_positions is not None:
             check_one_layout(pairs)
         self.model, self.pairs, self.universe, self.resume = model, pairs, universe, resume
+        self.ablation = kind_of_patches(ablation, pairs, universe.features)
         n_positions, kind = pairs.clean.shape[1], "parts" if universe.parts else "edges"
         more = row_floats(universe.features, n_positions)
         self.rows = rows or rows_per_pass(model, n_positions, kind, more=more)
@@ -78,7 +84,8 @@ class Evaluator:
         """
         masks = masks_of([list(items) for items in patched], self.universe, self.pairs.clean.shape[1])
         pairs = self.pairs.without_text()
-        options = (self.universe.parts, self.universe.features, self.rows, self.size, self._memory, self.resume)
+        about = (self.universe.parts, self.universe.features, self.rows, self.size)
+        options = (*about, self._memory, self.resume, self.ablation)
         found = conduct(self.model, _scores, pairs, masks, *options, progress=progress)
         kept = self._kept = found.pop(USABLE).nonzero()[:, 0]
         if len(kept) == 0:
@@ -92,7 +99,7 @@ class Evaluator:
         return self.scores(patched)["normalized_logit_diff"].mean(1)
 
     def ends(self) -> Tensor:
-        """Logit differences [2, pair] of the clean and of the corrupted prompts."""
+        """Logit differences [3, pair] of ENDS."""
         if self._ends is None:
             self.scores([[]])
         assert self._ends is not None
@@ -113,14 +120,19 @@ class Evaluator:
 
     def faithfulness(self, logit_diff: Tensor) -> Tensor:
         """MIB's f [set] from logit differences [set, pair]."""
-        full, empty = self.ends().mean(1)
-        return (logit_diff.mean(-1) - empty) / (full - empty)
+        return faithfulness_of(logit_diff, self.ends())
 
     def exact_effects(self, items: Sequence[Item], progress: Progress | None = None) -> Tensor:
         """What patching each item alone does to the normalized logit diff, Float[item, pair]; negative = it hurts."""
         patched = self.scores([[item] for item in items], progress)["normalized_logit_diff"]
-        clean, corrupted = self.ends()
+        clean, corrupted, _ = self.ends()
         return patched - metrics.normalized_logit_diff(clean, clean, corrupted)
+
+
+def faithfulness_of(logit_diff: Tensor, ends: Tensor) -> Tensor:
+    """MIB's f [set] of logit differences [set, pair]; ends: those [3, pair] of ENDS."""
+    full, _, empty = ends.mean(1)
+    return (logit_diff.mean(-1) - empty) / (full - empty)
 
 
 def smallest_size(n_items: int, above: Callable[[int, int, int], bool]) -> int:
@@ -153,7 +165,7 @@ def chosen_sizes(
         powers = torch.tensor([2.0**digit for digit in digits])
         ranks.append(Masks(*(torch.tensordot(powers, mask, 1)[None] for mask in masks)))
     parts = [pairs[rows].without_text() for rows in samples]
-    passes = (evaluator.rows, evaluator.size, universe.parts, universe.features, evaluator.keeps)
+    passes = (evaluator.rows, evaluator.size, universe.parts, universe.features, evaluator.keeps, evaluator.ablation)
     options = (len(orders[0]), target, *passes)
     chunks = [(part, rank, *options) for part, rank in zip(parts, ranks, strict=True)]
     return each_chunk(evaluator.model, _smallest, chunks)
@@ -170,6 +182,7 @@ def _smallest(
     parts: bool,
     features: tuple[Features, ...],
     keeps: bool,
+    ablation: Ablation,
     *,
     progress=None,
 ) -> int:
@@ -178,7 +191,7 @@ def _smallest(
 
     def above(n: int, low: int, high: int) -> bool:
         masks = Masks(*((each > n).float() for each in rank))
-        scores = _scores(model, pairs, masks, parts, features, rows, size, memory, True)
+        scores = _scores(model, pairs, masks, parts, features, rows, size, memory, True, ablation)
         return float(scores["accuracy"][0, scores[USABLE]].mean()) > target
 
     return smallest_size(n_items, above)
@@ -204,6 +217,7 @@ def _scores(
     size: int,
     memory: Scratch | None,
     resume: bool,
+    ablation: Ablation,
     *,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
@@ -212,10 +226,12 @@ def _scores(
     Pairs without a range have scores of 0. rows: in a pass; size: pairs of a chunk.
     parts: whether later calls may patch parts, so that what is kept in `memory` must serve them.
     """
-    chunks = [
-        (pairs[first : first + size], masks, parts, features, rows, first, memory, resume)
-        for first in range(0, len(pairs), size)
-    ]
+    inside = bool(masks.parts.any()) if memory is None else parts
+    kept = Scratch() if memory is None else memory
+    if SPREAD not in kept:
+        kept[SPREAD] = spread_for(model, pairs, parts=inside, ablation=ablation)
+    options = (masks, inside, features, rows, kept[SPREAD])
+    chunks = [(pairs[first : first + size], *options, first, memory, resume) for first in range(0, len(pairs), size)]
     found = each_chunk(model, _chunk_scores, chunks, progress=progress)
     return {name: torch.cat([chunk[name] for chunk in found], dim=-1) for name in found[0]}
 
@@ -227,6 +243,7 @@ def _chunk_scores(
     parts: bool,
     features: tuple[Features, ...],
     rows: int,
+    spread: Spread | None,
     first: int,
     memory: Scratch | None,
     resume: bool,
@@ -237,28 +254,33 @@ def _chunk_scores(
     n_sets, step = masks.edges.shape[0], max(1, rows // len(pairs))
     values = None if memory is None else memory.get(first)
     if values is None:
-        needed = bool(masks.parts.any()) if memory is None else parts
-        corrupted = corrupted_run(model, pairs, parts=needed, features=features)
-        nothing = Masks(*(torch.zeros_like(mask[:1]) for mask in masks))
+        numbers = torch.arange(first, first + len(pairs))
+        corrupted = corrupted_run(model, pairs, parts=parts, features=features, spread=spread, rows=numbers)
+        nothing, everything = (Masks(*(torch.zeros_like(mask[:1]) for mask in masks)) for _ in range(2))
         logits, last_run = patched_run(model, pairs, corrupted, nothing)
-        values = (corrupted, logits[0], last_run)
-        for name, logits in zip(ENDS, (values[1], corrupted.logits), strict=True):
-            pairs.check_finite(f"logits of its {name} prompt", logits.sum(-1), first)
-    corrupted, clean, last_run = values
-    ends = (clean, corrupted.logits)
-    usable = has_range(*(metrics.answer_logits(logits, *_answers(pairs, logits)) for logits in ends))
+        empty = corrupted.logits
+        if spread is not None:
+            for source, target in universe_of(model).edges():
+                everything.edges[:, source, target - 1] = 1
+            empty = patched_run(model, pairs, corrupted, everything)[0][0]
+        values = (corrupted, (logits[0], corrupted.logits, empty), last_run)
+        whose = ("of its clean prompt", "of its corrupted prompt", "with everything patched")
+        for name, logits in zip(whose, values[1], strict=True):
+            pairs.check_finite(f"logits {name}", logits.sum(-1), first)
+    corrupted, ends, last_run = values
+    usable = has_range(*(metrics.answer_logits(logits, *_answers(pairs, logits)) for logits in ends[:2]))
     of_sets: dict[str, list[Tensor]] = {name: [] for name in SCORES}
     for begin in range(0, n_sets, step):
         group = Masks(*(mask[begin : begin + step] for mask in masks))
         logits, last_run = patched_run(model, pairs, corrupted, group, last_run if resume else None)
-        for name, score in _score(pairs, logits.float(), *(each.float() for each in ends)).items():
+        for name, score in _score(pairs, logits.float(), *(each.float() for each in ends[:2])).items():
             score = torch.where(usable, score, 0.0)
             pairs.check_finite(f"a {name} when patched", score, first)
             of_sets[name].append(score.cpu())
         if progress:
             progress(min(begin + step, n_sets), n_sets)
     if memory is not None:
-        memory[first] = (corrupted, clean, last_run)
+        memory[first] = (corrupted, ends, last_run)
     found = {name: torch.cat(scores) for name, scores in of_sets.items()}
     for name, logits in zip(ENDS, ends, strict=True):
         found[name] = metrics.logit_diff(logits.float(), *_answers(pairs, logits)).cpu()

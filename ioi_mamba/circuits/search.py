@@ -36,6 +36,7 @@ from ioi_mamba.errors import InputError
 from ioi_mamba.files import written_whole
 from ioi_mamba.model.families import FAMILIES
 from ioi_mamba.model.family import Part
+from ioi_mamba.passes.ablations import RESAMPLE, Ablation, AblationName
 from ioi_mamba.passes.sweep import Progress
 from ioi_mamba.tasks.base import Pairs, check_pairs
 
@@ -179,8 +180,10 @@ class _Search:
         return [items for _, items, _ in candidates[1:]]
 
 
-def _without_effect(state: _State, universe: Universe, paper: bool) -> set[Item]:
+def _without_effect(state: _State, universe: Universe, paper: bool, from_embed: bool = True) -> set[Item]:
     """Kept or undecided items that no path from embed to output uses: removing them changes nothing.
+
+    from_embed: see `Circuit.pruned`.
 
     In `paper` mode a path inside a layer begins at a part that no other leads to and goes on through all that it leads to
     (of a Mamba-1 through a conv slice and the ssm, or through skip); else it runs through the layer as a whole.
@@ -194,7 +197,7 @@ def _without_effect(state: _State, universe: Universe, paper: bool) -> set[Item]
         open_ = {node for node in universe.mixers if any(all((node, name) in found for name in way) for way in ways)}
         passes -= set(universe.mixers) - open_
     edges = [i for i in alive if i.part is None and {i.source, i.target} <= passes | {"embed", "output"}]
-    live = Circuit(frozenset(edges), universe).pruned().items
+    live = Circuit(frozenset(edges), universe).pruned(from_embed=from_embed).items
     nodes = {node for item in live for node in (item.source, item.target)}
     dead = {item for item in alive if item.part is None and item not in live}
     dead |= {item for item in alive if item.part and item.source not in nodes}
@@ -219,6 +222,7 @@ def acdc(
     test_mode: bool = False,
     resume: bool = True,
     features: Iterable[Features] = (),
+    ablation: AblationName | Ablation = "resample",
     progress: Progress | None = None,
 ) -> Search:
     """Search for a circuit; its `table` has columns source, target, position, part, kept, drop, one row an item.
@@ -228,7 +232,8 @@ def acdc(
     same). drop: baseline minus metric with the item alone patched on top, null for removed items. checkpoint: a
     file written after every decision; an existing one is resumed. test_mode: recompute the baseline from scratch
     after every decision and compare. paper: prune as the published code does. resume: start each test at the layer it
-    is about (same values, faster). features: what `features_at` makes, if `start` is not given.
+    is about (same values, faster). features: what `features_at` makes, if `start` is not given. ablation: what patching
+    writes, by default the corrupted run's values (`passes.ablations`).
     The table's `attrs` has `score` (final metric), `tests`, `rounds`, and `left_out`, how many of the pairs have no
     range (`ranges`) and took no part. Raises InputError for a foreign checkpoint, where no pair has a range, and at
     positions for pairs of several layouts.
@@ -236,7 +241,8 @@ def acdc(
     n_positions = check_pairs(pairs).clean.shape[1] if positions else None
     universe = start.universe if start else universe_of(model, parts=parts, n_positions=n_positions, features=features)
     rollback = threshold if rollback is None else rollback
-    evaluator = Evaluator(model, pairs, universe, resume=resume)
+    evaluator = Evaluator(model, pairs, universe, resume=resume, ablation=ablation)
+    resampled = evaluator.ablation.name == RESAMPLE.name
     path = Path(checkpoint) if checkpoint else None
     question = {
         "pairs": pairs.hash(),
@@ -246,6 +252,7 @@ def acdc(
         "rollback": rollback,
         "recursive": recursive,
         "paper": paper,
+        "ablation": evaluator.ablation.name,
     }
     if path and path.exists():
         state = _State.load(path, question)
@@ -268,14 +275,14 @@ def acdc(
 
     search = _Search(evaluator, state, threshold, rollback, save)
     for group in frontiers(universe):
-        dead = _without_effect(state, universe, paper)
+        dead = _without_effect(state, universe, paper, resampled)
         for item in dead:
             state.kept.pop(item, None)
         state.removed.update(dict.fromkeys(sorted(dead, key=everything.index)))
         todo = [item for item in group if not state.decided(item)]
         if todo:
             (search.by_halves if recursive else search.one_by_one)(todo)
-    for item in _without_effect(state, universe, paper):
+    for item in _without_effect(state, universe, paper, resampled):
         state.kept.pop(item, None)
         state.removed[item] = None
     table = frame_of(everything)

@@ -21,6 +21,7 @@ import pandas as pd
 from ioi_mamba import analyses, claims, paper
 from ioi_mamba.errors import InputError
 from ioi_mamba.files import written_whole
+from ioi_mamba.passes.ablations import RESAMPLE
 from ioi_mamba.results import baseline
 from ioi_mamba.results.stored import open_results
 
@@ -52,7 +53,7 @@ OTHER_MODEL = f"a number of {PUBLISHED_MODEL} alone"
 
 ATTRIBUTION = {"target": 0.85, "steps": 5, "variant": "paper", "method": "eap-ig", "ranking": "signed"}
 QUESTION: dict[str, dict[str, Any]] = {
-    "layer-ablation": {"site": "layer_input", "ablation": "resample"},
+    "layer-ablation": {"site": "layer_input"},
     "cross-talk": {"threshold": 0.9},
     "state-ablation": {"with_conv": False},
     "edge-attribution": ATTRIBUTION,
@@ -219,7 +220,7 @@ def _other_question(name: str, manifest: Manifest) -> str:
     if manifest.get("task", claims.TASK) != claims.TASK:
         return f"task={manifest['task']}"
     options = manifest.get("options", {})
-    for key, value in QUESTION.get(name, {}).items():
+    for key, value in ({"ablation": RESAMPLE.name} | QUESTION.get(name, {})).items():
         if options.get(key, value) != value:
             return f"{key}={options[key]}"
     return ""

@@ -2,7 +2,7 @@
 
 An experiment never touches files, and a chart never touches a model: `run` makes a table of a `Context`, `chart` and
 `findings` take the table alone, also one that was read from a file. Its texts may name what differs between the two
-prompts of a pair as `{varies}`: each task says it in its own words.
+prompts of a pair as `{varies}`: each task says it in its own words; and what its option `ablation` writes as `{written}`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ioi_mamba.errors import InputError
 from ioi_mamba.experiments.needs import Need, unavailable
 from ioi_mamba.experiments.options import NoOptions, made
 from ioi_mamba.experiments.story import Story
+from ioi_mamba.passes.ablations import ABLATIONS, RESAMPLE
 from ioi_mamba.passes.sweep import Progress
 from ioi_mamba.tasks.base import Pairs, check_pairs
 from ioi_mamba.tasks.prompts import is_name
@@ -199,10 +200,16 @@ class Experiment:
         most = task.default_pairs if self.most_pairs is None else min(task.default_pairs, self.most_pairs)
         return task.generate(tokenizer, most if n_pairs is None else n_pairs, seed)
 
-    def texts(self, varies: str) -> dict[str, str]:
-        """The texts of its section on a page, by the names of the record's fields; varies: as a task has it."""
+    def texts(self, varies: str, ablation: Any = RESAMPLE.name) -> dict[str, str]:
+        """The texts of its section on a page, by the names of the record's fields.
+
+        Args:
+            varies: What differs between the two prompts of a pair, as a task has it.
+            ablation: The kind of ablation that it was run with, by name.
+        """
+        written = ABLATIONS[ablation].meaning if ablation in ABLATIONS else f"what {ablation!r} writes"
         return {
-            name: getattr(self, name).replace("{varies}", varies)
+            name: getattr(self, name).replace("{varies}", varies).replace("{written}", written)
             for name in ("title", "question", "look_for", "method")
         }
 

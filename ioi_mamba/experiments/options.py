@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from ioi_mamba.errors import InputError
+from ioi_mamba.passes.ablations import ABLATIONS, RESAMPLE
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,14 @@ def option(
     """
     metadata = {"help": help, "at_least": at_least, "at_most": at_most, "choices": tuple(choices)}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def ablation_option(kinds: Iterable[str] = ABLATIONS) -> Any:
+    """The field, to be called `ablation`, of an experiment that overwrites values; kinds: those that it can be done with.
+
+    The texts of the experiment say `{written}` where they name what is written.
+    """
+    return option(RESAMPLE.name, "what is written in a value's place: `ioi_mamba.passes.ablations`", choices=kinds)
 
 
 def options_of(kind: type) -> dict[str, Option]:

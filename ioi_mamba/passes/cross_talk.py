@@ -1,10 +1,10 @@
 """The greedy search for the layers that must let tokens see each other (paper 4.1.3).
 
-It begins with every layer resampled, that is with the corrupted prompt's conv input at all positions, and at each step
-gives the layer back that leaves the highest accuracy.
+It begins with every layer ablated at all positions, and at each step gives the layer back that leaves the highest
+accuracy. Ablated is what a layer makes of its conv input; resampled, that is to exchange the conv input itself.
 
-How it is fast, and exact. What a resampled layer's recurrence gives depends on the corrupted run alone: it is kept
-from there and never run again. And above the highest layer that is given back no position sees another, so only the
+How it is fast, and exact. What an ablated layer's recurrence gives does not depend on the layers below: it is kept and
+never run again. And above the highest layer that is given back no position sees another, so only the
 last one is run.
 """
 
@@ -20,12 +20,13 @@ from torch import Tensor
 from ioi_mamba.model.families import blocks_of, family_of, head_of, open_layer, sizes_of
 from ioi_mamba.model.jobs import device_of
 from ioi_mamba.passes import metrics
+from ioi_mamba.passes.ablations import Ablation, Spread, replaced, spread_of
 from ioi_mamba.passes.forward import forward
 from ioi_mamba.passes.sweep import Roll, block_sites, layer_count
 from ioi_mamba.tasks.base import Pairs
 
 SCANNED = ("ssm_input", "y")
-"""What a layer makes of its conv input, of all positions, on the way to its output: all that resampling changes."""
+"""What a layer makes of its conv input, of all positions, on the way to its output: all that ablating changes."""
 
 NO_LAYER = -1
 
@@ -44,7 +45,13 @@ def _rows_per_pass(model, pairs: Pairs) -> int:
 
 
 def search(
-    model, pairs: Pairs, threshold: float, rows: int | None, *, progress: Callable[[int, int], None] | None = None
+    model,
+    pairs: Pairs,
+    threshold: float,
+    rows: int | None,
+    ablation: Ablation,
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Float64[candidate, 6]: step, layer or -1, accuracy, probability, variance of accuracy, chosen; a function for `each_chunk`."""
     total = layer_count(model) * (layer_count(model) + 1) // 2
@@ -54,13 +61,17 @@ def search(
             progress(done, total)
 
     with torch.no_grad():
-        return _greedy(model, pairs, threshold, rows or _rows_per_pass(model, pairs), report)
+        return _greedy(model, pairs, threshold, rows or _rows_per_pass(model, pairs), ablation, report)
 
 
-def _greedy(model, pairs: Pairs, threshold: float, rows: int, report: Callable[[int], None]) -> Tensor:
+def _greedy(
+    model, pairs: Pairs, threshold: float, rows: int, ablation: Ablation, report: Callable[[int], None]
+) -> Tensor:
     """The search in one group; see `search` for what is returned."""
     clusters = pairs.clusters
-    parts = [pairs[index] for index in torch.arange(len(pairs)).split(rows)]
+    parts = list(torch.arange(len(pairs)).split(rows))
+    names = [name for site in SCANNED for name in block_sites(site, range(layer_count(model)))]
+    spread = spread_of(model, pairs, names, ablation, rows)
     left, circuit, records = list(range(layer_count(model))), [], []
     held, done = None, 0
     for step in range(len(left) + 1):
@@ -68,7 +79,7 @@ def _greedy(model, pairs: Pairs, threshold: float, rows: int, report: Callable[[
         for part in parts:
             # A group of one part is held from step to step; several are made anew, so that one fits at a time.
             if held is None or len(parts) > 1:
-                held = _Rows(model, part)
+                held = _Rows(model, pairs[part], spread, part)
             held.give_back(circuit)
             for layer in [NO_LAYER] if step == 0 else left:
                 seen.setdefault(layer, []).append(held.scores(None if layer == NO_LAYER else layer))
@@ -92,28 +103,28 @@ def _mean(scores: Tensor, clusters: Tensor) -> Score:
 
 
 class _Rows:
-    """Some prompts with all but a few layers resampled, and what a candidate's pass begins with.
+    """Some prompts with all but a few layers ablated, and what a candidate's pass begins with.
 
-    values: SCANNED of the corrupted prompts, per layer [row, pos, E]; at_last: the same at the last position,
+    values: what is written at SCANNED, per layer [row, pos, E]; at_last: the same at the last position,
     [row, 1, E]. streams: per layer [row, pos, D], the residual stream that enters it when the layers of `circuit` are
     given back.
     """
 
-    def __init__(self, model, pairs: Pairs):
+    def __init__(self, model, pairs: Pairs, spread: Spread, rows: Tensor):
         self.model, self.pairs = model, pairs
         self.tokens, self.last = pairs.clean.to(device_of(model)), pairs.last.to(device_of(model))
         layers = range(layer_count(model))
         names = {site: block_sites(site, layers) for site in SCANNED}
         reads = [name for each in names.values() for name in each]
-        corrupted = forward(model, pairs.corrupted, reads=reads, logits_at=self.last[:, None], own_scan=True)
-        self.values = {site: [corrupted[name] for name in names[site]] for site in names}
+        written = replaced(model, pairs, reads, spread, rows)
+        self.values = {site: [written[name] for name in names[site]] for site in names}
         index = torch.arange(len(pairs), device=self.tokens.device)
         self.at_last = {site: [v[index, self.last][:, None] for v in values] for site, values in self.values.items()}
         self.circuit: frozenset[int] = frozenset()
         self._run_from(0, None)
 
     def give_back(self, layers: Iterable[int]) -> None:
-        """Make `layers` the ones that are not resampled."""
+        """Make `layers` the ones that are not ablated."""
         changed = self.circuit ^ frozenset(layers)
         if changed:
             self.circuit = frozenset(layers)

@@ -28,7 +28,16 @@ from ioi_mamba.model.families import attends, family_of, hooks_of, layers_with, 
 from ioi_mamba.model.jobs import conduct, device_of, each_chunk
 from ioi_mamba.model.memory import chunk_count, rows_per_chunk
 from ioi_mamba.model.portable import portable
-from ioi_mamba.passes.ablations import RESAMPLE, Ablation, AblationName, ablation_of
+from ioi_mamba.passes.ablations import (
+    RESAMPLE,
+    Ablation,
+    AblationName,
+    Spread,
+    ablation_of,
+    gathered,
+    groups_of,
+    sums_of,
+)
 from ioi_mamba.passes.forward import Start, forward
 from ioi_mamba.passes.metrics import answer_logits, logit_diff
 from ioi_mamba.tasks.base import Pairs, check_pairs
@@ -159,7 +168,7 @@ def resample_sweep(
     layers, positions = _checked(model, pairs, site, layers, positions)
     with pair_named(model, pairs):
         logits = conduct(
-            model, _sweep, pairs, site, layers, positions, _kind(ablation, site), resume, progress=progress
+            model, _sweep, pairs, site, layers, positions, _kind(ablation, site, pairs), resume, progress=progress
         )
     pairs.check_finite("logits", logits.movedim(-1, 0))
     return logits
@@ -204,13 +213,13 @@ def swept_logit_diffs(
     Arguments and errors as there.
     """
     layers, positions = _checked(model, pairs, site, layers, positions)
-    kind = _kind(ablation, site)
+    kind = _kind(ablation, site, pairs)
     return conduct(model, _logit_diffs, pairs, site, layers, positions, kind, resume, progress=progress)
 
 
-def _kind(ablation: str | Ablation, site: str) -> Ablation:
-    """The ablation. Raises InputError for a site that it has no values for."""
-    kind = ablation_of(ablation)
+def _kind(ablation: str | Ablation, site: str, pairs: Pairs) -> Ablation:
+    """The ablation. Raises InputError for a site that it has no values for, and for pairs without the roles it takes."""
+    kind = ablation_of(ablation, pairs)
     if site == STATE_AND_CONV and kind.name != RESAMPLE.name:
         raise InputError(f"{STATE_AND_CONV} can be resampled only, not ablated by {kind.name}: ablate h in its place.")
     return kind
@@ -250,11 +259,11 @@ def _sweep(
     progress: Progress | None = None,
 ) -> Tensor:
     rows, n_groups = _cut(model, pairs, site, layers)
-    spread = {} if ablation.name == RESAMPLE.name else _spread(model, pairs, site, layers, max(positions) + 1)
+    spread = _spread(model, pairs, site, layers, max(positions) + 1, ablation)
     groups = [layers[k * len(layers) // n_groups : (k + 1) * len(layers) // n_groups] for k in range(n_groups)]
     bare = pairs.without_text()
     chunks = [
-        (bare[first : first + rows], site, group, positions, ablation, _of_layers(spread, group), first, resume)
+        (bare[first : first + rows], site, group, positions, _of_layers(spread, group), first, resume)
         for first in range(0, len(pairs), rows)
         for group in groups
     ]
@@ -277,54 +286,42 @@ def _cut(model, pairs: Pairs, site: str, layers: Sequence[int]) -> tuple[int, in
     return rows, max(1, n_groups)
 
 
-Spread = dict[tuple[int, int], tuple[Tensor, Tensor]]
-"""(mean, standard deviation) over the clean prompts of all pairs, [1, 1, ...], by (layer, position)."""
-
-
-def _spread(model, pairs: Pairs, site: str, layers, n_positions: int) -> Spread:
-    """Of the pairs that reach a position; in float64, so that how pairs are cut into passes changes nothing that counts."""
+def _spread(model, pairs: Pairs, site: str, layers, n_positions: int, ablation: Ablation) -> Spread:
+    """That of a site's clean values, by layer."""
     rows, _ = _cut(model, pairs, site, layers)
-    bare = pairs.without_text()
-    chunks = [(bare[first : first + rows], site, layers, n_positions) for first in range(0, len(pairs), rows)]
-    sums: dict[tuple[int, int], list[Tensor]] = {}
-    for found in each_chunk(model, _sums, chunks):
-        for place, value in found.items():
-            sums.setdefault(place, []).append(value)
-    spread: Spread = {}
-    for place, parts in sums.items():
-        total, squares, n = sum(parts)  # type: ignore[misc]
-        mean = total / n.clamp(min=1)
-        deviation = (squares / n.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
-        spread[place] = (mean[None].float(), deviation[None].float())
-    return spread
+    groups, bare, chunks = groups_of(pairs, ablation), pairs.without_text(), []
+    # A mean by role is one over all positions, also over those that are not swept.
+    width = pairs.clean.shape[1] if ablation.over == "role" else n_positions
+    for first in range(0, len(pairs) if ablation.over is not None else 0, rows):
+        part = slice(first, first + rows)
+        chunks.append((bare[part], site, layers, width, groups[part], int(groups.max()) + 1, ablation.draws))
+    return gathered(ablation, groups, each_chunk(model, _sums, chunks))
 
 
 def _of_layers(spread: Spread, layers: Sequence[int]) -> Spread:
-    return {place: value for place, value in spread.items() if place[0] in layers}
+    return replace(spread, sums={layer: sums for layer, sums in spread.sums.items() if layer in layers})
 
 
 def _sums(
-    model, pairs: Pairs, site: str, layers: Sequence[int], n_positions: int, *, progress: Progress | None = None
-) -> dict[tuple[int, int], Tensor]:
-    """Of the clean values of some pairs: their sum, the sum of squares and their number, by (layer, position)."""
-    last, found = pairs.last.to(device_of(model)), {}
+    model,
+    pairs: Pairs,
+    site: str,
+    layers: Sequence[int],
+    n_positions: int,
+    groups: Tensor,
+    n_groups: int,
+    squares: bool,
+    *,
+    progress: Progress | None = None,
+) -> dict[int, tuple[Tensor, ...]]:
+    """The sums of some pairs, by layer; a function for `each_chunk`."""
+    found: dict[int, tuple[Tensor, ...]] = {}
     with torch.no_grad():
         for moment in _moments(model, pairs.clean.to(device_of(model)), site, layers, n_positions):
-            p = moment.position
             for layer in layers:
-                value = moment.values[layer][p <= last].double()
-                count = torch.full_like(value.sum(0), len(value))
-                found[layer, p] = torch.stack([value.sum(0), value.square().sum(0), count]).cpu()
-    return found
-
-
-def _noise(like: Tensor, numbers: Tensor, layer: int, position: int) -> Tensor:
-    """Standard normal numbers of each row's own, the same however pairs are cut into passes."""
-    rows = []
-    for number in numbers.tolist():
-        generator = torch.Generator().manual_seed(((number * 10_007 + layer) * 10_007 + position) % 2**63)
-        rows.append(torch.randn(like.shape[1:], generator=generator))
-    return torch.stack(rows).to(like)
+                of_groups, before = groups[:, moment.position], found.get(layer)
+                found[layer] = sums_of(moment.values[layer], of_groups, n_groups, squares, before)
+    return {layer: tuple(each.cpu() for each in sums) for layer, sums in found.items()}
 
 
 def _sweep_chunk(
@@ -333,7 +330,6 @@ def _sweep_chunk(
     site: str,
     layers,
     positions,
-    ablation: Ablation,
     spread: Spread,
     first: int,
     resume: bool,
@@ -342,7 +338,7 @@ def _sweep_chunk(
 ) -> Tensor:
     """The cells of some pairs, of which the first is number `first` of all, in some layers."""
     with torch.no_grad():
-        return _cells(model, pairs, site, layers, positions, ablation, spread, first, resume, progress).cpu()
+        return _cells(model, pairs, site, layers, positions, spread, first, resume, progress).cpu()
 
 
 def _cells(
@@ -351,7 +347,6 @@ def _cells(
     site: str,
     layers,
     positions,
-    ablation: Ablation,
     spread: Spread,
     first: int,
     resume: bool,
@@ -373,16 +368,12 @@ def _cells(
     done = 0
     for moment in _moments(model, torch.cat((clean, corrupted)), site, layers, max(positions) + 1):
         p = moment.position
-        begun = begins <= p if ablation.like_corrupted else torch.ones_like(begins, dtype=torch.bool)
+        begun = begins <= p if spread.ablation.like_corrupted else torch.ones_like(begins, dtype=torch.bool)
         alive = torch.nonzero(begun & (p <= last))[:, 0]
         for k, layer in enumerate(layers if p in positions else ()):
             if len(alive):
-                value = moment.values[layer][n + alive]
-                if ablation.name != RESAMPLE.name:
-                    clean_value = moment.values[layer][alive]
-                    mean, deviation = (each.to(value) for each in spread[layer, p])
-                    noise = _noise(clean_value, first + alive, layer, p)
-                    value = ablation.written(clean_value, value, mean, deviation, noise)
+                here, there = (moment.values[layer][rows] for rows in (alive, n + alive))
+                value = spread.written(layer, here, there, first + alive.cpu(), p, seed=10_007 * layer + p)
                 begin = p if resumes and by_position else 0
                 start = moment.start(layer, run[streams[k]][alive, begin:], alive) if resumes else None
                 taps = None

@@ -33,6 +33,7 @@ from ioi_mamba.experiments.experiment import Experiment, resolved
 from ioi_mamba.experiments.story import Told
 from ioi_mamba.files import EMBEDDED, written_whole
 from ioi_mamba.model.glossary import WORDS
+from ioi_mamba.passes.ablations import RESAMPLE
 from ioi_mamba.report import preview, provenance, terms
 from ioi_mamba.report.hero import drawn
 from ioi_mamba.report.story import Found, Story, panel_of, tell
@@ -295,7 +296,7 @@ def _drawn(
     cells = preview.cells(head)
     return Section(
         experiment=experiment,
-        texts=experiment.texts(manifest.get("task_texts", NO_TEXTS)["varies"]),
+        texts=_texts(experiment, manifest),
         options=_set_options(experiment, manifest.get("options", {})),
         manifest=manifest,
         table=table,
@@ -322,6 +323,14 @@ def _told(experiment: Experiment | Summary, table: pd.DataFrame) -> Told | None:
         return experiment.story(table)
     except Exception:  # the section itself says what is wrong with the table
         return None
+
+
+def _texts(experiment: Experiment | Summary, manifest: dict[str, Any]) -> dict[str, str]:
+    """The texts of a section, in the words of the task, and with the ablation that the run had."""
+    varies = manifest.get("task_texts", NO_TEXTS)["varies"]
+    if not isinstance(experiment, Experiment):
+        return experiment.texts(varies)
+    return experiment.texts(varies, str(manifest.get("options", {}).get("ablation", RESAMPLE.name)))
 
 
 def _set_options(experiment: Experiment | Summary, options: dict[str, Any]) -> dict[str, Any]:

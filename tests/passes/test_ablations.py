@@ -17,7 +17,7 @@ def pairs():
     clean = torch.randint(1, 40, (5, 7), generator=generator)
     corrupted = clean.clone()
     corrupted[:, 3] = (corrupted[:, 3] + 11) % 40
-    return im.Pairs.from_tokens(clean, corrupted, clean[:, 0], corrupted[:, 3])
+    return im.Pairs.from_tokens(clean, corrupted, clean[:, 0], corrupted[:, 3], roles={"n1": [3] * 5})
 
 
 def by_hand(model, pairs, site, layer, position, value):

@@ -88,7 +88,7 @@ def test_the_full_model_scores_one_with_pairs_without_a_range_among_them(mini, m
     evaluator = Evaluator(mini, mixed, universe)
     assert evaluator.rows_kept.tolist() == list(range(2, 14))
     assert evaluator.scores([[]])["accuracy"].shape == (1, 12)
-    assert evaluator.ends().shape == (2, 12)
+    assert evaluator.ends().shape == (3, 12)
     assert float(evaluator.normalized([[]])[0]) == pytest.approx(1, abs=1e-4)
 
 

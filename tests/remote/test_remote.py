@@ -37,7 +37,15 @@ pytestmark = pytest.mark.remote
 PAIRS = {"name-steering": 50, "cross-talk": 1}  # of each experiment; the others 2
 OPTIONS = {"edge-attribution": {"exact_prompts": 2}, "circuit-search": {"compare_prompts": 0}}
 OPTIONS["features"] = {"size": 32, "active": 4, "training_steps": 20, "exact_prompts": 2}
-GRADIENTS = ("edge-attribution", "circuit-search", "positional-attribution", "token-flow", "decoding", "features")
+GRADIENTS = (
+    "edge-attribution",
+    "circuit-search",
+    "positional-attribution",
+    "circuit-stability",
+    "token-flow",
+    "decoding",
+    "features",
+)
 KEY = "this-key-must-not-be-written-anywhere"
 
 

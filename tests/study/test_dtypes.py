@@ -40,6 +40,8 @@ COLUMN = {
     "edge-attribution": "score",
     "circuit-search": "score",
     "positional-attribution": "score",
+    "ablation-kinds": "effect",
+    "circuit-stability": "score",
     "token-flow": "score",
     "decoding": "contribution",
     "features": "value",
@@ -51,6 +53,7 @@ KEYS = {
     "edge-attribution": (["source", "target", "part", "position"], "what == 'item'"),
     "circuit-search": (["source", "target", "part"], "what == 'item'"),
     "positional-attribution": (["source", "target", "position"], "what == 'item'"),
+    "circuit-stability": (["source", "target", "part", "label", "size"], "what != 'circuit'"),
     "token-flow": (["layer", "source", "target", "path"], "n > 0"),
     # The least squares of a tuned lens go through what streams hardly have, which rounding fills.
     "decoding": (["what", "layer", "position", "part", "way"], "what not in ('carried', 'tuned lens')"),
@@ -97,7 +100,7 @@ def compared(name, dtype, directory):
     one, other = (tables(each, directory / each)[name] for each in ("float32", dtype))
     if name in KEYS:
         keys, rows = KEYS[name]
-        one, other = (table.query(rows).fillna({"part": "", "position": -1}) for table in (one, other))
+        one, other = (table.query(rows).fillna({"part": "", "position": -1, "label": ""}) for table in (one, other))
         both = one.merge(other, on=[key for key in keys if key in one], suffixes=("", "_other"))
     else:
         assert len(one) == len(other)
