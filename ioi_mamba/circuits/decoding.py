@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def logit_lens(model, pairs: Pairs, progress: Progress | None = None) -> Tensor:
 
 
 def tuned_lens(
-    model,
+    model: Any,
     pairs: Pairs,
     translate: Callable[[Tensor, int], Tensor] | None = None,
     progress: Progress | None = None,
@@ -80,7 +81,9 @@ def tuned_lens(
         return call(model, _tuned, pairs.without_text(), clusters % 2, rows, translate, progress=progress)["logit_diff"]
 
 
-def exchanged(model, pairs: Pairs, other: Tensor, nodes: Sequence[str], progress: Progress | None = None) -> Tensor:
+def exchanged(
+    model: Any, pairs: Pairs, other: Tensor, nodes: Sequence[str], progress: Progress | None = None
+) -> Tensor:
     """Logit differences of the clean prompts in which a node's output at the last token is that of other prompts.
 
     Args:
