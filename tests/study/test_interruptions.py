@@ -64,7 +64,7 @@ def tables_and_seconds(arguments, names, out):
     """Table bytes by name of a run that nothing disturbed, and how long it took."""
     processes.Command(*arguments, "--out", out).end()  # the first one starts the server that the others fork from
     began = time.monotonic()
-    command = processes.Command(*arguments, "--out", out)
+    command = processes.Command(*arguments, "--out", out, "--overwrite")
     assert command.end() == 0, command.printed
     seconds = time.monotonic() - began
     assert sorted(path.name for path in out.iterdir()) == files_of(names)
