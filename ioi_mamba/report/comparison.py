@@ -78,7 +78,8 @@ def write_comparison(directory: str | Path) -> Path:
 
 def _line(cell: Cell) -> dict[str, Any]:
     """One cell of the list at the top: what was asked, what is finished, and what the unpatched model does."""
-    clean = next((result.manifest["clean"]["accuracy"] for result in cell.results.values()), None)
+    told = (result.manifest.get("clean") for result in cell.results.values())
+    clean = next((each["accuracy"] for each in told if each is not None), None)
     return {"cell": cell, "accuracy": "–" if clean is None else f"{clean:.3f}", "experiments": ", ".join(cell.results)}
 
 

@@ -16,7 +16,7 @@ from ioi_mamba.errors import InputError
 from ioi_mamba.report.comparison import write_comparison
 from ioi_mamba.results import study as studies
 
-ACCURACY = {("a", 1): 0.5, ("a", 2): 0.7, ("a", 3): 0.9, ("b", 1): 0.2}
+ACCURACY = {("a", 1): 0.95, ("a", 2): 0.97, ("a", 3): 0.99, ("b", 1): 0.2}
 KEPT = {("a", 1): [0, 1, 2], ("a", 2): [1, 2, 3], ("a", 3): [1, 2], ("b", 1): [0]}
 
 
@@ -55,8 +55,8 @@ def test_numbers_over_seeds_are_means_with_students_interval(directory):
     found = studies.over_seeds(study, "layer-removal")
     first = found[(found["quantity"] == "accuracy") & (found["mode"] == "none")].set_index("model")
     values = [value for (model, _), value in ACCURACY.items() if model == "a"]
-    low, high = stats.t.interval(0.95, 2, loc=0.7, scale=stats.sem(values))
-    assert first.loc["a", ["mean", "low", "high"]].astype(float).tolist() == pytest.approx([0.7, low, high])
+    low, high = stats.t.interval(0.95, 2, loc=0.97, scale=stats.sem(values))
+    assert first.loc["a", ["mean", "low", "high"]].astype(float).tolist() == pytest.approx([0.97, low, high])
     assert first.loc["a", "n_seeds"] == 3
     assert first.loc["b", "mean"] == 0.2
     assert first.loc["b", ["low", "high"]].isna().all()
@@ -84,7 +84,7 @@ def test_the_page_shows_every_cell_a_figure_a_setting_and_the_numbers(directory,
     assert len(images) == 2  # of layer-removal; the made-up edges are too few for a figure, and the page says so
     assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
     assert page.count("The figure could not be drawn") == 2
-    assert "0.7 [0.203, 1.2] (3)" in page
+    assert "0.97 [0.92, 1.02] (3)" in page
     assert "1 → output, 2 → output" in page
     assert not re.search(r"<script|https?://", page)
     whole = pd.read_parquet(directory / "comparison.parquet")
