@@ -64,7 +64,7 @@ def listen(flags: Logging) -> Iterator[None]:
     before = package.level
     for handler in handlers:
         package.addHandler(handler)
-    package.setLevel(logging.INFO)
+    package.setLevel(logging.DEBUG)  # progress, which stands below messages, is for the file
     try:
         yield
     finally:

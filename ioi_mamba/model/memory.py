@@ -5,8 +5,6 @@ What a row takes stands in the record of a model's family, counted in float32.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from ioi_mamba.errors import InputError
@@ -75,11 +73,11 @@ def available_mib(model) -> float | None:
     device = torch.device(device_of(model))
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / MIB
-    information = Path("/proc/meminfo")
-    if device.type != "cpu" or not information.is_file():
+    if device.type != "cpu":
         return None
-    lines = information.read_text().splitlines()
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("MemAvailable")), None)
+    import psutil  # here, since a server that runs passes need not have it
+
+    return psutil.virtual_memory().available / MIB
 
 
 def check_fits(model, n_pairs: int, n_positions: int, kind: str, name: str) -> None:

@@ -42,10 +42,10 @@ from ioi_mamba.results import stored
 from ioi_mamba.results.baseline import clean_accuracies, clean_means
 from ioi_mamba.results.lock import only_run
 from ioi_mamba.results.origin import check_one_run, difference
+from ioi_mamba.study import machine
 from ioi_mamba.study.plan import Plan, bottleneck_of, plans_of
 from ioi_mamba.tasks.base import Pairs
 from ioi_mamba.tasks.task import Task
-from ioi_mamba.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -355,7 +355,8 @@ class _Run:
             "dtype": self.found["dtype"],
             "kernels": self.found["kernels"],
             "scan": compiled_scan.load() if on_this_cpu else compiled_scan.LOOP,
-            "versions": versions() | self.found["versions"],
+            "versions": machine.all_versions() | self.found["versions"],
+            **machine.about(),
             "platform": f"{platform.system()} {platform.machine()}",
             "threads": torch.get_num_threads(),
             "n_pairs": len(plan.pairs),
@@ -450,19 +451,43 @@ def _peak_memory_mib() -> float | None:
     return round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10, 1)
 
 
+PROGRESS = 15
+"""The level of the logger at which progress is told, a line a minute: for a log file, below what is worth a message."""
+
+_OFTEN = 60.0  # seconds between two lines of progress in a file
+
+
 @contextmanager
 def _progress_bar(name: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """A function progress(done, total) that moves one line on stderr."""
-    form = "{desc:<24} {percentage:3.0f}%|{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
-    often = 0.1 if sys.stderr.isatty() else 30  # seconds; in a file each drawing stays
+    """A function progress(done, total) that moves one line on stderr, and tells the logger once a minute.
+
+    What is counted are steps of the experiment: rows of passes, edges, layers, as it has them.
+    """
+    form = "{desc:<24} {percentage:3.0f}%|{bar:30}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+    # In a file each drawing stays.
+    often = 0.1 if sys.stderr.isatty() else _OFTEN
+    began = told = time.monotonic()
     with tqdm(
-        desc=name, total=1, disable=not shown, bar_format=form, file=sys.stderr, mininterval=often, miniters=1
+        desc=name,
+        total=1,
+        disable=not shown,
+        bar_format=form,
+        file=sys.stderr,
+        mininterval=often,
+        miniters=1,
+        unit="steps",
     ) as bar:
 
         def advance(done: int, total: int) -> None:
+            nonlocal told
             bar.total = total
             bar.update(done - bar.n)
+            now = time.monotonic()
+            if now - told >= _OFTEN:
+                told = now
+                logger.log(PROGRESS, "%s: %d of %d steps, %.3g a second", name, done, total, done / (now - began))
 
         yield advance
         bar.n = bar.total
         bar.refresh()
+    logger.log(PROGRESS, "%s: done in %.1f s", name, time.monotonic() - began)

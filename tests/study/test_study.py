@@ -1,7 +1,13 @@
 """A run: what it leaves behind, what it refuses, and how it is taken up again."""
 
 import json
+import logging
+import re
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -54,6 +60,14 @@ def test_the_manifest_says_where_the_table_comes_from(tiny_mamba, tmp_path):
     assert (manifest["device"], manifest["dtype"], manifest["kernels"]) == ("cpu", "float32", [])
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["wall_seconds"] > 0
+    assert {"cyclopts", "pandas", "scipy", "torch"} <= manifest["versions"].keys()
+    assert manifest["command"] == shlex.join(sys.argv)
+    assert manifest["machine"]["cores"] >= 1
+    assert manifest["machine"]["memory_mib"] > manifest["peak_memory_mib"]
+    assert len(manifest["machine"]["cpu"]) > 2
+    root = Path(runs.__file__).parents[2]
+    head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert (manifest["commit"] or "").removesuffix("+changes") == (head.stdout.strip() if head.returncode == 0 else "")
     assert 50 < manifest["peak_memory_mib"] < 1e6
     assert manifest["rows"] == len(pd.read_parquet(page.parent / "layer-removal.parquet"))
 
@@ -191,3 +205,11 @@ def test_progress_is_one_line_an_analysis_on_stderr(tiny_mamba, tmp_path, capsys
     assert printed.out == ""
     assert printed.err.count("\n") == 1
     assert "100%" in printed.err
+
+
+def test_progress_in_a_log_is_told_with_its_rate(caplog, monkeypatch):
+    monkeypatch.setattr(runs, "_OFTEN", 0.0)
+    with caplog.at_level(logging.DEBUG, "ioi_mamba"), runs._progress_bar("x", False) as advance:
+        advance(3, 10)
+    assert re.search(r"x: 3 of 10 steps, [\d.e+]+ a second", caplog.messages[0])
+    assert caplog.messages[-1].startswith("x: done in ")

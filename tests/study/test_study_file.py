@@ -142,7 +142,7 @@ def test_cells_are_runs_and_a_failed_one_holds_up_no_other(tiny_mamba_dir, pairs
     table = pd.read_parquet(out / done[0]["cell"] / "layer-removal.parquet")
     own = frame[(frame["experiment"] == "layer-removal") & (frame["seed"] == 1)]
     assert own["accuracy"].tolist() == table["accuracy"].tolist()
-    assert set(own["steps"]) == {1}
+    assert set(own["option.steps"]) == {1}
     assert set(own["model"]) == {str(tiny_mamba_dir)}
     # Taken up again, nothing that is done is done again.
     assert main(["run", str(path), "--out", str(out)]) == 1

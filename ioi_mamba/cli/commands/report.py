@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ioi_mamba.cli.log import Logging, listen
+from ioi_mamba.errors import InputError
 
 
 def report(
@@ -21,12 +22,12 @@ def report(
     experiment: Annotated[list[Path] | None, Parameter(negative=())] = None,
     log: Annotated[Logging, Parameter(name="*")] = Logging(),  # noqa: B008  immutable
 ) -> int:
-    """Write the report of finished tables again.
+    """Write the report of finished tables again; of a study's directory, the page that compares its cells.
 
     Parameters
     ----------
     directory
-        The --out of a run.
+        The --out of a run or of a study.
     charts
         Also write DIR/charts/NAME-of-MODEL.FORM: svg or png.
     markdown
@@ -41,10 +42,25 @@ def report(
     with listen(log):
         from ioi_mamba import analyses
         from ioi_mamba.report import exports
+        from ioi_mamba.report.comparison import write_comparison
         from ioi_mamba.report.pages import save_charts, write_report
+        from ioi_mamba.results.study import is_study
 
         for path in experiment or ():
             analyses.load(path)
+        if is_study(directory):
+            asked = {
+                "--charts": charts is not None,
+                "--markdown": markdown,
+                "--graph": graph,
+                "--draw-anyway": draw_anyway,
+            }
+            if flags := [flag for flag, given in asked.items() if given]:
+                raise InputError(
+                    f"{str(directory)!r} is a study's: {', '.join(flags)} is for the directory of one of its cells."
+                )
+            print(f"Report: {write_comparison(directory)}")
+            return 0
         if charts is not None:
             for path in save_charts(directory, charts, draw_anyway=draw_anyway):
                 print(f"Chart: {path}")

@@ -108,6 +108,7 @@ def _run(
 def _run_study(study: Study, out: Path | None, overwrite: bool, as_json: bool, quiet: bool) -> int:
     place = out or study.out or Path("reports") / study.name
 
+    from ioi_mamba.report.comparison import write_comparison
     from ioi_mamba.study import perform
 
     quieten()
@@ -116,8 +117,14 @@ def _run_study(study: Study, out: Path | None, overwrite: bool, as_json: bool, q
     )
     for name, why in failures.items():
         print(f"Failed: {name}: {why}", file=sys.stderr)
-    if not as_json:
-        print(f"Study: {place}")
+    try:
+        page = write_comparison(place)
+        if not as_json:
+            print(f"Report: {page}")
+    except InputError:
+        if not failures:
+            raise
+        # Nothing is finished, and what failed was said.
     return 1 if failures else 0
 
 
