@@ -453,6 +453,7 @@ def _peak_memory_mib() -> float | None:
 
 PROGRESS = 15
 """The level of the logger at which progress is told, a line a minute: for a log file, below what is worth a message."""
+logging.addLevelName(PROGRESS, "PROGRESS")
 
 _OFTEN = 60.0  # seconds between two lines of progress in a file
 

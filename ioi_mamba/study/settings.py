@@ -132,7 +132,7 @@ class Cell:
         others = {key: value for key, value in self.question.items() if key not in ("model", "seed", "option")}
         told = {key: value for key, value in others.items() if value != standard[key]} | dict(self.options)
         said = [Path(self.settings.model).name, f"seed-{self.settings.seed}"]
-        said += [f"{key.replace('_', '-')}-{value}" for key, value in told.items()]
+        said += [f"{key.replace('_', '-')}-{Path(str(value)).name}" for key, value in told.items()]
         digest = hashlib.sha256(json.dumps(self.question, sort_keys=True, default=str).encode()).hexdigest()
         return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', '-'.join(said)).strip('.-')[:80]}-{digest[:8]}"
 

@@ -22,6 +22,7 @@ from ioi_mamba.passes.probe import probe
 from ioi_mamba.results.stored import read_manifest
 from ioi_mamba.study import runs
 from ioi_mamba.tasks.base import Pairs
+from ioi_mamba.versions import requirements
 
 
 def pairs(first=1, n_pairs=3):
@@ -60,7 +61,7 @@ def test_the_manifest_says_where_the_table_comes_from(tiny_mamba, tmp_path):
     assert (manifest["device"], manifest["dtype"], manifest["kernels"]) == ("cpu", "float32", [])
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["wall_seconds"] > 0
-    assert {"cyclopts", "pandas", "scipy", "torch"} <= manifest["versions"].keys()
+    assert {"torch", *(wanted.name for wanted in requirements())} <= manifest["versions"].keys()
     assert manifest["command"] == shlex.join(sys.argv)
     assert manifest["machine"]["cores"] >= 1
     assert manifest["machine"]["memory_mib"] > manifest["peak_memory_mib"]

@@ -147,7 +147,7 @@ def test_cells_are_runs_and_a_failed_one_holds_up_no_other(tiny_mamba_dir, pairs
     # Taken up again, nothing that is done is done again.
     assert main(["run", str(path), "--out", str(out)]) == 1
     assert counted == [1, 3, 2, 3]
-    assert capsys.readouterr().out.splitlines()[-1].endswith(str(out))
+    assert capsys.readouterr().out.splitlines() == [f"Report: {out / 'index.html'}"]
 
 
 def test_a_studys_directory_with_cells_of_something_else_is_refused(tiny_mamba_dir, pairs_file, tmp_path):

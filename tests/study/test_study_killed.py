@@ -47,6 +47,7 @@ def manifests(out):
 def test_a_study_killed_at_any_moment_ends_as_if_it_had_not_been(about, kills, tmp_path, tried):
     path, plain, out = tmp_path / "study.yaml", tmp_path / "plain", tmp_path / "killed"
     path.write_text(json.dumps(about | {"experiments": list(EXPERIMENTS), "seed": list(SEEDS), "device": "cpu"}))
+    assert processes.Command("--version").end() == 0  # the first one starts the server that the others fork from
     began = time.monotonic()
     undisturbed = processes.Command("run", path, "--out", plain)
     assert undisturbed.end(within=900) == 0, undisturbed.printed
