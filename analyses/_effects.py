@@ -22,12 +22,15 @@ PLACE = (
     Column("position", "int", "token index; of prompts of several layouts that of the longest"),
     Column("label", "text", "the word at that position"),
 )
-EFFECT = (
+MEAN_EFFECT = (
     Column("effect", "float", "mean effect, 1 - normalized logit diff: 0 acts clean, 1 acts corrupted", nullable=True),
     Column("n", "int", "prompts of the mean"),
     Column("left_out", "int", "prompts without a range, of all corruptions", later=True),
     Column("low", "float", "lower end of the 95 % interval of the mean, by cluster", nullable=True, later=True),
     Column("high", "float", "upper end of the same interval", nullable=True, later=True),
+)
+EFFECT = (
+    *MEAN_EFFECT,
     Column("changed", "bool", "the two prompts of a pair differ at that position", later=True),
     Column("ablation", "text", "the kind of ablation, by name", later=True),
 )

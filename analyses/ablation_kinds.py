@@ -139,7 +139,7 @@ EXPERIMENT = Experiment(
         Column("ablation", "text", "the kind of ablation"),
         Column("side", "text", "output: what the node adds to the stream; input: its own copy of the stream"),
         Column("node", "text", "embed, a layer, or a sub-block of one"),
-        *(column for column in _effects.EFFECT if column.name != "ablation"),
+        *_effects.MEAN_EFFECT,
         Column("accuracy", "float", "share of prompts whose answer has the largest logit of the candidates, 0..1"),
     ),
     draws={ioi.TASK.name: default_pairs},

@@ -94,7 +94,7 @@ def test_lines_are_means_over_later_states_and_the_findings_name_the_strongest(t
     for i in first.index:
         assert first[i] == pytest.approx(sum(expected[i, j] for j in range(i + 1, 7)) / (6 - i), abs=2e-5)
     assert first.is_monotonic_decreasing
-    (named,) = [sentence for sentence in ss.findings(table) if "strongest rows are " in sentence]
+    (named,) = [sentence for sentence in ss.findings(table) if "the strongest rows are " in sentence]
     assert named.split("strongest rows are ")[1].startswith(f"{first.index[0]} ")
 
 

@@ -164,7 +164,7 @@ def test_our_experiments_on_a_task_of_ones_own_speak_of_neither_names_nor_the_pa
             assert " name" not in text.lower()
     assert "paper" not in page
     assert " name" not in page
-    assert "which layer needs to read a colour" in page
+    assert "which layer reads a colour, and where" in page
 
 
 def test_a_record_registered_in_a_notebook_is_found_by_its_name(written, tiny_mamba):
