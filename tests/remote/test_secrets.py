@@ -97,6 +97,6 @@ def test_a_key_is_in_nothing_that_is_written_or_said(way, tiny_mamba_dir, pairs_
     config.unlink(missing_ok=True)  # there the user has put it
     written = list(texts(tmp_path))
     assert {path.name for path, _ in written} >= {"layer-removal.parquet", "layer-removal.json", "index.html"}
-    assert any(path.suffix == ".pt" for path, _ in written)
+    assert any(path.suffix == ".chunk" for path, _ in written)
     assert not [path for path, text in written if KEY.encode() in text]
     tried("an API key, by every way to set it, searched for in all that is written and said", len(written) + 1)
