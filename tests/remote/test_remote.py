@@ -247,7 +247,7 @@ def test_a_run_says_what_it_asked_of_the_server_and_keeps_no_secret(ndif_server,
     assert 0 < manifest["requests"]["bytes_down"] < 2**20
     page = (tmp_path / "out" / "index.html").read_text()
     assert "1 request" in page
-    assert not (tmp_path / "out" / "jobs").exists()
+    assert not (tmp_path / "out" / "chunks").exists()
     written = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
     output = "".join(capfd.readouterr()).encode()
     assert not any(KEY.encode() in text for text in [*written, output])
@@ -259,13 +259,13 @@ def test_submitted_requests_are_collected_later(ndif_server, tmp_path, capsys):
     assert main.main([*arguments, "--submit"]) == 0
     assert capsys.readouterr().out.count("ablation: ") == 2
     assert not (tmp_path / "layer-ablation.parquet").exists()
-    assert len(list((tmp_path / "jobs").glob("*.job"))) == 2
+    assert len(list((tmp_path / "chunks").glob("*.job"))) == 2
     assert main.main([*arguments, "--collect"]) == 0
     local = im.open_model("mini", device="cpu")
     runs.run_study(local, ["layer-ablation"], tmp_path / "local", n_pairs=2, progress=False)
     got, want = (pd.read_parquet(path / "layer-ablation.parquet") for path in (tmp_path, tmp_path / "local"))
     pd.testing.assert_frame_equal(got, want, check_exact=True)
-    assert not (tmp_path / "jobs").exists()
+    assert not (tmp_path / "chunks").exists()
 
 
 def test_the_doctor_says_what_the_server_allows(ndif_server, capsys):
@@ -378,13 +378,13 @@ def test_an_interrupted_client_ends_with_130(ndif_server, tmp_path):
     command = [sys.executable, "-m", "ioi_mamba", "run", "cross-talk", "--n-pairs", "20", "--out", str(tmp_path)]
     run = subprocess.Popen([*command, "--backend", "ndif", "--host", ndif_server.url], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "jobs").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "chunks").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     os.kill(run.pid, signal.SIGINT)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 130
     assert b"interrupted" in errors
-    assert list((tmp_path / "jobs").glob("*.pt"))
+    assert list((tmp_path / "chunks").glob("*.chunk"))
 
 
 def test_several_requests_in_flight_give_the_local_table(ndif_server, local, tmp_path, monkeypatch):
