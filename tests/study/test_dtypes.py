@@ -118,8 +118,9 @@ def test_every_experiment_runs_in_every_dtype_and_finds_what_it_finds_in_float32
     assert len(both) >= 3
     difference = float((both.iloc[:, 0] - both.iloc[:, 1]).abs().max())
     FOUND[name, dtype] = difference
-    # A share of few prompts moves by whole prompts.
-    assert difference <= (1 / 2 if name == "name-steering" else TOLERANCE[dtype])
+    # A share of few prompts moves by whole prompts; what decoding calls lost is one difference of logits minus another.
+    wider = {"name-steering": 1 / 2, "decoding": 2 * TOLERANCE[dtype]}
+    assert difference <= wider.get(name, TOLERANCE[dtype])
 
 
 def test_what_was_found_is_written(request):
