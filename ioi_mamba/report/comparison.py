@@ -5,17 +5,16 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 
 from ioi_mamba import analyses
 from ioi_mamba.charts.theme import themed
 from ioi_mamba.experiments.experiment import Experiment
 from ioi_mamba.files import EMBEDDED, written_whole
+from ioi_mamba.report.pages import template
 from ioi_mamba.results import baseline
 from ioi_mamba.results import study as studies
 from ioi_mamba.results.study import Cell, Study
@@ -60,7 +59,7 @@ def write_comparison(directory: str | Path) -> Path:
     numbers = {name: studies.over_seeds(study, name) for name in study.experiments}
     sections = [_section(study, name, numbers[name]) for name in study.experiments]
     models = {str(cell.about["model"]) for cell in study.cells}
-    page = _template().render(
+    page = template("comparison.html.j2").render(
         study=study,
         sections=sections,
         cells=[_line(cell) for cell in study.cells],
@@ -180,15 +179,3 @@ def _item(row: Any) -> str:
     name = f"{row.source} {row.part}" if getattr(row, "part", "") else name
     label = getattr(row, "label", "")
     return f"{name} at {label}" if label else name
-
-
-@lru_cache(maxsize=1)
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("ioi_mamba.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("comparison.html.j2")

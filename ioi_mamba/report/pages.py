@@ -12,7 +12,7 @@ import re
 import warnings
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,7 @@ def _page(sections: list[Section]) -> str:
     manifest = sections[0].manifest
     is_papers = manifest["task"] == TASK
     story = _story(sections)
-    return _template().render(
+    return template("report.html.j2").render(
         task=manifest["task"],
         task_texts=manifest["task_texts"],
         is_papers=is_papers,
@@ -503,7 +503,7 @@ def _day(created: str) -> str:
     return f"{datetime.fromisoformat(created):%d %B %Y}".lstrip("0")
 
 
-@lru_cache(maxsize=1)
+@cache
 def _bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed in one script, which sets `vegaEmbed` on the window."""
     script = vl_convert.javascript_bundle(_GLOBALS, _VEGALITE)
@@ -511,8 +511,9 @@ def _bundle() -> str:
     return re.sub("</(?=script)", r"<\\/", script, flags=re.IGNORECASE)
 
 
-@lru_cache(maxsize=1)
-def _template() -> jinja2.Template:
+@cache
+def template(name: str) -> jinja2.Template:
+    """A page's template, by its file."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ioi_mamba.report"),
         autoescape=True,
@@ -521,4 +522,4 @@ def _template() -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"day": _day, "number": compare.number, "terms": terms.marked, "anchor": terms.anchor}
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
