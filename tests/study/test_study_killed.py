@@ -59,7 +59,7 @@ def test_a_study_killed_at_any_moment_ends_as_if_it_had_not_been(about, kills, t
     while left:
         command = processes.Command("run", path, "--out", out)
         begun += 1
-        time.sleep(rng.uniform(0, seconds / (kills + 2)))
+        time.sleep(rng.uniform(0, 1.5 * seconds / kills))
         command.signal(signal.SIGKILL)
         left -= command.end() == -signal.SIGKILL
         now = manifests(out) if (out / FILE).exists() else {}
