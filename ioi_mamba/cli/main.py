@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError
 
+from ioi_mamba.cli.wrapped import Wrapped
 from ioi_mamba.errors import InputError, ServerError, Submitted
 from ioi_mamba.model.threads import wait_passively
 
@@ -31,7 +32,7 @@ app = App(
     help="Take a Mamba apart and report what is found.",
     help_epilogue=CODES,
     help_format="plaintext",
-    help_formatter="plain",
+    help_formatter=Wrapped(),
     version=_version,
     suppress_keyboard_interrupt=False,
 )

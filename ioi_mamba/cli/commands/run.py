@@ -13,13 +13,14 @@ from cyclopts import App, Group, Parameter
 
 from ioi_mamba.cli.listing import experiment_names, run_help
 from ioi_mamba.cli.log import Logging, listen, quieten
+from ioi_mamba.cli.wrapped import Wrapped
 from ioi_mamba.errors import InputError
 from ioi_mamba.study.settings import SUFFIXES, Settings, Study, read_study
 
 _SERVER = Group("Server", sort_key=8)
 
 
-run = App(name="run", help_epilogue=run_help(), help_format="plaintext", help_formatter="plain")
+run = App(name="run", help_epilogue=run_help(), help_format="plaintext", help_formatter=Wrapped())
 
 
 @run.default
