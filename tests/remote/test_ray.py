@@ -139,7 +139,14 @@ def test_what_a_worker_finds_wrong_is_said_as_if_it_had_been_found_here(shared, 
 def program(directory, out, *more):
     command = [sys.executable, "-m", "ioi_mamba", "run", "layer-ablation", "--model", str(directory), "--out", str(out)]
     command += ["--backend", "ray", "--workers", "2", "--device", "cpu", "--n-pairs", "40", "--chunks", "40", *more]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, text=True)
+    return subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+        # Whoever started the tests may have had them ignore it, as a shell does with what it runs in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 @pytest.mark.ray

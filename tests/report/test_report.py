@@ -416,10 +416,12 @@ def test_of_a_model_that_guesses_no_chart_of_what_it_answers_is_on_the_page(tmp_
         part = page.split(f'<section id="{name}"')[1].split("</section>")[0]
         assert part.count("No chart is drawn") == 1
         assert f"The numbers are in {name}.parquet" in part
-        assert "some/model cannot do this task" in part
+        assert "which it cannot do" in part
         assert f"rows of <code>{name}.parquet</code>" in part
         assert "What was found" not in part
         assert "What to look for" not in part
+    # At the top, and beside what is drawn.
+    assert page.count("some/model cannot do this task") == 2
     assert 'id="names-summary"' not in page
     assert pages.save_charts(tmp_path, "svg") == [tmp_path / "charts/state-similarity-of-model.svg"]
     put(tmp_path, "layer-removal", LAYER_REMOVAL, clean=BELOW | {"accuracy": 0.75})
