@@ -244,10 +244,18 @@ def test_on_paper_method_and_numbers_are_there(browser, tmp_path):
         assert browser.value("document.querySelector('#layer-ablation .method').checkVisibility()")
         assert browser.value("document.querySelector('#layer-ablation table').checkVisibility()")
         assert not browser.value("document.querySelector('nav').checkVisibility()")
+        # Words and provenance behind the results; no heading over a chart that was not drawn.
+        assert browser.value("[...document.querySelectorAll('main > details')].map(d => d.className)") == [
+            "key",
+            "provenance",
+        ]
+        empty = "[...document.querySelectorAll('.chart:not([data-drawn=yes])')].filter(c => c.checkVisibility()).length"
+        assert browser.value(empty) == 0
     finally:
         browser.value("dispatchEvent(new Event('afterprint'))")
         browser.command("Emulation.setEmulatedMedia", media="")
-    assert browser.value("document.querySelectorAll('details.more[open]').length") == 0
+    assert browser.value("document.querySelectorAll('details.more[open], main > details').length") == 0
+    assert browser.value("document.querySelectorAll('.about > details').length") == 2
 
 
 @pytest.mark.skipif(not AXE.is_file(), reason="needs axe-core: npm install --no-package-lock --prefix tests/report")

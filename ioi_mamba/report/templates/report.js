@@ -24,6 +24,16 @@ function panelWidth(spec) {
   return panels.length && panels.every(panel => panel.width === panels[0].width) ? panels[0].width : undefined;
 }
 
+// Fewer labels below a view: none beside a position with a name of its own, as n3+1 is, and of the others those that fit.
+function thinned(view) {
+  const axis = view.encoding?.x?.axis;
+  if (axis) {
+    const text = axis.labelExpr || "datum.label";
+    Object.assign(axis, {labelOverlap: "greedy", labelSeparation: 1, labelExpr: `test(/\\w[+-]\\d+$/, ${text}) ? '' : ${text}`});
+  }
+  (view.layer || []).forEach(thinned);
+}
+
 // A copy of a chart as wide as the element: panels in fewer columns, views wider or narrower, on a narrow page one below the other. less: pixels to spare.
 function fitted(spec, element, less) {
   const copy = structuredClone(spec), room = element.clientWidth;
@@ -37,7 +47,10 @@ function fitted(spec, element, less) {
   for (const {views, wide, axes} of groups(copy)) {
     const own = room - MENU_WIDTH - axes * AXIS_WIDTH;
     const target = less ? Math.min(own, wide) - less : wide > own || wide > FULL ? own : wide;
-    for (const view of views) view.width = Math.max(30, Math.floor(view.width * target / wide));
+    for (const view of views) {
+      view.width = Math.max(30, Math.floor(view.width * target / wide));
+      if (target < 0.95 * wide) thinned(view);
+    }
   }
   const chosen = copy.params?.find(param => param.name === "shown");
   if (chosen?.bind?.options.includes(corruption)) chosen.value = corruption;
@@ -190,7 +203,7 @@ function drawn(script, id) {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", pictures);
 })();
 
-// What is on demand is drawn when its details are opened, and before printing.
+// What is on demand is drawn when its details are opened.
 const later = new Map([...document.querySelectorAll("script[data-chart-later]")].map(script => [script.dataset.chartLater, script]));
 function drawInside(details) {
   for (const [id, script] of later) {
@@ -203,12 +216,18 @@ function drawInside(details) {
 for (const details of document.querySelectorAll("details.more")) {
   details.addEventListener("toggle", () => details.open && drawInside(details));
 }
+// On paper all details are open, and words and provenance, which a screen has at the top, stand behind the results.
+const about = document.querySelector(".about"), appended = about.querySelectorAll("details");
 let opened = [];
 addEventListener("beforeprint", () => {
-  opened = [...document.querySelectorAll("details.more:not([open]), header details:not([open])")];
+  opened = [...document.querySelectorAll("details.more:not([open])"), ...appended].filter(details => !details.open);
   for (const details of opened) details.open = true;
+  document.getElementById("main").append(...appended);
 });
-addEventListener("afterprint", () => opened.forEach(details => { details.open = false; }));
+addEventListener("afterprint", () => {
+  about.append(...appended);
+  for (const details of opened) details.open = false;
+});
 
 // Where the reader is, in the contents.
 const links = new Map([...document.querySelectorAll("nav a")].map(link => [link.hash.slice(1), link]));
