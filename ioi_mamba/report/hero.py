@@ -17,6 +17,8 @@ from ioi_mamba.report.story import LIT, ROWS, Mark, View, says
 
 CHARACTER, FONT = 8.5, 14
 """Pixels: the width of a character of the monospaced font, and its size."""
+VALUE_CHARACTER = 7.3
+"""Pixels: the width of a character of the smaller numbers in cells."""
 LEFT, RIGHT, TOP, BOTTOM = 84, 30, 46, 62
 """Pixels around the rows: for names of layers, for bows, for the answer, for two lines of tokens."""
 LAYERS_HEIGHT, LOWEST, HIGHEST, FOLDED = 300, 20, 66, 16
@@ -95,16 +97,19 @@ def drawn(view: View, n_layers: int) -> Figure:
     order = [Kind.EDGE, Kind.CARRIES, Kind.READS, Kind.MOVES, Kind.WRITES]
     top = {kind: max((abs(mark.value) for mark in view.of(kind)), default=1.0) or 1.0 for kind in Kind}
     shapes = []
-    for number, mark in sorted(enumerate(view.marks), key=lambda pair: order.index(pair[1].kind)):
+    for k, mark in sorted(enumerate(view.marks), key=lambda pair: order.index(pair[1].kind)):
         # A slice that takes from its own token moves nothing; it stands among the parts of its layer.
         if mark not in shown or (mark.kind == Kind.MOVES and mark.start == mark.end):
             continue
         path, style = _path(mark, columns, y_of, height_of.get(int(mark.layer) if mark.layer < 1e9 else -1, 0.0), top)
         column, text = columns[mark.end], None
         if mark.kind == Kind.READS and abs(mark.value) >= 0.4 and height_of[int(mark.layer)] >= LOWEST:
-            text = (column.x, y_of(mark.target) + 4, f"{mark.value * 100:.0f}")
+            number = f"{mark.value * 100:.0f}"
+            # A number wider than its cell would run into the next one; pointing at the cell says it.
+            if VALUE_CHARACTER * len(number) <= column.width - 6:
+                text = (column.x, y_of(mark.target) + 4, number)
         layers = [int(node_place(node)[0]) for node in dict.fromkeys((mark.source, mark.target)) if node not in ends]
-        shapes.append(Shape(number, str(mark.kind), layers, path, style, text, says(view, mark)))
+        shapes.append(Shape(k, str(mark.kind), layers, path, style, text, says(view, mark)))
     left_out = len([mark for mark in view.marks if mark not in shown])
     return Figure(view, x + RIGHT, height, columns, rows, shapes, left_out)
 
