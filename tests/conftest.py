@@ -11,9 +11,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # models so small that a second thread only
 import pytest
 import torch
 from ndif_server.fixtures import ndif_server, sandboxed_ndif_server  # noqa: F401  fixtures of the remote tests
-from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MambaConfig
 
 import ioi_mamba as im
+from ioi_mamba.files import MINI
 from ioi_mamba.model.opening import _token_ids_tokenizer
 
 torch.set_num_threads(1)
@@ -37,6 +38,16 @@ def tiny_mamba_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny-mamba")
     save_mamba(path, vocab_size=VOCAB, n_layers=4)
     _token_ids_tokenizer(VOCAB).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def reads_names(tmp_path_factory):
+    """A directory with a random Mamba of 2 layers that has the vocabulary of the embedded model."""
+    path = tmp_path_factory.mktemp("reads-names")
+    tokenizer = AutoTokenizer.from_pretrained(str(MINI))
+    save_mamba(path, vocab_size=len(tokenizer), n_layers=2)
+    tokenizer.save_pretrained(path)
     return path
 
 

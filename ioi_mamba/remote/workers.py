@@ -71,7 +71,13 @@ class _Worker:
         def heard(done: int, total: int) -> None:
             self.share = done / total
 
-        return work(self.model, *chunk, progress=heard)
+        try:
+            return work(self.model, *chunk, progress=heard)
+        except InputError as error:
+            raise InputError(str(error)) from None
+        except Exception as error:
+            # What is raised inside a trace holds frames, and these cannot be sent.
+            raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
     def done(self) -> float:
         """The share of its chunk that is done, 0..1; asked while `do` is at it."""

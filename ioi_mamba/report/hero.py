@@ -72,6 +72,11 @@ class Figure:
     shapes: list[Shape]
     left_out: int
 
+    @property
+    def kinds(self) -> list[str]:
+        """Of the marks that are drawn."""
+        return [shape.kind for shape in self.shapes]
+
     def svg(self, alone: bool = False, title: str = "") -> str:
         """As SVG; alone: as a file of its own, black on white, with a title."""
         return _template().render(figure=self, alone=alone, title=title, font=FONT, top=TOP, left=LEFT)

@@ -39,21 +39,6 @@ def command(name, directory, out, *more, dies=None):
     return Command(*arguments, *more, dies=dies, set_up=small_chunks)
 
 
-@pytest.fixture(scope="module")
-def reads_names(tmp_path_factory):
-    """A random Mamba of two layers with the vocabulary of the embedded model."""
-    from conftest import save_mamba
-    from transformers import AutoTokenizer
-
-    from ioi_mamba.files import MINI
-
-    path = tmp_path_factory.mktemp("reads-names")
-    tokenizer = AutoTokenizer.from_pretrained(str(MINI))
-    save_mamba(path, vocab_size=len(tokenizer), n_layers=2)
-    tokenizer.save_pretrained(path)
-    return path
-
-
 @pytest.mark.parametrize("name", INSIDE)
 def test_chunks_that_were_finished_before_a_kill_are_not_computed_again(name, reads_names, tmp_path, tried):
     whole = command(name, reads_names, tmp_path / "whole")
