@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constr
 FAST := tests/tasks tests/charts tests/results tests/model/test_scan.py tests/model/test_sites.py \
 	tests/passes/test_metrics.py tests/circuits/test_graph.py tests/circuits/test_patching.py
 
-.PHONY: setup report test test-fast test-remote test-processors docs lint lock clean
+.PHONY: setup report test test-fast test-remote test-ray test-processors docs lint lock clean
 
 setup: $(VENV)/.dev
 
@@ -36,6 +36,10 @@ test-fast: setup
 # Against real NDIF servers that the tests start on loopback; see docs/ndif-test-server.md for what that needs.
 test-remote: setup
 	$(BIN)/python -m pytest -m remote -rs
+
+# With Ray, on loopback: every experiment by two workers, killed runs, eight nodes, Slurm's script, a submitted job.
+test-ray: setup
+	$(BIN)/python -m pytest -m ray -rs tests/remote
 
 # The tests of numbers, once more on each of the processors that tests/processors.py imitates.
 test-processors: setup

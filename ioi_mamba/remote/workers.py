@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import socket
 import sys
 from collections import Counter, deque
 from collections.abc import Callable
@@ -26,6 +27,7 @@ ASKED = "asked"  # the group of an actor's methods that answers while another on
 CHUNKS_A_WORKER = 4  # at least, where there are many: the last chunk is done by one while the others have none
 TRIES = 3  # of a chunk whose worker ends each time
 START_SECONDS = 600  # a worker may take to start and to open its model
+CONNECT_SECONDS = 10  # for a cluster's address to answer
 HEARD_SECONDS = 0.5  # from one look at what workers say of their progress to the next
 STORE_BYTES = 512 << 20  # of Ray's object store on this machine: chunks and their results are small
 
@@ -245,6 +247,9 @@ def _connected(workers: Workers) -> Any:
     if workers.address is None:
         # Else Ray, when it is imported, decides to put the machine's address in place of 127.0.0.1.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    else:
+        # Else it tries for many minutes to reach a cluster that is no longer there.
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
     try:
         import ray
     except ImportError:
@@ -263,6 +268,9 @@ def _connected(workers: Workers) -> Any:
         }
     else:
         options = {"address": workers.address}
+        host, colon, port = workers.address.rpartition(":")
+        if colon and "://" not in workers.address:
+            _look_for(host.strip("[]"), port, workers.address)
     for attempt in range(TRIES):
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
@@ -270,14 +278,29 @@ def _connected(workers: Workers) -> Any:
         except Exception as error:  # Ray raises whatever it likes, also Exception itself
             ray.shutdown()
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if workers.address is not None:
+            if workers.address is not None and "AuthenticationError" in str(error.__cause__):
                 raise InputError(
-                    f"No Ray cluster at --address {workers.address}: start one with `ray start` ({said})."
+                    f"The Ray cluster at --address {workers.address} asks for its token: set RAY_AUTH_MODE=token, and the "
+                    "token in ~/.ray/auth_token or RAY_AUTH_TOKEN."
                 ) from None
+            if workers.address is not None:
+                raise _no_cluster(workers.address, said) from None
             # A busy machine takes longer than the 30 seconds that Ray allows its own processes.
             if attempt == TRIES - 1:
                 raise ServerError(f"Ray did not start on this machine: {said}") from None
     return ray
+
+
+def _look_for(host: str, port: str, address: str) -> None:
+    """Raise InputError where nobody listens, which Ray says late and in many words."""
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise _no_cluster(address, str(error)) from None
+
+
+def _no_cluster(address: str, said: str) -> InputError:
+    return InputError(f"No Ray cluster at --address {address}: start one with `ray start` ({said}).")
 
 
 def _send_by_value(work: Callable) -> None:

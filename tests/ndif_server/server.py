@@ -212,6 +212,8 @@ class Server:
             "TOKENIZERS_PARALLELISM": "false",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray puts the machine's address in place of 127.0.0.1
+            # Else Ray asks for a token where the user's home has one, and ndif sends none.
+            "RAY_AUTH_MODE": "disabled",
             "GRPC_ENABLE_FORK_SUPPORT": "0",  # as in ndif's own start script: else Ray's client server dies at times
             "NDIF_REDIS_URL": f"redis://127.0.0.1:{ports['redis']}",
             "NDIF_OBJECT_STORE_URL": f"http://127.0.0.1:{ports['object store']}",

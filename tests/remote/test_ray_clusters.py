@@ -16,6 +16,8 @@ import psutil
 import pytest
 
 import ioi_mamba as im
+from ioi_mamba.errors import InputError
+from ioi_mamba.remote.workers import Workers
 from ioi_mamba.results.stored import read_manifest
 from ioi_mamba.study import runs
 
@@ -136,3 +138,21 @@ def test_a_submitted_job_makes_the_local_table(reads_names, local_table, tmp_pat
         run_here(["ray", "stop"])
     assert "succeeded" in said
     assert (tmp_path / "shared" / "layer-ablation.parquet").read_bytes() == local_table
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "127.0.0.1:here"])
+def test_an_address_where_no_cluster_is_is_one_sentence(address, port, tmp_path):
+    address = address.format(port=port)
+    with pytest.raises(InputError, match=f"No Ray cluster at --address {address}: start one with `ray start`"):
+        im.open_model("mini", device="cpu", backend="ray", workers=Workers(address=address))
+
+
+def test_a_cluster_that_asks_for_its_token_is_one_sentence(port, alone):
+    node = {**ON_LOOPBACK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    start = ["ray", "start", "--head", "--node-ip-address", "127.0.0.1", "--num-cpus", "1", "--include-dashboard=false"]
+    run_here([*start, "--port", str(port)], **node)
+    try:
+        with pytest.raises(InputError, match="asks for its token: set RAY_AUTH_MODE=token"):
+            im.open_model("mini", device="cpu", backend="ray", workers=Workers(address=f"127.0.0.1:{port}"))
+    finally:
+        run_here(["ray", "stop"])
