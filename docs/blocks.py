@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html import escape
+from itertools import pairwise
 from typing import NamedTuple
 
 from ioi_mamba.model.family import Family, Writer
@@ -157,7 +158,7 @@ def draw(family: Family) -> str:
     height = y + 2 * ROW + TALL + 16
     rail = "".join(
         f'<path class="rail" d="M{STREAM} {above + TALL}V{below}"/>'
-        for (_, above), (_, below) in zip(stream, stream[1:], strict=False)
+        for (_, above), (_, below) in pairwise(stream)
     )
     boxes = "".join(_box(family, name, STREAM, top) for name, top in stream)
     said = [("RMSNorm", y + ROW), ("head", y + 2 * ROW)]
