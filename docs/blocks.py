@@ -157,8 +157,7 @@ def draw(family: Family) -> str:
     assert ("resid_mid" in named) == ("resid_mid" in family.sites), "the sub-blocks are not where the sites say"
     height = y + 2 * ROW + TALL + 16
     rail = "".join(
-        f'<path class="rail" d="M{STREAM} {above + TALL}V{below}"/>'
-        for (_, above), (_, below) in pairwise(stream)
+        f'<path class="rail" d="M{STREAM} {above + TALL}V{below}"/>' for (_, above), (_, below) in pairwise(stream)
     )
     boxes = "".join(_box(family, name, STREAM, top) for name, top in stream)
     said = [("RMSNorm", y + ROW), ("head", y + 2 * ROW)]
@@ -200,7 +199,9 @@ def _said(family: Family, writer: Writer) -> str:
     said += f", beside {' and '.join(sorted(beside))}" if beside else ""
     shared = [name for name in having if family.kinds[name].attends and "attn_in" not in family.kinds[name].sites]
     if writer.name == "mamba" and shared:
-        said += f"; in those of the kind {', '.join(shared)} attention reads layer_input too, and the mixer reads the sum"
+        said += (
+            f"; in those of the kind {', '.join(shared)} attention reads layer_input too, and the mixer reads the sum"
+        )
     return said
 
 

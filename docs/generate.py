@@ -87,7 +87,7 @@ def _source(name: str) -> str:
     """The module of an experiment, folded, at the end of its notebook."""
     module = import_module(analyses.load(name).run.__module__)
     code = indent(f"```python\n{inspect.getsource(module)}```", "    ")
-    return f"## Its source\n\n??? note \"analyses/{Path(module.__file__).name}\"\n\n{code}\n"
+    return f'## Its source\n\n??? note "analyses/{Path(module.__file__).name}"\n\n{code}\n'
 
 
 def _symbol(written: str) -> str:

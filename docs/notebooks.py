@@ -37,6 +37,7 @@ ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "build" / "notebooks"
 TUTORIAL = ROOT / "docs" / "tutorial.py"
 N_PAIRS = 5
+MORE_PAIRS = {"name-steering": 40}  # of fewer, most cells of its table are empty
 CHART = "application/vnd.vegalite.v6+json"
 VEGALITE = re.sub(r"^v(\d+\.\d+).*", r"\1", SCHEMA_VERSION)
 # Charts as JSON, which the site draws with its own copy of the library. Of Altair's own forms one asks a server for the
@@ -59,8 +60,8 @@ def of_experiment(experiment: Experiment) -> NotebookNode:
     """What an experiment asks, a call of it on few pairs, its table, findings and charts; not run."""
     texts = experiment.texts(tasks.ioi.TASK.varies)
     steps = "\n".join(f"{k}. {line.strip()}" for k, line in enumerate(texts["method"].strip().splitlines(), 1))
-    judges = Need.HELD_OUT in experiment.needs
-    other = f"\nheld_out = experiment.draw(model.tokenizer, {N_PAIRS}, seed=28, task=im.ioi.TASK)" if judges else ""
+    judges, n_pairs = Need.HELD_OUT in experiment.needs, MORE_PAIRS.get(experiment.name, N_PAIRS)
+    other = f"\nheld_out = experiment.draw(model.tokenizer, {n_pairs}, seed=28, task=im.ioi.TASK)" if judges else ""
     call = "experiment(model, pairs, held_out=held_out)" if judges else "experiment(model, pairs)"
     cells = [
         new_markdown_cell(
@@ -71,11 +72,11 @@ def of_experiment(experiment: Experiment) -> NotebookNode:
         new_code_cell(
             "import ioi_mamba as im\nfrom ioi_mamba import analyses\n\n"
             f'model = im.open_model("mini", device="cpu")\nexperiment = analyses.load("{experiment.name}")\n'
-            f"pairs = experiment.draw(model.tokenizer, {N_PAIRS}, seed=27, task=im.ioi.TASK){other}\n"
-            f'print(len(pairs), "pairs, such as:", *pairs.texts[0], sep="\\n")'
+            f"pairs = experiment.draw(model.tokenizer, {n_pairs}, seed=27, task=im.ioi.TASK){other}\n"
+            'print(*pairs.texts[0], sep="\\n")'
         ),
         new_markdown_cell("## Its table"),
-        new_code_cell(f"table = {call}\ntable.head(10)"),
+        new_code_cell(f"table = {call}\ntable.head(10).round(3)"),
         new_markdown_cell("## What it says"),
         new_code_cell('print(*experiment.findings(table), sep="\\n")'),
         new_markdown_cell(f"## Its chart\n\n{texts['look_for']}"),
@@ -103,6 +104,9 @@ def run(notebook: NotebookNode, name: str) -> NotebookNode:
     def make(path: Path) -> None:
         _execute(notebook, name)
         check(notebook, name)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":  # progress and warnings are of this machine, and no result
+                cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr"]
         path.write_text(nbformat.writes(notebook), encoding="utf-8")
 
     return nbformat.read(_kept(f"{name}.ipynb", cells, make), as_version=4)
@@ -191,6 +195,9 @@ def _execute(notebook: NotebookNode, name: str) -> None:
     client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}})
     # Whatever kernels are installed, this Python is the one that has the package's dependencies.
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", f"--IPKernelApp.exec_lines={SETUP}"]
+    argv.append(
+        "--IPKernelApp.log_level=ERROR"
+    )  # it warns of a connection without encryption, which stays on this machine
     client.create_kernel_manager()
     client.km._kernel_spec = KernelSpec(argv=argv, display_name="this", language="python", env=ENVIRONMENT)
     try:
