@@ -1,10 +1,15 @@
 """What the site adds to the pages: notebooks that were run, pictures of blocks that are true, links that lead somewhere."""
 
 import re
+import shutil
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import conftest  # noqa: F401  sets the environment before transformers is imported
 import pytest
 import torch
+from browser import Browser
 from pages import DOCS, ROOT
 
 import ioi_mamba as im
@@ -48,7 +53,7 @@ def test_a_notebook_is_run_once_and_shows_what_it_gave(notebooks, monkeypatch):
     assert "&lt;b&gt; 42" in page
     assert "a warning" not in page
     assert page.count('<div class="chart">') == len(notebooks.charts(found)) == 1
-    assert page.count("</script>") == 1, "a text of the chart ended the element"
+    assert page.partition('<div class="chart">')[2].count("</script>") == 1, "a text of the chart ended the element"
     assert notebooks.picture(notebooks.charts(found)[0]).startswith(b"\x89PNG")
     monkeypatch.setattr(notebooks, "_execute", lambda notebook, name: pytest.fail("it was run again"))
     assert notebooks.run(a_notebook(*cells), "some") == found
@@ -78,33 +83,42 @@ def test_the_notebook_of_an_experiment_is_python_that_calls_it(notebooks, name):
     assert analyses.load(name).question.partition("{")[0] in notebook.cells[0].source
 
 
-def test_the_site_builds_strictly_and_has_every_site_and_experiment(notebooks, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site as `make docs` builds it, but with one small chart in place of what each notebook gives."""
+    pytest.importorskip("mkdocs")
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
     def shown(notebook, name):
+        *_, last = (cell for cell in notebook.cells if cell.cell_type == "code")
+        values, x = [{"a": 1}], {"field": "a", "type": "quantitative"}
+        spec = {"mark": "point", "data": {"values": values}, "encoding": {"x": x}}
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.execution_count, cell.outputs = 1, []
-        spec = {
-            "mark": "point",
-            "data": {"values": [{"a": 1}]},
-            "encoding": {"x": {"field": "a", "type": "quantitative"}},
-        }
-        # As cells of a notebook hold it: an output whose data are by type.
-        cell.outputs = [notebooks.NotebookNode(output_type="display_data", metadata={}, data={notebooks.CHART: spec})]
+        data = {notebooks.CHART: spec}
+        last.outputs = [notebooks.NotebookNode(output_type="display_data", metadata={}, data=data)]
         return notebook
 
-    monkeypatch.setattr(notebooks, "run", shown)
-    monkeypatch.setattr(notebooks, "sample_report", lambda: b"<html><body>a report</body></html>")
-    monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(ROOT)
-    site = tmp_path / "site"
-    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(site), strict=True))
+    folder = tmp_path_factory.mktemp("site")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(DOCS)
+        patch.syspath_prepend(ROOT)
+        patch.chdir(ROOT)
+        import notebooks
+
+        patch.setattr(notebooks, "run", shown)
+        patch.setattr(notebooks, "sample_report", lambda: b"<html><body>a report</body></html>")
+        build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True))
+    return folder
+
+
+def test_the_site_builds_strictly_and_has_every_site_and_experiment(site):
     concepts = (site / "concepts" / "index.html").read_text()
     assert "<math" in concepts
-    for name in FAMILIES["mamba"].listed():
-        assert name[0] in concepts
+    for name, *_ in FAMILIES["mamba"].listed():
+        assert name in concepts
     experiments = (site / "experiments" / "index.html").read_text()
     gallery = (site / "gallery" / "index.html").read_text()
     for name in analyses.available():
@@ -112,16 +126,34 @@ def test_the_site_builds_strictly_and_has_every_site_and_experiment(notebooks, t
         assert f"analyses.{name.replace('-', '_')}.run" in experiments
         assert f'src="../pictures/{name}.png"' in gallery
         assert f'href="../notebooks/{name}/#its-source"' in gallery
-        page = (site / "notebooks" / name / "index.html").read_text()
-        assert '<div class="chart">' in page
-        assert f'<h1 id="{page.split("<h1 id=")[1].split(chr(34))[1]}">' in page
-        assert (site / "notebooks" / f"{name}.ipynb").exists()
+        assert '<div class="chart">' in (site / "notebooks" / name / "index.html").read_text()
+        assert '"cells"' in (site / "notebooks" / f"{name}.ipynb").read_text()
+    assert '"cells"' in (site / "tutorial.ipynb").read_text()
     for page in site.rglob("*.html"):
         text = page.read_text()
         assert "from the code:" not in text
         assert 'class="arithmatex"' not in text
-    assert "vegaEmbed" in (site / "vega.js").read_text()
+        assert str(ROOT) not in text
     assert (site / "blocks" / "index.html").read_text().count('class="block"') == len(FAMILIES)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
+def test_a_browser_without_network_draws_a_chart_of_the_site(site, tmp_path):
+    handler = partial(SimpleHTTPRequestHandler, directory=str(site))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/"
+    browser = Browser(f"{address}notebooks/layer-ablation/", tmp_path)
+    try:
+        browser.until(lambda: browser.value("document.querySelector('.chart')?.dataset.drawn"))
+        assert browser.value("document.querySelector('.chart').dataset.drawn") == "yes"
+        assert browser.value("document.querySelectorAll('.chart svg.marks').length") == 1
+        loaded = browser.value("performance.getEntriesByType('resource').map(each => each.name)")
+        assert any(url.endswith("/vega.js") for url in loaded)
+        assert all(url.startswith(address) for url in loaded), loaded
+    finally:
+        browser.close()
+        server.shutdown()
 
 
 def test_links_of_a_site_that_lead_nowhere_are_found(docs, tmp_path):
