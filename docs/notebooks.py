@@ -5,6 +5,7 @@ What was run is kept in build/notebooks and used again as long as cells, code an
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import html
 import json
@@ -23,6 +24,7 @@ import nbclient
 import nbformat
 import vl_convert
 from altair import SCHEMA_VERSION
+from jupyter_client import KernelManager
 from jupyter_client.kernelspec import KernelSpec
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -42,7 +44,12 @@ CHART = "application/vnd.vegalite.v6+json"
 VEGALITE = re.sub(r"^v(\d+\.\d+).*", r"\1", SCHEMA_VERSION)
 # Charts as JSON, which the site draws with its own copy of the library. Of Altair's own forms one asks a server for the
 # library, and the other has a name that is not one of JSON for nbformat.
-SETUP = f"import altair as a; a.renderers.register('site', lambda s, **_: {{'{CHART}': s}}); a.renderers.enable('site')"
+SETUP = f"""
+import altair
+altair.renderers.register("site", lambda spec, **_: {{"{CHART}": spec}})
+altair.renderers.enable("site")
+del altair
+"""
 # An empty NDIF_HOST: the tutorial then asks no server.
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NDIF_HOST": ""}
 
@@ -95,7 +102,7 @@ def all_run() -> Iterator[tuple[str, NotebookNode]]:
 
 
 def run(notebook: NotebookNode, name: str) -> NotebookNode:
-    """The notebook with what its cells give, from a fresh kernel of this Python, or as it was kept under `name`.
+    """The notebook with what its cells give, or as it was kept under `name`.
 
     Raises `NotRun` for a cell that fails.
     """
@@ -192,18 +199,26 @@ def _output(output: NotebookNode) -> str:
 
 
 def _execute(notebook: NotebookNode, name: str) -> None:
-    client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}})
-    # Whatever kernels are installed, this Python is the one that has the package's dependencies.
-    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", f"--IPKernelApp.exec_lines={SETUP}"]
-    argv.append(
-        "--IPKernelApp.log_level=ERROR"
-    )  # it warns of a connection without encryption, which stays on this machine
-    client.create_kernel_manager()
-    client.km._kernel_spec = KernelSpec(argv=argv, display_name="this", language="python", env=ENVIRONMENT)
+    # One kernel for all, since it takes longer to start than most notebooks to run; nothing of one is left for the next.
+    notebook.cells.insert(0, new_code_cell(f"%reset -f\n{SETUP}"))
     try:
-        client.execute()
+        nbclient.NotebookClient(notebook, km=_kernel(), timeout=600).execute()
     except nbclient.exceptions.CellExecutionError as error:
         raise NotRun(f"{name}: {error}") from error
+    finally:
+        del notebook.cells[0]
+
+
+@cache
+def _kernel() -> KernelManager:
+    """A kernel of this Python: whatever others are installed, this one has the package's dependencies. It ends with this process."""
+    manager = KernelManager()
+    quiet = "--IPKernelApp.log_level=ERROR"  # it warns of a connection without encryption, which stays on this machine
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", quiet]
+    manager._kernel_spec = KernelSpec(argv=argv, display_name="this", language="python")
+    manager.start_kernel(cwd=str(ROOT), env=os.environ | ENVIRONMENT)
+    atexit.register(manager.shutdown_kernel, now=True)
+    return manager
 
 
 @cache
