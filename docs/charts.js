@@ -1,6 +1,6 @@
 "use strict";
 // Draws the charts of a page. The library that draws them is loaded once, from beside this file, and only where there is a chart.
-const charts = document.querySelectorAll(".chart");
+const SMALLEST = 720, charts = document.querySelectorAll(".chart");
 if (charts.length) {
   const library = document.createElement("script");
   library.src = new URL("vega.js", document.currentScript.src);
@@ -12,6 +12,10 @@ async function draw(chart) {
   const spec = JSON.parse(chart.querySelector("script").textContent), frame = chart.appendChild(document.createElement("div"));
   try {
     await vegaEmbed(frame, spec, {renderer: "svg", actions: false});
+    // It shrinks with the page as long as its words can be read; the page scrolls it then.
+    for (const drawing of frame.querySelectorAll("svg.marks")) {
+      drawing.style.minWidth = Math.min(SMALLEST, drawing.width.baseVal.value) + "px";
+    }
     chart.dataset.drawn = "yes";
   } catch (error) {
     chart.dataset.drawn = "no";

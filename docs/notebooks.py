@@ -140,10 +140,10 @@ def _kept(name: str, asked: str, make: Callable[[Path], None]) -> Path:
     path = KEPT / f"{stem}.{hashlib.sha256(f'{_code()} {asked}'.encode()).hexdigest()[:16]}.{ending}"
     if not path.exists():
         KEPT.mkdir(parents=True, exist_ok=True)
-        for old in KEPT.glob(f"{stem}.*.{ending}"):
-            old.unlink()
         with written_whole(path) as beside:
             make(beside)
+        for old in set(KEPT.glob(f"{stem}.*.{ending}")) - {path}:
+            old.unlink()
     return path
 
 

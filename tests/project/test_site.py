@@ -55,7 +55,8 @@ def test_a_notebook_is_run_once_and_shows_what_it_gave(notebooks, monkeypatch):
     assert page.count('<div class="chart">') == len(notebooks.charts(found)) == 1
     assert page.partition('<div class="chart">')[2].count("</script>") == 1, "a text of the chart ended the element"
     assert notebooks.picture(notebooks.charts(found)[0]).startswith(b"\x89PNG")
-    with pytest.raises(notebooks.NotRun, match="name 'sys' is not defined"):  # nothing is left of a notebook for the next
+    # Nothing is left of a notebook for the next.
+    with pytest.raises(notebooks.NotRun, match="name 'sys' is not defined"):
         notebooks.run(a_notebook("sys.version"), "other")
     monkeypatch.setattr(notebooks, "_execute", lambda notebook, name: pytest.fail("it was run again"))
     assert notebooks.run(a_notebook(*cells), "some") == found
