@@ -19,6 +19,7 @@ import links
 import nbformat
 import notebooks
 from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
 
 from ioi_mamba import analyses, tasks
 from ioi_mamba.analyses import output_ablation as shortest
@@ -36,13 +37,12 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
 def on_config(config):
     """List the notebooks in the navigation."""
     (section,) = (section["Experiments"] for section in config.nav if "Experiments" in section)
-    section.append({"Notebooks": [{_title(name): f"notebooks/{name}.md"} for name in analyses.available()]})
+    section.append({"Notebooks": [{_title(name): f"notebooks/{name}.md"} for name in analyses.ORDER]})
     return config
 
 
 def on_files(files, config):
     """Add the notebooks, each as a page with its outputs and as a file to download, their pictures, and the sample report."""
-    from mkdocs.structure.files import File
 
     def add(path, content):
         files.append(File.generated(config, path, content=content))
@@ -52,7 +52,7 @@ def on_files(files, config):
             name = Path(path).name
             text = notebooks.page(notebook, f"{name}.ipynb")
             add(f"{path}.ipynb", nbformat.writes(notebook))
-            if name in analyses.available():
+            if name in analyses.ORDER:
                 text += _source(name)
                 add(f"pictures/{name}.png", notebooks.picture(notebooks.charts(notebook)[0]))
             add(f"{path}.md", text)
@@ -175,7 +175,7 @@ def sites_of_families() -> str:
 
 def experiments() -> str:
     """One section an experiment: its question, method, docstring and table."""
-    return "\n\n".join(_experiment(analyses.load(name)) for name in analyses.available())
+    return "\n\n".join(_experiment(analyses.load(name)) for name in analyses.ORDER)
 
 
 def task_table() -> str:
@@ -212,7 +212,7 @@ def pictures_of_blocks() -> str:
 def gallery() -> str:
     """A picture an experiment, with links to its notebook and its source."""
     cards = []
-    for name in analyses.available():
+    for name in analyses.ORDER:
         texts = analyses.load(name).texts(tasks.ioi.TASK.varies)
         cards.append(
             f"<div markdown>\n[![{texts['title']}: the chart of the notebook](pictures/{name}.png)](notebooks/{name}.md)\n\n"

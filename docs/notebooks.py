@@ -97,7 +97,7 @@ def of_experiment(experiment: Experiment) -> NotebookNode:
 def all_run() -> Iterator[tuple[str, NotebookNode]]:
     """Every notebook of the site with its outputs, by its path without an ending. Raises `NotRun` for a cell that fails."""
     yield "tutorial", run(of_tutorial(), "tutorial")
-    for name in analyses.available():
+    for name in analyses.ORDER:
         yield f"notebooks/{name}", run(of_experiment(analyses.load(name)), name)
 
 

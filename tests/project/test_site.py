@@ -76,7 +76,7 @@ def test_a_notebook_that_was_not_run_or_failed_is_refused(notebooks, monkeypatch
         notebooks.check(not_run, "some")
 
 
-@pytest.mark.parametrize("name", analyses.available())
+@pytest.mark.parametrize("name", analyses.ORDER)
 def test_the_notebook_of_an_experiment_is_python_that_calls_it(notebooks, name):
     notebook = notebooks.of_experiment(analyses.load(name))
     for cell in notebook.cells:
@@ -124,7 +124,7 @@ def test_the_site_builds_strictly_and_has_every_site_and_experiment(site):
         assert name in concepts
     experiments = (site / "experiments" / "index.html").read_text()
     gallery = (site / "gallery" / "index.html").read_text()
-    for name in analyses.available():
+    for name in analyses.ORDER:
         assert f"ioi-mamba run {name}" in experiments
         assert f"analyses.{name.replace('-', '_')}.run" in experiments
         assert f'src="../pictures/{name}.png"' in gallery
