@@ -45,7 +45,8 @@ test-ray: setup
 test-processors: setup
 	$(BIN)/python -m tests.processors
 
-# The documentation site, in build/site; a broken link or an unknown name is an error.
+# The documentation site, in build/site. It runs the notebooks (minutes; build/notebooks keeps them until code changes).
+# A broken link, an unknown name, or a notebook that fails is an error.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

@@ -1,16 +1,25 @@
-"""What the documentation takes from the code: mkdocs calls `on_files` and `on_page_markdown` while it builds.
+"""What the documentation takes from the code: mkdocs calls the functions `on_...` while it builds.
 
-In a page, a line `<!-- from the code: NAME -->` becomes the text that the function NAME of this module gives.
+In a page, a line `<!-- from the code: NAME -->` becomes the text that the function NAME of this module gives. A formula
+between dollars becomes MathML, which browsers set by themselves.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+from html import unescape
 from importlib import import_module
 from pathlib import Path
+from textwrap import indent
 
-import jupytext
+import blocks
+import latex2mathml.converter
+import links
+import nbformat
+import notebooks
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
 
 from ioi_mamba import analyses, tasks
 from ioi_mamba.analyses import output_ablation as shortest
@@ -21,20 +30,36 @@ from ioi_mamba.model import glossary
 from ioi_mamba.model.families import FAMILIES, nemotron_h
 from ioi_mamba.model.family import Family
 
-TUTORIAL = Path(__file__).parent / "tutorial.py"
 MARK = re.compile(r"^<!-- from the code: (\w+) -->$", re.MULTILINE)
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_config(config):
+    """List the notebooks in the navigation."""
+    (section,) = (section["Experiments"] for section in config.nav if "Experiments" in section)
+    section.append({"Notebooks": [{_title(name): f"notebooks/{name}.md"} for name in analyses.ORDER]})
+    return config
 
 
 def on_files(files, config):
-    """Add the tutorial as a page, without outputs, and as a notebook to download."""
-    from mkdocs.structure.files import File
+    """Add the notebooks, each as a page with its outputs and as a file to download, their pictures, and the sample report."""
 
-    notebook = jupytext.read(TUTORIAL)
-    text = "".join(_cell(cell) for cell in notebook.cells)
-    title, _, rest = text.partition("\n\n")
-    link = "This page is a notebook: [tutorial.ipynb](tutorial.ipynb). Its outputs appear when it is run."
-    files.append(File.generated(config, "tutorial.md", content=f"{title}\n\n{link}\n\n{rest}"))
-    files.append(File.generated(config, "tutorial.ipynb", content=jupytext.writes(notebook, fmt="ipynb")))
+    def add(path, content):
+        files.append(File.generated(config, path, content=content))
+
+    try:
+        for path, notebook in notebooks.all_run():
+            name = Path(path).name
+            text = notebooks.page(notebook, f"{name}.ipynb")
+            add(f"{path}.ipynb", nbformat.writes(notebook))
+            if name in analyses.ORDER:
+                text += _source(name)
+                add(f"pictures/{name}.png", notebooks.picture(notebooks.charts(notebook)[0]))
+            add(f"{path}.md", text)
+        add("sample-report/index.html", notebooks.sample_report())
+    except notebooks.NotRun as error:
+        raise PluginError(str(error)) from error
+    add("vega.js", notebooks.library())
     return files
 
 
@@ -43,9 +68,43 @@ def on_page_markdown(markdown, page, config, files):
     return MARK.sub(lambda mark: PARTS[mark[1]](), markdown)
 
 
+def on_page_content(html, page, config, files):
+    """Set the formulas."""
+    return FORMULA.sub(lambda found: _set(unescape(found[2]), "block" if found[1] == "div" else "inline"), html)
+
+
+def on_post_build(config):
+    """Raise PluginError where a link of the site leads nowhere, or a page would load something from elsewhere."""
+    if found := links.broken(Path(config.site_dir)):
+        raise PluginError("\n".join(found))
+
+
+def _title(name: str) -> str:
+    return analyses.load(name).texts(tasks.ioi.TASK.varies)["title"]
+
+
+def _source(name: str) -> str:
+    """The module of an experiment, folded, at the end of its notebook."""
+    module = import_module(analyses.load(name).run.__module__)
+    code = indent(f"```python\n{inspect.getsource(module)}```", "    ")
+    return f'## Its source\n\n??? note "analyses/{Path(module.__file__).name}"\n\n{code}\n'
+
+
+def _symbol(written: str) -> str:
+    """A symbol of the paper, such as A_bar_t, as a formula; of none, nothing."""
+    name, *rest = written.split("_")
+    name = {"Delta": "\\Delta"}.get(name, name)
+    name = f"\\bar{{{name}}}" if "bar" in rest else name
+    return f"${'_'.join((name, *(each for each in rest if each != 'bar')))}$" if written else ""
+
+
+def _set(formula: str, display: str) -> str:
+    return latex2mathml.converter.convert(formula, display=display)
+
+
 def dimensions() -> str:
     """The letters of shapes."""
-    rows = [(f"`{term.letter}`", term.name, term.paper, term.meaning) for term in glossary.DIMENSIONS]
+    rows = [(f"`{term.letter}`", term.name, _symbol(term.paper), term.meaning) for term in glossary.DIMENSIONS]
     return _table(("in shapes", "name", "paper", "meaning"), rows)
 
 
@@ -57,7 +116,7 @@ def words() -> str:
 
 def quantities() -> str:
     """The letters of the state space model."""
-    rows = [(f"`{term.letter}`", term.name, term.paper, term.meaning) for term in glossary.QUANTITIES]
+    rows = [(f"`{term.letter}`", term.name, _symbol(term.paper), term.meaning) for term in glossary.QUANTITIES]
     return _table(("here", "name", "paper", "meaning"), rows)
 
 
@@ -116,7 +175,7 @@ def sites_of_families() -> str:
 
 def experiments() -> str:
     """One section an experiment: its question, method, docstring and table."""
-    return "\n\n".join(_experiment(analyses.load(name)) for name in analyses.available())
+    return "\n\n".join(_experiment(analyses.load(name)) for name in analyses.ORDER)
 
 
 def task_table() -> str:
@@ -143,6 +202,27 @@ def slurm() -> str:
     return f"```bash\n{(Path(__file__).parent / 'slurm.sh').read_text()}```"
 
 
+def pictures_of_blocks() -> str:
+    """The picture of a block of every family."""
+    return "\n\n".join(
+        f'## {family.label}\n\n<div class="drawn">{blocks.draw(family)}</div>' for family in FAMILIES.values()
+    )
+
+
+def gallery() -> str:
+    """A picture an experiment, with links to its notebook and its source."""
+    cards = []
+    for name in analyses.ORDER:
+        texts = analyses.load(name).texts(tasks.ioi.TASK.varies)
+        cards.append(
+            f"<div markdown>\n[![{texts['title']}: the chart of the notebook](pictures/{name}.png)](notebooks/{name}.md)\n\n"
+            f"**{texts['title']}.** {texts['question']}\n\n"
+            f"[notebook](notebooks/{name}.md) · [source](notebooks/{name}.md#its-source) · "
+            f"[method and columns](experiments.md#{name})\n</div>"
+        )
+    return '<div class="gallery" markdown>\n' + "\n\n".join(cards) + "\n</div>"
+
+
 PARTS = {
     part.__name__: part
     for part in (
@@ -159,6 +239,8 @@ PARTS = {
         greater_than,
         output_ablation,
         slurm,
+        pictures_of_blocks,
+        gallery,
     )
 }
 
@@ -178,15 +260,11 @@ def _experiment(experiment: Experiment) -> str:
     ]
     shown = _table(("option", "default", "what it takes", "what it does"), options) if options else "It has no options."
     return (
-        f"## {texts['title']}\n\n`ioi-mamba run {experiment.name}` · paper {experiment.paper}\n\n"
+        f"## {texts['title']} {{#{experiment.name}}}\n\n`ioi-mamba run {experiment.name}` · paper {experiment.paper} · [notebook](notebooks/{experiment.name}.md)\n\n"
         f"**{texts['question']}**\n\n{method}\n\n*What to look for.* {texts['look_for']}\n\n{about}\n\n"
         f"{shown}\n\n{_table(('column', 'type', 'meaning'), columns)}\n\n"
         f"::: {module.__name__}.run\n    options:\n      heading_level: 3\n"
     )
-
-
-def _cell(cell) -> str:
-    return f"```python\n{cell.source}\n```\n\n" if cell.cell_type == "code" else f"{cell.source}\n\n"
 
 
 def _table(header, rows) -> str:

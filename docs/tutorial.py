@@ -137,8 +137,9 @@ alt.Chart(ends).mark_line(point=True).encode(
 ).transform_calculate(size="abs(datum.score)").properties(width=220, height=260, title="The ten strongest edges")
 
 # %%
-print(edge_attribution.EXPERIMENT.question)
-print(edge_attribution.EXPERIMENT.method)
+texts = edge_attribution.EXPERIMENT.texts("a name")
+print(texts["question"])
+print(texts["method"])
 
 # %% [markdown]
 # ## The same remotely

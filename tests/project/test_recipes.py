@@ -1,34 +1,29 @@
 """The recipes of docs/recipes.md run, and give what the stock model gives by plain hooks of torch."""
 
-from pathlib import Path
-
 import conftest  # noqa: F401  sets the environment before transformers is imported
 import pytest
 import torch
-from test_docs import code_of
+from pages import DOCS, left_by
 
 import ioi_mamba as im
 
-PAGE = Path(__file__).parents[2] / "docs/recipes.md"
+
+@pytest.fixture
+def left(tmp_path_factory):
+    """The names that each block of the page leaves."""
+    return left_by(tmp_path_factory, DOCS / "recipes.md")
 
 
-def result(number):
-    """The names that a block of the page leaves."""
-    names = {}
-    exec(code_of(PAGE)[number], names)
-    return names
-
-
-def test_features_are_scored_and_patched():
-    found = result(0)
+def test_features_are_scored_and_patched(left):
+    found = left[0]
     assert len(found["strongest"]) == 8
     clean = im.run(found["model"], found["pairs"].clean)
     assert found["patched"].shape == clean.shape
     assert (found["patched"] - clean).abs().max() > 0
 
 
-def test_causal_tracing_is_that_of_the_stock_model_under_hooks():
-    found = result(1)
+def test_causal_tracing_is_that_of_the_stock_model_under_hooks(left):
+    found = left[1]
     model, tokens, noise, subject = (found[name] for name in ("model", "tokens", "noise", "subject"))
     stock, answer, trace = model._module, found["answer"], found["trace"]
     clean = {}
@@ -71,8 +66,8 @@ def test_causal_tracing_is_that_of_the_stock_model_under_hooks():
     assert trace.iloc[0, 0] > drowned
 
 
-def test_hidden_attention_is_the_matrix_that_makes_y_of_x():
-    found = result(2)
+def test_hidden_attention_is_the_matrix_that_makes_y_of_x(left):
+    found = left[2]
     model, layer, matrix = found["model"], found["layer"], found["matrix"]
     names = [f"blocks.{layer}.hook_{site}" for site in ("ssm_input", "y")]
     x, y = (each[0] for each in im.read(model, found["pair"].clean, names).values())
