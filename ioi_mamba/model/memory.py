@@ -52,11 +52,16 @@ def rows_per_chunk(model, n_rows: int, n_positions: int, kind: str = "sweep", *,
     fits = min(n_rows, rows_per_pass(model, n_positions, kind, more=more))
     rows = -(-n_rows // chunk_count(model, n_rows))
     if chunks_wanted(model) is None:
-        size, on_cpu = sizes_of(model), torch.device(device_of(model)).type in ("cpu", "meta")
-        # The weights of a layer, nearly: in and out of a width that is about twice that of the stream.
-        per_row = 6 * size.letters["D"] ** 2 * size.n_layers * n_positions
-        rows = max(rows, int((BUSY if on_cpu else 100 * BUSY) / per_row))
+        on_cpu = torch.device(device_of(model)).type in ("cpu", "meta")
+        rows = max(rows, int((BUSY if on_cpu else 100 * BUSY) / pass_work(model, 1, n_positions)))
     return max(1, min(fits, rows))
+
+
+def pass_work(model, n_rows: int, n_positions: int) -> float:
+    """Multiply-adds of a plain pass of so many prompts, without the head."""
+    size = sizes_of(model)
+    # The weights of a layer, nearly: in and out of a width that is about twice that of the stream.
+    return n_rows * 6 * size.letters["D"] ** 2 * size.n_layers * n_positions
 
 
 def needed_mib(model, n_pairs: int, n_positions: int, kind: str) -> float:
