@@ -228,6 +228,7 @@ def forward(
     """One pass: edits applied, the named values returned, and always the logits as `hook_logits`.
 
     tokens: Long[batch, pos]. logits_at: Long[batch, k], keep the logits of these positions only ([batch, k, vocab]).
+    With k = 0 none are made, where the head can be most of a pass.
     logits_of: Long[batch, k, choice], keep the logits of these tokens only at those positions ([batch, k, choice]).
     start: resume from there; `tokens` are then the positions still to be run, and `logits_at` counts from the first
     of them. Of rows that begin above, `tokens` has nothing and `logits_at` all. Layers before `start.layer` are not run, so they can be neither read nor edited.
@@ -308,7 +309,8 @@ def read(model, tokens: Any, names: str | Iterable[str], *, own_scan: bool = Fal
 
 
 def _read(model, tokens: Tensor, names: list[str], own_scan: bool, *, progress=None) -> dict[str, Tensor]:
-    saved = forward(model, tokens, reads=names, own_scan=own_scan)
+    logits_at = None if "hook_logits" in names else tokens[:, :0]
+    saved = forward(model, tokens, reads=names, logits_at=logits_at, own_scan=own_scan)
     return {name: saved[name] for name in names}
 
 

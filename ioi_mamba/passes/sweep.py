@@ -104,6 +104,7 @@ class Roll:
             self.model,
             token,
             reads=[*inputs.values(), *states.values(), *reads],
+            logits_at=token[:, :0],
             start=self.start(0, token.new_empty(0)),
             own_scan=True,
         )
@@ -468,7 +469,8 @@ def _kept_moments(
     """The same of a model with attention, whose values are those of one pass over all positions."""
     names = dict(zip(layers, block_sites(site, layers), strict=True))
     inputs = dict(zip(layers, block_sites("in_proj", layers), strict=True)) if with_conv else {}
-    kept = forward(model, tokens, reads=[*names.values(), *inputs.values()], own_scan=True)
+    reads = [*names.values(), *inputs.values()]
+    kept = forward(model, tokens, reads=reads, logits_at=tokens[:, :0], own_scan=True)
     reach = sizes_of(model).conv_width - 1
     padded = {i: F.pad(kept[name], (0, 0, reach, 0)) for i, name in inputs.items()}
     for p in range(n_positions):
