@@ -201,8 +201,14 @@ def _edit_place(place, config, entry: str | None, name: str, edits, observe, rea
         saved[name] = value
 
 
-def _skip_head(head, stream: Tensor, tokens: Tensor) -> None:
-    """Have the head give the logits of some tokens only, [row, k, choice] of a stream [row, k, D]."""
+def without_mask(model) -> None:
+    """Leave out nnsight's mask, inside a trace: one of ones, multiplied with every layer's values to no effect."""
+    served, named = model.inputs
+    model.inputs = (served, {**named, "attention_mask": None})
+
+
+def give_logits_of(head, stream: Tensor, tokens: Tensor) -> None:
+    """Have the head give the logits of some tokens only, [row, k, choice], inside a trace. stream: [row, k, D]."""
     module = head._module
     if module is None:
         # A server that shows no weights: all logits are made there, and the others dropped.
@@ -267,9 +273,7 @@ def forward(
             plan.reads[address] = name
 
     with model.trace(tokens, use_cache=False):
-        # Prompts end where their tokens do: a mask of ones would be multiplied with every layer's values, to no effect.
-        served, named = model.inputs
-        model.inputs = (served, {**named, "attention_mask": None})
+        without_mask(model)
         saved: dict[str, Tensor] = {}
         if start is None:
             _edit_place(at(model, tree.embeddings), config, tree.embedded, "hook_embed", edits, observe, reads, saved)
@@ -283,7 +287,7 @@ def forward(
             rows = torch.arange(stream.shape[0], device=stream.device)[:, None]
             head.input = stream = stream[rows, logits_at.to(stream.device)]
             if logits_of is not None:
-                _skip_head(head, stream, logits_of.to(stream.device))
+                give_logits_of(head, stream, logits_of.to(stream.device))
         _edit_place(head, config, tree.scaled, "hook_logits", edits, observe, [*reads, "hook_logits"], saved)
         if reduce is not None:
             saved = reduce(saved)
