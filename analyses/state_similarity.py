@@ -235,7 +235,7 @@ def _similarities(model, tokens: Tensor, layer: int, *, progress=None) -> Tensor
     """Of one prompt [pos], Float32[measure, pos, pos] in the order of MEASURES."""
     sites = [f"blocks.{layer}.hook_{site}" for site in ("ssm_input", "A_bar", "B_bar", "h")]
     with torch.no_grad():
-        read = forward(model, tokens[None], reads=sites)
+        read = forward(model, tokens[None], reads=sites, logits_at=tokens[None, :0])
         x, decay, B_bar, h = (read[site][0].float() for site in sites)
         terms = family_of(model).mixer.recurrence_terms(decay, B_bar, x)
         decay, added = (term.expand_as(h).flatten(1) for term in terms)

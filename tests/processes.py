@@ -112,7 +112,7 @@ def _die_at(number, when, ending=""):
 
 def small_chunks():
     """However small the model: every pass over pairs is cut into five chunks."""
-    memory.BUSY, memory.CHUNKS = 0, 5
+    memory.BUSY, memory.TOKENS, memory.CHUNKS = 0, 0, 5
 
 
 def clock_runs_backwards():

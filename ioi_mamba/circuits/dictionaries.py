@@ -116,7 +116,10 @@ def _values(model, parts: list[Pairs], names: list[str], *, progress=None) -> li
         rows, sides = rows_per_pass(model, part.clean.shape[1], "parts"), {}
         for side, tokens in (("clean", part.clean), ("corrupted", part.corrupted)):
             with torch.no_grad():
-                got = [forward(model, some, reads=names, own_scan=True) for some in tokens.split(rows)]
+                got = [
+                    forward(model, some, reads=names, logits_at=some[:, :0], own_scan=True)
+                    for some in tokens.split(rows)
+                ]
             sides[side] = {name: torch.cat([each[name] for each in got]).float().flatten(2).cpu() for name in names}
         found.append(sides)
     return found

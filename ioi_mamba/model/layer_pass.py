@@ -123,6 +123,14 @@ class LayerPass:
         self._values[site] = value
         self._written.add(site)
 
+    def begin(self, site: str, past: Tensor) -> None:
+        """Begin from the past that an earlier pass had at `site`, of every row or of as many as share it in turn."""
+        self._reach(site)
+        like = self._like(site)
+        past, times = past.to(like), len(like) // len(past)
+        self._values[site] = past.repeat(times, *[1] * (past.dim() - 1)) if times > 1 else past
+        self._written.add(site)
+
     def write_states(self, mask: Tensor, value: Tensor) -> None:
         """Write `value` where `mask` is True (both broadcastable to h); the recurrence goes on."""
         self._reach("h")

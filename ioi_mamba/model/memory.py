@@ -16,6 +16,8 @@ CHUNKS = 16
 """Of a pass over pairs, unless they would be too small: a run that is cut off loses about a sixteenth of it."""
 BUSY = 2e9
 """Multiply-adds of a pass beside which the time for setting it up, milliseconds a layer, does not count on a CPU core."""
+TOKENS = 128
+"""Of a pass beside which reading the weights does not count: with 20 of them a product takes twice the time a token."""
 PASSES = ("sweep", "edges", "parts", "gradients", "part gradients", "flows")
 """Kinds of pass: resumed with rolled states; edges patched, or edges and parts; the same with gradients kept; flows."""
 
@@ -52,11 +54,17 @@ def rows_per_chunk(model, n_rows: int, n_positions: int, kind: str = "sweep", *,
     fits = min(n_rows, rows_per_pass(model, n_positions, kind, more=more))
     rows = -(-n_rows // chunk_count(model, n_rows))
     if chunks_wanted(model) is None:
-        size, on_cpu = sizes_of(model), torch.device(device_of(model)).type in ("cpu", "meta")
-        # The weights of a layer, nearly: in and out of a width that is about twice that of the stream.
-        per_row = 6 * size.letters["D"] ** 2 * size.n_layers * n_positions
-        rows = max(rows, int((BUSY if on_cpu else 100 * BUSY) / per_row))
+        on_cpu = torch.device(device_of(model)).type in ("cpu", "meta")
+        rows = max(rows, int((BUSY if on_cpu else 100 * BUSY) / pass_work(model, 1, n_positions)))
+        rows = max(rows, -(-TOKENS // n_positions))
     return max(1, min(fits, rows))
+
+
+def pass_work(model, n_rows: int, n_positions: int) -> float:
+    """Multiply-adds of a plain pass of so many prompts, without the head."""
+    size = sizes_of(model)
+    # The weights of a layer, nearly: in and out of a width that is about twice that of the stream.
+    return n_rows * 6 * size.letters["D"] ** 2 * size.n_layers * n_positions
 
 
 def needed_mib(model, n_pairs: int, n_positions: int, kind: str) -> float:

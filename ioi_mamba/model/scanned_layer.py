@@ -30,6 +30,7 @@ class ScannedLayer(LayerPass):
         LayerPass.__init__(self, family, block, model, layer, alone=alone)
         self._letters = family.sizes(self._config).letters
         self._calls: Any = None  # from in_proj on
+        self._scan: tuple[Tensor, Tensor] | None = None  # y and the last state, once they were needed
 
     def conv_weight(self) -> Tensor:
         """The weights of the convolution, [channel, K], as the pass hands them over."""
@@ -71,8 +72,13 @@ class ScannedLayer(LayerPass):
         if any(base(written) == "conv_slice" for written in self._written):
             total = torch.stack([self.get(f"conv_slice.{s}") for s in range(1 - weight.shape[-1], 1)]).sum(0)
             return total if bias is None else total + bias
-        padded = self._padded().transpose(1, 2).to(weight.dtype)
-        return F.conv1d(padded, weight[:, None], bias, groups=weight.shape[0]).transpose(1, 2)
+        # Tap by tap: without the copies that a convolution of torch makes, and no number differs.
+        padded = self._padded().to(weight.dtype)
+        L, taps = self._call.u.shape[1], weight.unbind(1)
+        out = padded[:, :L] * taps[0] if bias is None else torch.addcmul(bias, padded[:, :L], taps[0])
+        for k, tap in enumerate(taps[1:], 1):
+            out = torch.addcmul(out, padded[:, k : k + L], tap)
+        return out
 
     def _convolved(self) -> Tensor:
         """What the convolution gives after the activation, [batch, pos, channel]."""
@@ -108,6 +114,8 @@ class ScannedLayer(LayerPass):
         return self._terms()[1]
 
     def _h(self) -> Tensor:
+        if self._one_position() and not self._by_writes():
+            return self._scanned_once()[1][:, None]
         decay, drive = self._terms()
         if "ssm_write" in self._values:
             drive = self._values["ssm_write"].clone()  # the recurrence works in place
@@ -118,13 +126,25 @@ class ScannedLayer(LayerPass):
 
     def _by_states(self) -> bool:
         """Whether y is read off all states: they are written, made of what is written, or there anyway."""
-        return bool(self._written & {"A_bar", "B_bar", "ssm_write", "h"}) or "h" in self._values
+        return self._by_writes() or ("h" in self._values and not self._one_position())
+
+    def _by_writes(self) -> bool:
+        return bool(self._written & {"A_bar", "B_bar", "ssm_write", "h"})
+
+    def _one_position(self) -> bool:
+        """Whether the pass has one position only, of which the last state is all states."""
+        return self._scan_input().shape[1] == 1
+
+    def _scanned_once(self) -> tuple[Tensor, Tensor]:
+        if self._scan is None:
+            self._scan = self._scanned()
+        return self._scan
 
     def _y(self) -> Tensor:
-        return self._read_out(self.get("h")) if self._by_states() else self._scanned()[0]
+        return self._read_out(self.get("h")) if self._by_states() else self._scanned_once()[0]
 
     def _last_state(self) -> Tensor | None:
         """The state after the last position, for a cache; None where nothing that moves it was written."""
         if not self._written & _MOVES_STATE:
             return None
-        return self.get("h")[:, -1] if self._by_states() else self._scanned()[1]
+        return self.get("h")[:, -1] if self._by_states() else self._scanned_once()[1]

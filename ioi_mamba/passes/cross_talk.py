@@ -21,7 +21,7 @@ from ioi_mamba.model.families import blocks_of, family_of, head_of, open_layer, 
 from ioi_mamba.model.jobs import device_of
 from ioi_mamba.passes import metrics
 from ioi_mamba.passes.ablations import Ablation, Spread, replaced, spread_of
-from ioi_mamba.passes.forward import forward
+from ioi_mamba.passes.forward import forward, give_logits_of, without_mask
 from ioi_mamba.passes.sweep import Roll, block_sites, layer_count
 from ioi_mamba.tasks.base import Pairs
 
@@ -120,6 +120,7 @@ class _Rows:
         self.values = {site: [written[name] for name in names[site]] for site in names}
         index = torch.arange(len(pairs), device=self.tokens.device)
         self.at_last = {site: [v[index, self.last][:, None] for v in values] for site, values in self.values.items()}
+        self.choices = pairs.choices.clamp(min=0)[:, None].to(device_of(model))
         self.circuit: frozenset[int] = frozenset()
         self._run_from(0, None)
 
@@ -142,28 +143,40 @@ class _Rows:
         }
         start = None if stream is None else Roll.begin(self.model, self.tokens).start(first, stream)
         names = block_sites("resid_pre", layers)
-        run = forward(self.model, self.tokens, edits, names, logits_at=self.last[:, None], start=start, own_scan=True)
+        last = self.last[:, None]
+        run = forward(
+            self.model,
+            self.tokens,
+            edits,
+            names,
+            logits_at=last,
+            logits_of=self.choices,
+            start=start,
+            own_scan=True,
+        )
         self.logits = run["hook_logits"][:, 0]
         self.streams = [*(self.streams[:first] if first else []), *(run[name] for name in names)]
 
     def scores(self, layer: int | None) -> Tensor:
         """[accuracy or probability, row] with `layer` given back too; None: as it is."""
         logits = (self.logits if layer is None else self._candidate(layer)).float().cpu()
-        answer, names = self.pairs.answer, self.pairs.choices
-        probability = metrics.relative_probability(logits, answer, names)
+        # The logits are those of the choices alone, so that a choice is its own number.
+        choices = self.pairs.choices
+        numbers = torch.where(choices < 0, -1, torch.arange(choices.shape[1]))
+        answer = (choices == self.pairs.answer[:, None]).int().argmax(1)
+        probability = metrics.relative_probability(logits, answer, numbers)
         self.pairs.check_finite("probabilities", probability)
-        return torch.stack([metrics.accuracy(logits, answer, names), probability])
+        return torch.stack([metrics.accuracy(logits, answer, numbers), probability])
 
     def _candidate(self, layer: int) -> Tensor:
-        """Logits [row, vocab] at the last position with `layer` given back too."""
+        """Logits [row, choice] at the last position with `layer` given back too."""
         blocks, stream, n_layers = blocks_of(self.model), self.streams[layer], layer_count(self.model)
         head = head_of(self.model)
         clean = self.circuit | {layer}
         highest = max(clean)
         index = torch.arange(len(stream), device=stream.device)
-        # nnsight's own mask is as wide as the prompt; this one also fits the single position it narrows to.
-        mask = self.tokens.new_ones(len(self.tokens), 1)
-        with self.model.trace(self.tokens, use_cache=False, attention_mask=mask):
+        with self.model.trace(self.tokens, use_cache=False):
+            without_mask(self.model)
             for i in range(layer):
                 blocks[i].skip(stream)
             for i in range(layer, highest + 1):
@@ -175,6 +188,7 @@ class _Rows:
                 self._walk(i, self.at_last)
             if highest + 1 == n_layers:
                 head.input = head.input[index, self.last][:, None]
+            give_logits_of(head, head.input, self.choices)
             logits = nnsight.save(head.output)
         return logits[:, 0]
 

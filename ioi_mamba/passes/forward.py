@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ioi_mamba.errors import InputError
-from ioi_mamba.model.families import block_of, family_of, head_of, hooks_of, open_layer, sizes_of, skip
+from ioi_mamba.model.families import block_of, blocks_of, family_of, head_of, hooks_of, open_layer, sizes_of, skip
 from ioi_mamba.model.family import SCAN, Block, at
 from ioi_mamba.model.jobs import call, config_of, device_of
 from ioi_mamba.model.layer_pass import LayerPass, fitted
@@ -50,12 +50,15 @@ class Start:
     resid_pre: [batch, pos, D], the clean residual stream entering `layer` at the positions still to be run.
     conv_start, h_start: per layer >= `layer`, the K-1 conv inputs [batch, K-1, E] and the state [batch, E, N]
     before the first of these positions; layers without one begin at zeros, as at the first position of a prompt.
+    above: by layer the stream of as many more rows that begin there, from the same past: they come after the rows that are
+    there already. Rows that begin at several layers share the passes through the layers above, which reads every weight once.
     """
 
     layer: int
     resid_pre: Tensor
     conv_start: Mapping[int, Tensor]
     h_start: Mapping[int, Tensor]
+    above: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 def mixer(model, layer: int) -> Mixer:
@@ -129,8 +132,10 @@ def _value(open_pass: LayerPass, address: Address) -> Tensor:
 @portable
 @dataclass
 class _LayerPlan:
-    """What one layer of a pass is asked for: edits, observers and reads by address."""
+    """What one layer of a pass is asked for: edits, observers and reads by address, rows that begin and the past of all."""
 
+    begins: Tensor | None = None
+    past: dict[str, Tensor] = field(default_factory=dict)
     edits: dict[Address, tuple[str, Edit]] = field(default_factory=dict)
     observers: dict[Address, Observer] = field(default_factory=dict)
     reads: dict[Address, str] = field(default_factory=dict)
@@ -145,6 +150,9 @@ class _LayerPlan:
 
     def walk(self, model, layer: int, saved: dict[str, Tensor], own_scan: bool) -> None:
         """Do all of it in the order the layer computes its values; an edit precedes a read of the same site."""
+        if self.begins is not None:
+            place = blocks_of(model)[layer]
+            place.input = torch.cat((place.input, self.begins))
         open_pass, block = open_layer(model, layer, alone=True), block_of(model, layer)
         own_scan = own_scan and not self._output_is_given(block, layer)
         wanted = sorted({*self.edits, *self.observers, *self.reads}, key=lambda a: (a.index is not None, a.index or 0))
@@ -152,6 +160,8 @@ class _LayerPlan:
             if own_scan and record.stage == SCAN:
                 open_pass.own_scan()
                 own_scan = False
+            if site in self.past:
+                open_pass.begin(site, self.past[site])
             here = [address for address in wanted if address.site == site]
             for address in here:
                 if address in self.edits:
@@ -191,6 +201,23 @@ def _edit_place(place, config, entry: str | None, name: str, edits, observe, rea
         saved[name] = value
 
 
+def without_mask(model) -> None:
+    """Leave out nnsight's mask, inside a trace: one of ones, multiplied with every layer's values to no effect."""
+    served, named = model.inputs
+    model.inputs = (served, {**named, "attention_mask": None})
+
+
+def give_logits_of(head, stream: Tensor, tokens: Tensor) -> None:
+    """Have the head give the logits of some tokens only, [row, k, choice], inside a trace. stream: [row, k, D]."""
+    module = head._module
+    if module is None:
+        # A server that shows no weights: all logits are made there, and the others dropped.
+        head.output = head.output.gather(-1, tokens)
+        return
+    logits = (module.weight[tokens] @ stream[..., None])[..., 0]
+    head.skip(logits if module.bias is None else logits + module.bias[tokens])
+
+
 def forward(
     model,
     tokens: Tensor,
@@ -198,6 +225,7 @@ def forward(
     reads: Iterable[str] = (),
     *,
     logits_at: Tensor | None = None,
+    logits_of: Tensor | None = None,
     start: Start | None = None,
     own_scan: bool = False,
     observe: Mapping[str, Observer] | None = None,
@@ -206,8 +234,10 @@ def forward(
     """One pass: edits applied, the named values returned, and always the logits as `hook_logits`.
 
     tokens: Long[batch, pos]. logits_at: Long[batch, k], keep the logits of these positions only ([batch, k, vocab]).
+    With k = 0 none are made, where the head can be most of a pass.
+    logits_of: Long[batch, k, choice], keep the logits of these tokens only at those positions ([batch, k, choice]).
     start: resume from there; `tokens` are then the positions still to be run, and `logits_at` counts from the first
-    of them. Layers before `start.layer` are not run, so they can be neither read nor edited.
+    of them. Of rows that begin above, `tokens` has nothing and `logits_at` all. Layers before `start.layer` are not run, so they can be neither read nor edited.
     own_scan: run `scan.py` in every layer instead of the stock loop (equal, and faster on a CPU).
     observe: hook name -> function called with the value when the pass reaches it (after the edits there).
     reduce: turns what would be returned into what is, inside the trace (so that only the result travels).
@@ -216,18 +246,19 @@ def forward(
     tokens = check_tokens(model, tokens).to(device_of(model))
     edits, observe, reads = dict(edits or {}), dict(observe or {}), list(reads)
     where = _addresses(model, [*edits, *observe, *reads], tokens.shape[1])
-    n_layers, first, stream_in = sizes_of(model).n_layers, 0, None
+    n_layers, first, stream_in, begins = sizes_of(model).n_layers, 0, None, {}
+    past: dict[int, dict[str, Tensor]] = {}
     tree, head, config = family_of(model).tree, head_of(model), config_of(model)
     if start is not None:
-        first, stream_in = start.layer, start.resid_pre
+        first, stream_in, begins = start.layer, start.resid_pre, start.above
         for site, values in (("conv_start", start.conv_start), ("h_start", start.h_start)):
             for i, value in values.items():
                 name = f"blocks.{i}.hook_{site}"
                 if name in edits:
                     raise InputError(f"{name!r} is where this pass starts from: put the value into `start`.")
-                edits[name] = value
-                where[name] = Address(i, site, None)
-    plans = {i: _LayerPlan() for i in range(first if own_scan else n_layers, n_layers)}
+                past.setdefault(i, {})[site] = value
+    opened = range(first if own_scan else n_layers, n_layers)
+    plans = {i: _LayerPlan(begins.get(i), past.get(i, {})) for i in {*opened, *begins, *past}}
     for name, address in where.items():
         if address.layer is None:
             continue
@@ -242,6 +273,7 @@ def forward(
             plan.reads[address] = name
 
     with model.trace(tokens, use_cache=False):
+        without_mask(model)
         saved: dict[str, Tensor] = {}
         if start is None:
             _edit_place(at(model, tree.embeddings), config, tree.embedded, "hook_embed", edits, observe, reads, saved)
@@ -253,7 +285,9 @@ def forward(
         if logits_at is not None:
             stream = head.input
             rows = torch.arange(stream.shape[0], device=stream.device)[:, None]
-            head.input = stream[rows, logits_at.to(stream.device)]
+            head.input = stream = stream[rows, logits_at.to(stream.device)]
+            if logits_of is not None:
+                give_logits_of(head, stream, logits_of.to(stream.device))
         _edit_place(head, config, tree.scaled, "hook_logits", edits, observe, [*reads, "hook_logits"], saved)
         if reduce is not None:
             saved = reduce(saved)
@@ -279,7 +313,8 @@ def read(model, tokens: Any, names: str | Iterable[str], *, own_scan: bool = Fal
 
 
 def _read(model, tokens: Tensor, names: list[str], own_scan: bool, *, progress=None) -> dict[str, Tensor]:
-    saved = forward(model, tokens, reads=names, own_scan=own_scan)
+    logits_at = None if "hook_logits" in names else tokens[:, :0]
+    saved = forward(model, tokens, reads=names, logits_at=logits_at, own_scan=own_scan)
     return {name: saved[name] for name in names}
 
 

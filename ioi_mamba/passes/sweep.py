@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import nnsight
@@ -25,8 +26,8 @@ from torch import Tensor
 
 from ioi_mamba.errors import InputError
 from ioi_mamba.model.families import attends, family_of, hooks_of, layers_with, open_layer, sizes_of
-from ioi_mamba.model.jobs import conduct, device_of, each_chunk
-from ioi_mamba.model.memory import chunk_count, rows_per_chunk
+from ioi_mamba.model.jobs import chunks_wanted, conduct, device_of, each_chunk
+from ioi_mamba.model.memory import chunk_count, pass_work, rows_per_chunk, rows_per_pass
 from ioi_mamba.model.portable import portable
 from ioi_mamba.passes.ablations import (
     RESAMPLE,
@@ -38,12 +39,14 @@ from ioi_mamba.passes.ablations import (
     groups_of,
     sums_of,
 )
-from ioi_mamba.passes.forward import Start, forward
-from ioi_mamba.passes.metrics import answer_logits, logit_diff
+from ioi_mamba.passes.forward import Edit, Start, forward
+from ioi_mamba.passes.metrics import logit_diff
 from ioi_mamba.tasks.base import Pairs, check_pairs
 
 Progress = Callable[[int, int], None]
 LAYERS_OF_A_CHUNK = 4  # at least, where a sweep is cut up by layers: each chunk rolls the states forward once more
+LEAST_WORK = 1e11
+"""Multiply-adds of a group of layers: seconds of a CPU core."""
 STATE_AND_CONV = "h_and_conv"  # a layer's whole memory: its state and the conv inputs the next tokens still see
 
 
@@ -101,6 +104,7 @@ class Roll:
             self.model,
             token,
             reads=[*inputs.values(), *states.values(), *reads],
+            logits_at=token[:, :0],
             start=self.start(0, token.new_empty(0)),
             own_scan=True,
         )
@@ -282,6 +286,10 @@ def _cut(model, pairs: Pairs, site: str, layers: Sequence[int]) -> tuple[int, in
         held_mib = 8 * len(layers) * math.prod(sizes_of(model).shape(record, 1, n_positions)) / 2**20
         rows = max(1, min(rows, int(1024 / held_mib)))
     wanted = chunk_count(model, len(pairs) * len(layers))
+    if chunks_wanted(model) is None:
+        # Each group rolls the states forward anew, which only long work is cut for.
+        cells = len(layers) * n_positions / 4
+        wanted = min(wanted, int(cells * pass_work(model, len(pairs), n_positions) / LEAST_WORK))
     n_groups = min(wanted // -(-len(pairs) // rows), len(layers) // LAYERS_OF_A_CHUNK)
     return rows, max(1, n_groups)
 
@@ -356,39 +364,74 @@ def _cells(
     n = len(pairs)
     read_at = pairs.read_at.to(device_of(model))
     last = read_at.amax(1)
-    streams = block_sites("resid_pre", layers)
-    run = forward(model, clean, reads=streams, logits_at=read_at, own_scan=True)
-    unpatched = answer_logits(pairs.scores(run["hook_logits"]), pairs.answer, pairs.wrong)
-    out = unpatched.expand(len(layers), len(positions), -1, -1).clone()
+    answers = pairs.answer_tokens.to(device_of(model))
+    streams = dict(zip(layers, block_sites("resid_pre", layers), strict=True))
+    run = forward(model, clean, reads=streams.values(), logits_at=read_at, logits_of=answers, own_scan=True)
+    out = _answer_scores(run["hook_logits"]).expand(len(layers), len(positions), -1, -1).clone()
     begins = pairs.first_difference.to(device_of(model))
     weights = _conv_weights(model, layers) if site == STATE_AND_CONV else {}
     by_position = not attends(model)
     # Of several positions that are read, some may lie before the one that is patched.
     resumes = resume and (pairs.readout is None or not by_position)
+    # A written state, and the past that attention sees, are those of one layer's rows.
+    pooled = resumes and by_position and site not in ("h", STATE_AND_CONV)
     done = 0
     for moment in _moments(model, torch.cat((clean, corrupted)), site, layers, max(positions) + 1):
         p = moment.position
         begun = begins <= p if spread.ablation.like_corrupted else torch.ones_like(begins, dtype=torch.bool)
         alive = torch.nonzero(begun & (p <= last))[:, 0]
-        for k, layer in enumerate(layers if p in positions else ()):
+        begin = p if resumes and by_position else 0
+        size = _layers_per_pass(model, len(alive), clean.shape[1] - begin) if pooled else 1
+        for together in _groups(sorted(set(layers)) if p in positions else (), size):
             if len(alive):
-                here, there = (moment.values[layer][rows] for rows in (alive, n + alive))
-                value = spread.written(layer, here, there, first + alive.cpu(), p, seed=10_007 * layer + p)
-                begin = p if resumes and by_position else 0
-                start = moment.start(layer, run[streams[k]][alive, begin:], alive) if resumes else None
+                values, start = {}, None
+                for layer in together:
+                    here, there = (moment.values[layer][rows] for rows in (alive, n + alive))
+                    values[layer] = spread.written(layer, here, there, first + alive.cpu(), p, seed=10_007 * layer + p)
+                if resumes:
+                    begun_at = {layer: run[streams[layer]][alive, begin:] for layer in together}
+                    lowest, *_ = together
+                    start = replace(moment.start(lowest, begun_at.pop(lowest), alive), above=begun_at)
                 taps = None
                 if site == STATE_AND_CONV:
+                    (layer,) = together
                     taps = (weights[layer], moment.conv_inputs[layer][alive], moment.conv_inputs[layer][n + alive])
-                logits = _patched(model, clean[alive], read_at[alive], site, layer, p, value, begin, start, taps)
-                rows = alive.cpu()
-                own = pairs if pairs.readout is None else pairs[rows]
-                found = answer_logits(own.scores(logits), pairs.answer[rows], pairs.wrong[rows])
-                for column in (column for column, position in enumerate(positions) if position == p):
-                    out[k, column, alive] = found
-            done += 1
+                logits = _patched(
+                    model, clean[alive], read_at[alive], answers[alive], site, p, values, begin, start, taps
+                )
+                for layer, found in zip(together, _answer_scores(logits).split(len(alive)), strict=True):
+                    for cell in _cells_of(layers, layer, positions, p):
+                        out[(*cell, alive)] = found
+            done += sum(layer in together for layer in layers)
             if progress:
                 progress(done, len(positions) * len(layers))
     return out
+
+
+TOKENS_OF_A_PASS = 2048
+"""As many are enough to keep a processor busy for every weight that is read; of more, what is computed leaves its cache."""
+
+
+def _layers_per_pass(model, n_rows: int, n_positions: int) -> int:
+    """Of how many layers the rows, so many of each, go into one pass."""
+    wanted = TOKENS_OF_A_PASS // max(1, n_rows * n_positions)
+    return max(1, min(wanted, rows_per_pass(model, n_positions) // max(1, n_rows)))
+
+
+def _groups(layers: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [layers[k : k + size] for k in range(0, len(layers), size)]
+
+
+def _cells_of(layers: Sequence[int], layer: int, positions: Sequence[int], p: int) -> Iterator[tuple[int, int]]:
+    """Where a layer and a position stand among those of a sweep, which may name one twice."""
+    for row, column in product(range(len(layers)), range(len(positions))):
+        if (layers[row], positions[column]) == (layer, p):
+            yield row, column
+
+
+def _answer_scores(logits: Tensor) -> Tensor:
+    """What (answer, wrong) score, [row, 2], of the logits [row, k, 2] of their tokens; float32 or above."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).sum(1)
 
 
 @portable
@@ -426,7 +469,8 @@ def _kept_moments(
     """The same of a model with attention, whose values are those of one pass over all positions."""
     names = dict(zip(layers, block_sites(site, layers), strict=True))
     inputs = dict(zip(layers, block_sites("in_proj", layers), strict=True)) if with_conv else {}
-    kept = forward(model, tokens, reads=[*names.values(), *inputs.values()], own_scan=True)
+    reads = [*names.values(), *inputs.values()]
+    kept = forward(model, tokens, reads=reads, logits_at=tokens[:, :0], own_scan=True)
     reach = sizes_of(model).conv_width - 1
     padded = {i: F.pad(kept[name], (0, 0, reach, 0)) for i, name in inputs.items()}
     for p in range(n_positions):
@@ -448,28 +492,52 @@ def _conv_weights(model, layers) -> dict[int, Tensor]:
 
 
 def _patched(
-    model, tokens, read_at, site: str, layer: int, p: int, value: Tensor, begin: int, start: Start | None, taps
+    model,
+    tokens,
+    read_at,
+    answers,
+    site: str,
+    p: int,
+    values: dict[int, Tensor],
+    begin: int,
+    start: Start | None,
+    taps,
 ) -> Tensor:
-    """Logits [row, k, vocab] at `read_at` with `value` (position axis of length 1) written at (layer, p).
+    """Logits [row, k, 2] of `answers` at `read_at` with a layer's value (position axis of length 1) written at p.
 
+    Of several layers each has rows of its own, those of the lowest first.
     begin: the first position that is run, from `start` where one is given.
     taps: (weights [channel, K], clean, corrupted conv inputs [row, K-1, channel] up to p), to be exchanged for the positions after
     p, or None.
     """
     at = p - begin
 
-    def write(x: Tensor) -> Tensor:
-        x[:, at] = value[:, 0]
-        return x
+    def writing(value: Tensor) -> Callable[[Tensor], Tensor]:
+        def write(x: Tensor) -> Tensor:
+            # The rows of this layer are those that came last.
+            x[-len(value) :, at] = value[:, 0]
+            return x
 
-    if site in ("h", STATE_AND_CONV):
-        edits = {f"blocks.{layer}.hook_h.{at}": value}
-    else:
-        edits = {f"blocks.{layer}.hook_{site}": write}
-    if taps is not None:
-        weight, *inputs = taps
-        edits |= _exchange_taps(weight, layer, at, *inputs)
-    return forward(model, tokens[:, begin:], edits, logits_at=read_at - begin, start=start)["hook_logits"]
+        return write
+
+    edits: dict[str, Edit] = {}
+    for layer, value in values.items():
+        if site in ("h", STATE_AND_CONV):
+            edits[f"blocks.{layer}.hook_h.{at}"] = value
+        else:
+            edits[f"blocks.{layer}.hook_{site}"] = writing(value)
+        if taps is not None:
+            weight, *inputs = taps
+            edits |= _exchange_taps(weight, layer, at, *inputs)
+    n_sets = len(values)
+    return forward(
+        model,
+        tokens[:, begin:],
+        edits,
+        logits_at=(read_at - begin).repeat(n_sets, 1),
+        logits_of=answers.repeat(n_sets, 1, 1),
+        start=start,
+    )["hook_logits"]
 
 
 def _exchange_taps(weight: Tensor, layer: int, at: int, clean: Tensor, corrupted: Tensor) -> dict:

@@ -320,6 +320,15 @@ class Pairs:
         return logits[..., 0, :] if self.readout is None else self.readout.scores(logits)
 
     @property
+    def answer_tokens(self) -> Tensor:
+        """Int64[pair, k, 2], the tokens at `read_at` whose logits, summed over k, are the scores of answer and wrong."""
+        pair = torch.stack([self.answer, self.wrong], -1)
+        if self.readout is None:
+            return pair[:, None]
+        tokens = self.readout.tokens
+        return tokens.gather(1, pair.to(tokens.device)[..., None].expand(-1, -1, tokens.shape[2])).transpose(1, 2)
+
+    @property
     def last(self) -> Tensor:
         """Int64[pair], index of the last token, where the answer is read."""
         if self.lengths is None:

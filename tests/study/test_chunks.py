@@ -64,6 +64,7 @@ def test_chunks_that_were_finished_before_a_kill_are_not_computed_again(name, re
 @pytest.fixture
 def five_chunks(monkeypatch):
     monkeypatch.setattr(memory, "BUSY", 0)
+    monkeypatch.setattr(memory, "TOKENS", 0)
     monkeypatch.setattr(memory, "CHUNKS", 5)
 
 
