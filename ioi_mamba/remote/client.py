@@ -217,9 +217,10 @@ class ServerJobs(Jobs):
             raise Submitted(", ".join(submitted))
 
     def sent(self, model, work: Callable[..., Any], args: tuple, backend) -> Any:
-        """What is saved by a session, on that backend, whose block is the work."""
+        """What is saved by a session, on that backend, whose block is the work; None where it is not waited for."""
         if work.__module__.split(".")[0] != PACKAGE:
             nnsight.register(work.__module__)  # an experiment from a file or another package
+        result = None
         with self.at_work(), model.session(backend=backend):
             result = nnsight.save(work(model, *args))
         return result

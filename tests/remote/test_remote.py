@@ -126,6 +126,9 @@ def test_an_experiment_on_a_server_that_holds_bfloat16_equals_the_local_one_in_b
             "source",
             "target",
             "part",
+            "ablation",
+            "side",
+            "node",
         )
         if c in want
     ]
