@@ -27,7 +27,7 @@ report: $(VENV)/.run
 	$(BIN)/ioi-mamba run layer-ablation layer-removal --model mini --out reports/mini
 
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 8
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --durations=20
 
 # What is quick of it, for the loop: about a minute.
 test-fast: setup

@@ -29,18 +29,18 @@ from . import shapes, timing
 DEFAULT = ("small", "mini", "mamba-130m")
 PAIRS = {"mamba-370m": 4, "mamba2-130m": 4, "mamba2-370m": 2, "mamba2-370m, 4 layers": 2}
 TARGETS = {
-    "layer x position sweep": {"mini": 0.40, "mamba-130m": 0.25, "mamba-370m": 0.32, "mamba2-370m": 0.25},
+    "layer x position sweep": {"mini": 0.20, "mamba-130m": 0.18, "mamba-370m": 0.22, "mamba2-370m": 0.25},
     "layer x position sweep, in own plain passes": {"mamba2-370m": 0.35},
     "EAP, positions and parts": {},
     "relp, positions and parts": {"mini": 1.3, "mamba-130m": 1.3},
     "token flow, all layers": {"mini": 2.0, "mamba-130m": 2.0},
-    "EAP-IG(5), positions and parts": {"mamba-130m": 3.0, "mamba2-370m, 4 layers": 2.0},
-    "exact edge test": {"mamba-130m": 0.30},
-    "greedy cross-talk candidate": {"mamba-130m": 0.6},
+    "EAP-IG(5), positions and parts": {"mamba-130m": 1.3, "mamba2-370m, 4 layers": 2.0},
+    "exact edge test": {"mamba-130m": 0.20},
+    "greedy cross-talk candidate": {"mamba-130m": 0.30},
     "untouched trace": {"mamba-130m": 1.05},
     "all sites of one layer": {"mamba-130m": 1.10, "mamba2-370m": 1.10},
-    "all sites of all layers": {"mamba-130m": 1.5},
-    "all sites of all layers, own scan": {"mamba-130m": 1.5},
+    "all sites of all layers": {"mamba-130m": 1.1},
+    "all sites of all layers, own scan": {"mamba-130m": 1.1},
 }
 
 

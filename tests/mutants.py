@@ -75,6 +75,9 @@ FAULTS = (
     Fault(
         "ioi_mamba/passes/sweep.py", "(corrupted - clean)[:, ahead - 1 :]", "(clean - corrupted)[:, ahead - 1 :]", SWEEP
     ),
+    Fault(
+        "ioi_mamba/passes/sweep.py", "x[-len(value) :, at] = value[:, 0]", "x[: len(value), at] = value[:, 0]", SWEEP
+    ),
     Fault("analyses/_effects.py", "own.unique(return_inverse=True)[1])", "torch.arange(len(own)))", EFFECTS),
     Fault(
         "ioi_mamba/circuits/search.py",

@@ -15,6 +15,8 @@ from ioi_mamba.model.layer_pass import LayerPass, base
 
 # What the scan's last state depends on, of all that can be written after its inputs were served.
 _MOVES_STATE = {"delta_2", "delta", "A", "A_bar", "B_bar", "ssm_write", "h_start", "h"}
+BY_STATES = {"A_bar", "B_bar", "ssm_write", "h"}
+"""Where these are written all states of the pass are made, which take N times the memory of all else."""
 
 
 class ScannedLayer(LayerPass):
@@ -129,7 +131,7 @@ class ScannedLayer(LayerPass):
         return self._by_writes() or ("h" in self._values and not self._one_position())
 
     def _by_writes(self) -> bool:
-        return bool(self._written & {"A_bar", "B_bar", "ssm_write", "h"})
+        return bool(self._written & BY_STATES)
 
     def _one_position(self) -> bool:
         """Whether the pass has one position only, of which the last state is all states."""

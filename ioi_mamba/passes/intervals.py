@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from ioi_mamba.passes.metrics import clustered_variance, wilson_interval
@@ -29,7 +29,7 @@ from ioi_mamba.passes.metrics import clustered_variance, wilson_interval
 Ends = tuple[Tensor, Tensor]
 """(low, high), each of the shape of the numbers."""
 
-Z = float(stats.norm.ppf(0.975))
+Z = float(special.ndtri(0.975))
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def difference(one: Estimate, other: Estimate) -> Estimate:
 def mean_interval(values: Tensor, clusters: Tensor) -> Ends:
     """Student's t interval of the mean of values [..., row]; NaN for one cluster."""
     mean, n_clusters = values.double().mean(-1), int(clusters.max()) + 1
-    t = float(stats.t.ppf(0.975, n_clusters - 1)) if n_clusters > 1 else float("nan")
+    t = float(special.stdtrit(n_clusters - 1, 0.975)) if n_clusters > 1 else float("nan")
     half = t * clustered_variance(values, clusters).sqrt()
     return mean - half, mean + half
 
@@ -158,6 +158,6 @@ def percentile_interval(resampled: Tensor, n_clusters: int) -> Ends:
     if n_clusters < 2:
         nothing = torch.full_like(resampled[0], float("nan"))
         return nothing, nothing
-    tail = float(stats.norm.cdf(-((n_clusters / (n_clusters - 1)) ** 0.5) * stats.t.ppf(0.975, n_clusters - 1)))
+    tail = float(special.ndtr(-((n_clusters / (n_clusters - 1)) ** 0.5) * special.stdtrit(n_clusters - 1, 0.975)))
     low, high = resampled.quantile(torch.tensor([tail, 1 - tail], dtype=resampled.dtype), dim=0)
     return low, high

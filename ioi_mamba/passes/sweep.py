@@ -4,7 +4,8 @@ A Mamba is causal and its past is a constant-size state (a model with attention 
 from the layer alone, and runs all positions). A row patched at (layer l, position p) equals the clean run
 below l and before p, so it needs only layers >= l on positions >= p, started from the clean residual stream and, for
 every later layer, the last three conv inputs and the state before p. Averaged over a layer x position sweep that is
-about a quarter of the work, and exact.
+about a quarter of the work, and exact. Rows patched at one position begin at their layers in one pass, so that above the
+last of these every weight is read once for all of them.
 
 The states are rolled forward with the sweep, one token at a time (`Roll`), so nothing of size
 [layer, pair, pos, E, N] is ever alive.
@@ -29,6 +30,7 @@ from ioi_mamba.model.families import attends, family_of, hooks_of, layers_with, 
 from ioi_mamba.model.jobs import chunks_wanted, conduct, device_of, each_chunk
 from ioi_mamba.model.memory import chunk_count, pass_work, rows_per_chunk, rows_per_pass
 from ioi_mamba.model.portable import portable
+from ioi_mamba.model.scanned_layer import BY_STATES
 from ioi_mamba.passes.ablations import (
     RESAMPLE,
     Ablation,
@@ -373,8 +375,8 @@ def _cells(
     by_position = not attends(model)
     # Of several positions that are read, some may lie before the one that is patched.
     resumes = resume and (pairs.readout is None or not by_position)
-    # A written state, and the past that attention sees, are those of one layer's rows.
-    pooled = resumes and by_position and site not in ("h", STATE_AND_CONV)
+    # Not where all states of all rows of a pass would be made, or a past be shared that attention sees.
+    pooled = resumes and by_position and site not in (*BY_STATES, STATE_AND_CONV)
     done = 0
     for moment in _moments(model, torch.cat((clean, corrupted)), site, layers, max(positions) + 1):
         p = moment.position

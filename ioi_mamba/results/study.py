@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 from ioi_mamba import analyses
 from ioi_mamba.errors import InputError
@@ -109,7 +109,7 @@ def over_seeds(study: Study, name: str) -> pd.DataFrame:
     whole[by] = whole[by].fillna("")
     found = whole.groupby(by, sort=False)["in_cell"].agg(mean="mean", spread="std", n_seeds="count").reset_index()
     half = (
-        stats.t.ppf(0.975, (found["n_seeds"] - 1).where(found["n_seeds"] > 1))
+        special.stdtrit((found["n_seeds"] - 1).where(found["n_seeds"] > 1), 0.975)
         * found["spread"]
         / found["n_seeds"] ** 0.5
     )

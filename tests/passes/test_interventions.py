@@ -1,5 +1,7 @@
 """Edits by name: against the golden file, against the plain reference, and what every write must and must not do."""
 
+from dataclasses import replace
+
 import golden
 import pytest
 import reference
@@ -341,6 +343,31 @@ def test_a_pass_resumed_at_any_layer_and_position_is_the_rest_of_the_whole_pass(
     whole = im.run(model, tokens, {name: rest for name in edits})
     resumed = forward(model, tokens[:, position:], edits, start=start)["hook_logits"]
     torch.testing.assert_close(resumed, whole[:, position:], rtol=0, atol=logit_rounding(model, tokens))
+
+
+def test_rows_that_begin_at_several_layers_are_the_rest_of_a_pass_each():
+    model, tokens = golden.model(), golden.golden_pairs().clean
+    roll = Roll.begin(model, tokens)
+    for _ in range(6):
+        roll, _ = roll.step()
+    streams = im.read(model, tokens, [f"blocks.{i}.hook_resid_pre" for i in range(4)])
+    below, above = (streams[f"blocks.{i}.hook_resid_pre"][:, 6:] for i in (1, 3))
+    alone = [
+        forward(model, tokens[:, 6:], start=roll.start(*each))["hook_logits"] for each in ((1, below * 2), (3, above))
+    ]
+    start = replace(roll.start(1, below * 2), above={3: above})
+    both = forward(model, tokens[:, 6:], start=start)["hook_logits"]
+    torch.testing.assert_close(both, torch.cat(alone), rtol=0, atol=logit_rounding(model, tokens))
+
+
+@pytest.mark.parametrize("name", ["golden", "odd"])
+def test_the_logits_of_some_tokens_are_those_of_all(name):
+    model, tokens = golden.opened(name), golden.random_pairs(name).clean
+    at, of = torch.tensor([[3, 1]]).expand(len(tokens), 2), torch.arange(6).view(1, 2, 3).expand(len(tokens), 2, 3)
+    whole = forward(model, tokens, logits_at=at)["hook_logits"]
+    some = forward(model, tokens, logits_at=at, logits_of=of)["hook_logits"]
+    torch.testing.assert_close(some, whole.gather(-1, of), rtol=0, atol=logit_rounding(model, tokens))
+    assert forward(model, tokens, logits_at=tokens[:, :0])["hook_logits"].shape == (len(tokens), 0, whole.shape[-1])
 
 
 def test_a_resumed_pass_refuses_what_lies_below_its_start():

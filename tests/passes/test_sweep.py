@@ -102,6 +102,16 @@ def test_the_number_of_rows_in_a_pass_changes_nothing(monkeypatch):
     torch.testing.assert_close(split, whole, rtol=0, atol=rounding(model, pairs))
 
 
+@pytest.mark.parametrize("tokens", [1, 10**6])
+@pytest.mark.parametrize("site", ["layer_input", "ssm_input"])
+def test_the_number_of_layers_that_share_a_pass_changes_nothing(tokens, site, monkeypatch):
+    model, pairs = golden.opened("odd"), golden.random_pairs("odd")
+    plain = resample_sweep(model, pairs, site, layers=[2, 0, 1, 2], resume=False)
+    monkeypatch.setattr(sweep, "TOKENS_OF_A_PASS", tokens)
+    shared = resample_sweep(model, pairs, site, layers=[2, 0, 1, 2])
+    torch.testing.assert_close(shared, plain, rtol=0, atol=rounding(model, pairs))
+
+
 def test_progress_counts_up_to_its_total(monkeypatch):
     monkeypatch.setattr(sweep, "rows_per_chunk", lambda *_: 2)
     calls = []
