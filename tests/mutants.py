@@ -171,7 +171,12 @@ FAULTS = (
         "begun = begins < p if spread.ablation.like_corrupted",
         SWEEP,
     ),
-    Fault("ioi_mamba/passes/sweep.py", "logits_at=read_at - begin", "logits_at=read_at", SWEEP),
+    Fault(
+        "ioi_mamba/passes/sweep.py",
+        "logits_at=(read_at - begin).repeat(n_sets, 1)",
+        "logits_at=read_at.repeat(n_sets, 1)",
+        SWEEP,
+    ),
     Fault(
         "ioi_mamba/passes/sweep.py",
         "resumes = resume and (pairs.readout is None or not by_position)",
@@ -204,8 +209,8 @@ FAULTS = (
     ),
     Fault(
         "ioi_mamba/passes/intervals.py",
-        "stats.t.ppf(0.975, n_clusters - 1)) if n_clusters > 1",
-        "stats.t.ppf(0.95, n_clusters - 1)) if n_clusters > 1",
+        "special.stdtrit(n_clusters - 1, 0.975)) if n_clusters > 1",
+        "special.stdtrit(n_clusters - 1, 0.95)) if n_clusters > 1",
         INTERVALS,
     ),
     Fault("ioi_mamba/passes/intervals.py", "clamp(1, alike)", "clamp(1, 1)", INTERVALS),
