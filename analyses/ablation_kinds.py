@@ -65,30 +65,34 @@ def run(context: Context) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).assign(n=len(pairs), left_out=left_out)
 
 
-def chart(table: pd.DataFrame) -> alt.VConcatChart:
-    """Kind by node, one matrix a side."""
-    panels = []
-    for side, meaning in SIDES.items():
-        part = table[table["side"] == side]
-        nodes = sorted(set(part["node"]), key=node_place)
-        panels.append(
-            matrix_heatmap(
-                part,
-                x="node",
-                y="ablation",
-                color="effect",
-                x_order=nodes,
-                y_order=list(dict.fromkeys(part["ablation"])),
-                x_title="node",
-                y_title="ablation",
-                color_title="effect: 0 acts clean, 1 acts corrupted",
-                domain=(-1.0, 1.0),
-                text=len(nodes) <= 16,
-                cell=36 if len(nodes) <= 16 else 14,
-                tooltip=("low", "high", "accuracy", "n"),
-            ).properties(title=f"Ablated: {meaning}")
-        )
-    return alt.vconcat(*panels, spacing=30)
+def chart(table: pd.DataFrame) -> alt.Chart | alt.LayerChart:
+    """Kind by node, of what nodes add to the stream."""
+    return _matrix(table, OUTPUT)
+
+
+def more(table: pd.DataFrame) -> dict[str, alt.Chart | alt.LayerChart]:
+    """The same of nodes' own copies of the stream."""
+    return {f"Ablated: {SIDES[INPUT]}": _matrix(table, INPUT)}
+
+
+def _matrix(table: pd.DataFrame, side: str) -> alt.Chart | alt.LayerChart:
+    part = table[table["side"] == side]
+    nodes = sorted(set(part["node"]), key=node_place)
+    return matrix_heatmap(
+        part,
+        x="node",
+        y="ablation",
+        color="effect",
+        x_order=nodes,
+        y_order=list(dict.fromkeys(part["ablation"])),
+        x_title="node",
+        y_title="ablation",
+        color_title="effect: 0 acts clean, 1 acts corrupted",
+        domain=(-1.0, 1.0),
+        text=len(nodes) <= 16,
+        cell=36 if len(nodes) <= 16 else 14,
+        tooltip=("low", "high", "accuracy", "n"),
+    ).properties(title=f"Ablated: {SIDES[side]}")
 
 
 def findings(table: pd.DataFrame) -> list[str]:
@@ -99,6 +103,8 @@ def findings(table: pd.DataFrame) -> list[str]:
         effects = part.pivot_table(index="node", columns="ablation", values="effect", sort=False).abs()
         first[side] = {kind: list(effects[kind].sort_values(ascending=False).index[:FIRST]) for kind in effects}
         named = "; ".join(f"by {kind} {' and '.join(nodes)}" for kind, nodes in first[side].items())
+        if len({frozenset(nodes) for nodes in first[side].values()}) == 1:
+            named = f"{' and '.join(first[side][RESAMPLE.name])}, by every kind"
         sentences.append(f"Ablating {meaning}, the largest effects are in {named}.")
         others = [kind for kind in effects if kind != RESAMPLE.name]
         agreement = ", ".join(
@@ -145,5 +151,6 @@ EXPERIMENT = Experiment(
     draws={ioi.TASK.name: default_pairs},
     run=run,
     chart=chart,
+    more=more,
     findings=findings,
 )

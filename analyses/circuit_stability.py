@@ -50,7 +50,7 @@ ADVANTAGE = f"{CONSENSUS_OF} - {PLAIN}"
 BY_ROLE = "consensus by role"
 RANDOM_GRID = f"{_circuits.MIB_GRID}, random"
 N_RANDOM = 3
-DRAWN_FIRST = 30
+DRAWN_FIRST = 20
 """Items that a chart shows, the most often included first."""
 
 
@@ -235,8 +235,8 @@ def _name(row: pd.Series) -> str:
     return part if pd.isna(row["label"]) else f"{part} at {row['label']}"
 
 
-def chart(table: pd.DataFrame) -> alt.VConcatChart:
-    """How often items, and edges by role, are included; and f of consensus, first k and random circuits against size."""
+def chart(table: pd.DataFrame) -> alt.HConcatChart:
+    """How often items, and edges by role, are included."""
     panels: list[alt.TopLevelMixin] = []
     for what, title in ((WHOLE, "Edges and parts"), (ROLE, "Edges by role")):
         rows = table[table["what"] == what]
@@ -265,8 +265,12 @@ def chart(table: pd.DataFrame) -> alt.VConcatChart:
                 tooltip=("score", "low", "high", "core", "kept"),
             ).properties(title=alt.Title(title, subtitle=about))
         )
-    often = alt.hconcat(*panels, spacing=36).resolve_scale(color="shared")
-    return alt.vconcat(often, _against_size(table), spacing=36).resolve_scale(color="independent", shape="independent")
+    return alt.hconcat(*panels, spacing=36).resolve_scale(color="shared")
+
+
+def more(table: pd.DataFrame) -> dict[str, alt.LayerChart]:
+    """f of consensus, first k and random circuits against size."""
+    return {"Consensus, first and random circuits by size": _against_size(table)}
 
 
 def _against_size(table: pd.DataFrame) -> alt.LayerChart:
@@ -308,7 +312,10 @@ def findings(table: pd.DataFrame) -> list[str]:
             for size, part in rows.groupby("size")
         ]
         if sizes:
-            sentences.append(f"Over draws of the pairs, {'; '.join(sizes)}.")
+            *smaller, largest = sizes
+            sentences.append(f"Over draws of the pairs, {largest}.")
+            if smaller:
+                sentences.append(f"In smaller circuits, {'; '.join(smaller)}.")
             core = rows[rows["core"]].drop_duplicates(["source", "target", "part", "label"])
             core = core.reindex(core["score"].abs().sort_values(ascending=False).index).head(5)
             names = ", ".join(_name(row) for _, row in core.iterrows())
@@ -342,7 +349,7 @@ EXPERIMENT = Experiment(
     paper="D.1",
     question="Which items of a circuit would other prompts choose too, and is what they agree on a better circuit?",
     look_for=(
-        "Rows that are dark in every column: items of every circuit. Rows that pale to the left are ranked by few prompts. Below, "
+        "Rows that are dark in every column: items of every circuit. Rows that pale to the left are ranked by few prompts. Under More, "
         "whether the consensus lies above the first k, and how far both are from random circuits of their kinds."
     ),
     method=(
@@ -372,5 +379,6 @@ EXPERIMENT = Experiment(
     draws={ioi.TASK.name: default_pairs},
     run=run,
     chart=chart,
+    more=more,
     findings=findings,
 )

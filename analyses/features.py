@@ -376,14 +376,20 @@ def _text(model: Any, tokens: list[int]) -> str:
 # -- what a page shows ------------------------------------------------------------------------------------------------
 
 
-def chart(table: pd.DataFrame) -> alt.VConcatChart:
-    """What is left with the first k items of each way to split, and the features that matter most, site by site."""
-    rows = []
-    for site in table["site"].unique():
-        own = table[table["site"] == site]
-        pair = alt.hconcat(_left_chart(own, site), _feature_chart(own), spacing=40)
-        rows.append(pair.resolve_scale(color="independent"))
-    return alt.vconcat(*rows, spacing=30).resolve_scale(color="independent")
+def chart(table: pd.DataFrame) -> alt.HConcatChart:
+    """What is left with the first k items of each way to split, and the features that matter most, at the first site."""
+    return _of_site(table, table["site"].iloc[0])
+
+
+def more(table: pd.DataFrame) -> dict[str, alt.HConcatChart]:
+    """The same at the other sites."""
+    return {site: _of_site(table, site) for site in table["site"].unique()[1:]}
+
+
+def _of_site(table: pd.DataFrame, site: str) -> alt.HConcatChart:
+    own = table[table["site"] == site]
+    pair = alt.hconcat(_left_chart(own, site), _feature_chart(own), spacing=40)
+    return pair.resolve_scale(color="independent")
 
 
 def _left_chart(table: pd.DataFrame, site: str) -> alt.LayerChart:
@@ -456,10 +462,9 @@ def findings(table: pd.DataFrame) -> list[str]:
         ]
         clean = left.loc[(WITH_ERROR, size), "value"]
         out.append(
-            f"Layer {layer}, {site}: with the {size} items clean that the answer needs most and all else there from the "
-            f"corrupted run, the normalized logit diff is {', '.join(texts)}; with the dictionary's error clean too it is "
-            f"{clean:z.2f}."
+            f"Layer {layer}, {site}: the {size} strongest items keep a normalized logit diff of {', '.join(texts)}."
         )
+        out.append(f"With the dictionary's error clean too, its features keep {clean:z.2f}.")
         out.append(_carried(own))
         fit = own[own["what"] == FIT].set_index("measure")
         unexplained_ = fit.loc["unexplained, held-out prompts", "value"]
@@ -534,5 +539,6 @@ EXPERIMENT = Experiment(
     draws={ioi.TASK.name: default_pairs},
     run=run,
     chart=chart,
+    more=more,
     findings=findings,
 )
