@@ -345,7 +345,7 @@ def matrix_heatmap(
                 labelLimit=80,
             ),
         ),
-        y=alt.Y(f"{y}:N", sort=y_order, title=y_title or y, axis=alt.Axis(ticks=False, domain=False, labelLimit=80)),
+        y=alt.Y(f"{y}:N", sort=y_order, title=y_title or y, axis=alt.Axis(ticks=False, domain=False, labelLimit=160)),
         tooltip=_tooltips(table, (facet, y, x, color, "n", *tooltip)),
     )
     squares = base.mark_rect(stroke="currentColor", strokeOpacity=0.06, strokeWidth=0.5).encode(
