@@ -29,6 +29,7 @@ from ioi_mamba.experiments.options import options_of
 from ioi_mamba.model import glossary
 from ioi_mamba.model.families import FAMILIES, nemotron_h
 from ioi_mamba.model.family import Family
+from ioi_mamba.report.pages import bundle
 
 MARK = re.compile(r"^<!-- from the code: (\w+) -->$", re.MULTILINE)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
@@ -59,7 +60,7 @@ def on_files(files, config):
         add("sample-report/index.html", notebooks.sample_report())
     except notebooks.NotRun as error:
         raise PluginError(str(error)) from error
-    add("vega.js", notebooks.library())
+    add("vega.js", bundle())
     return files
 
 

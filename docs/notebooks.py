@@ -23,7 +23,6 @@ import jupytext
 import nbclient
 import nbformat
 import vl_convert
-from altair import SCHEMA_VERSION
 from jupyter_client import KernelManager
 from jupyter_client.kernelspec import KernelSpec
 from nbformat import NotebookNode
@@ -34,6 +33,7 @@ from ioi_mamba.charts import theme
 from ioi_mamba.experiments.experiment import Experiment
 from ioi_mamba.experiments.needs import Need
 from ioi_mamba.files import written_whole
+from ioi_mamba.report.pages import VEGALITE, script_json
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "build" / "notebooks"
@@ -41,7 +41,6 @@ TUTORIAL = ROOT / "docs" / "tutorial.py"
 N_PAIRS = 5
 MORE_PAIRS = {"name-steering": 40}  # of fewer, most cells of its table are empty
 CHART = "application/vnd.vegalite.v6+json"
-VEGALITE = re.sub(r"^v(\d+\.\d+).*", r"\1", SCHEMA_VERSION)
 # Charts as JSON, which the site draws with its own copy of the library. Of Altair's own forms one asks a server for the
 # library, and the other has a name that is not one of JSON for nbformat.
 SETUP = f"""
@@ -176,11 +175,6 @@ def picture(chart: dict) -> bytes:
     return vl_convert.vegalite_to_png(spec, VEGALITE)
 
 
-def library() -> str:
-    """The script that draws charts: Vega, Vega-Lite and Vega-Embed, with `vegaEmbed` on the window."""
-    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGALITE)
-
-
 def _cell(cell: NotebookNode) -> str:
     if cell.cell_type != "code":
         return f"{cell.source}\n\n"
@@ -190,8 +184,7 @@ def _cell(cell: NotebookNode) -> str:
 def _output(output: NotebookNode) -> str:
     data = output.get("data", {"text/plain": output.get("text", "")})
     if CHART in data:
-        # "</script>" in a text would end the element; in JSON the escape means the same.
-        spec = json.dumps(data[CHART] | {"config": theme.config()}).replace("</", "<\\/")
+        spec = script_json(data[CHART] | {"config": theme.config()})
         return f'<div class="chart"><script type="application/json">{spec}</script></div>\n\n'
     if "text/html" in data:
         return f'<div class="output">{re.sub(r"<style.*?</style>", "", data["text/html"], flags=re.DOTALL)}</div>\n\n'

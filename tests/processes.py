@@ -22,7 +22,7 @@ for _name in analyses.ORDER:
 import nnsight  # noqa: E402, F401
 import transformers.models.mamba.modeling_mamba  # noqa: E402, F401
 
-pages._bundle()  # kept, so that no forked process makes the chart library's script anew
+pages.bundle()  # kept, so that no forked process makes the chart library's script anew
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])

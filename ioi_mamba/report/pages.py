@@ -78,7 +78,7 @@ results = im.open_results(".")  # the folder of this page
 table = names_summary.summarize({name: result.to_frame() for name, result in results.items()})
 names_summary.chart(table)"""
 _GLOBALS = "window.vegaEmbed = vegaEmbed;"
-_VEGALITE = re.sub(r"^v(\d+\.\d+).*", r"\1", alt.SCHEMA_VERSION)
+VEGALITE = re.sub(r"^v(\d+\.\d+).*", r"\1", alt.SCHEMA_VERSION)
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _page(sections: list[Section]) -> str:
         provenance=provenance.lines([section.manifest for section in sections]),
         embedded=[name for name in EMBEDDED if any(section.manifest["model"]["id"] == name for section in sections)],
         title=f"{_short_name(sections[0].manifest['model']['id'])}: {manifest['task_texts']['title']}",
-        bundle=Markup(_bundle()),
+        bundle=Markup(bundle()),
     )
 
 
@@ -227,7 +227,7 @@ def save_charts(directory: str | Path, form: str, *, draw_anyway: bool = False) 
         spec = json.loads(section.spec)
         spec["config"] = spec.get("config", {}) | {"background": "white"}
         try:
-            svg = vl_convert.vegalite_to_svg(spec, _VEGALITE)
+            svg = vl_convert.vegalite_to_svg(spec, VEGALITE)
             if section.warning:
                 svg = svg.replace("</svg>", f"{WATERMARK}</svg>")
             image = svg.encode() if form == "svg" else vl_convert.svg_to_png(svg, scale=2)
@@ -504,9 +504,9 @@ def _day(created: str) -> str:
 
 
 @cache
-def _bundle() -> str:
+def bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed in one script, which sets `vegaEmbed` on the window."""
-    script = vl_convert.javascript_bundle(_GLOBALS, _VEGALITE)
+    script = vl_convert.javascript_bundle(_GLOBALS, VEGALITE)
     # In a script element only this ends the text; in a JavaScript string the escape means the same.
     return re.sub("</(?=script)", r"<\\/", script, flags=re.IGNORECASE)
 

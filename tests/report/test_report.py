@@ -106,7 +106,7 @@ def directory(tmp_path, heatmap_module):
 
 def own_part(page):
     """The page without the chart library, which stands in the last script but one."""
-    return page.replace(pages._bundle(), "")
+    return page.replace(pages.bundle(), "")
 
 
 def section_of(page, name):
@@ -171,8 +171,8 @@ def test_writing_the_report_again_gives_the_same_page(directory):
 
 def test_the_chart_library_stands_in_the_page_once(directory):
     page = pages.write_report(directory).read_text()
-    assert page.count(pages._bundle()) == 1
-    assert "</script" not in pages._bundle().lower()
+    assert page.count(pages.bundle()) == 1
+    assert "</script" not in pages.bundle().lower()
 
 
 def test_a_chart_that_cannot_be_drawn_costs_only_itself(directory, heatmap_module):
